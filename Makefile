@@ -1,0 +1,46 @@
+# Two commands are enough on a fresh machine: `make run` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# auto-gptq has no wheel for Python 3.12 and later; without its CUDA extension it builds as pure Python.
+export BUILD_CUDA_EXT := 0
+
+.PHONY: run test unit lab bench outputs links doctor clean
+
+run: $(VENV)/.ready
+	$(BIN)/python -m helpers run
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+# Everything but the executed notebooks: seconds instead of minutes.
+unit: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not notebook"
+
+lab: $(VENV)/.ready
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+# Speed is measured here and never asserted in tests: run it on an idle machine.
+bench: $(VENV)/.ready
+	$(BIN)/python tests/bench.py
+
+# For authors: execute every notebook from an empty cache and store outputs and cost cards in notebooks/.
+outputs: $(VENV)/.ready
+	$(BIN)/python -m helpers run --in-place
+
+links: $(VENV)/.ready
+	$(BIN)/python -m helpers links
+
+doctor: $(VENV)/.ready
+	$(BIN)/python -m helpers doctor
+
+# The stamp is written last: an interrupted installation is taken up again.
+$(VENV)/.ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "Python 3.11, 3.12 or 3.13 is needed; set PYTHON=... to one (found: $$($(PYTHON) --version))"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,202 @@
+"""Quality of a model under one fixed protocol: perplexity, and KL divergence and top-1 agreement against the untouched model.
+
+The protocol: held-out English text cut into windows of `context` tokens without overlap, each evaluated alone, every next token
+predicted from those before it in its window (so context - 1 predictions a window). Numbers are comparable only under one
+protocol, so token count, context length and text stand in every record.
+"""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+
+from helpers import models
+
+SPLITS = ("evaluation", "calibration", "training")
+CHUNK = 16  # positions scored at once on a CPU: 16 x 49,152 floats stay in the cache
+
+
+@dataclass(frozen=True)
+class Scores:
+    """perplexity; mean KL(reference || model) in nats per token; share of tokens with the same most likely next token.
+
+    The last two are None without a reference.
+    """
+
+    perplexity: float
+    kl_divergence: float | None
+    top1_agreement: float | None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the untouched model predicts on the windows.
+
+    log_probs   float16 [positions, vocabulary], mapped from disk (rounding adds under 1e-5 to a KL divergence)
+    top1        int64 [positions]
+    perplexity  of the untouched model itself
+    """
+
+    log_probs: numpy.ndarray
+    top1: numpy.ndarray
+    perplexity: float
+
+
+def text(split, source="pydoc"):
+    """English text of one split: "evaluation", "calibration" or "training".
+
+    "pydoc" is Python's own documentation (`pydoc_data.topics`), there on every machine. Whole topics go to one split, by a hash
+    of their name, and a paragraph that several topics share goes only to the first split in the order above: so nothing that is
+    evaluated was calibrated or trained on. "wikitext-2" comes from the hub (test, validation and train parts).
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+    if source == "wikitext-2":
+        return _wikitext(split)
+    if source != "pydoc":
+        raise ValueError(f'source must be "pydoc" or "wikitext-2", not {source!r}')
+    from pydoc_data.topics import topics
+
+    seen, parts = set(), {name: [] for name in SPLITS}
+    for name in SPLITS:
+        for topic in sorted(topics):
+            if _topic_split(topic) != name:
+                continue
+            for paragraph in re.split(r"\n\s*\n", topics[topic]):
+                key = " ".join(paragraph.split())
+                if key and key not in seen:
+                    seen.add(key)
+                    parts[name].append(paragraph.strip("\n"))
+    return "\n\n".join(parts[split])
+
+
+def windows(tokenizer, split="evaluation", tokens=8192, context=512, source="pydoc"):
+    """Token ids of one split, int64 [tokens // context, context], spread evenly over its text.
+
+    Raises ValueError if the text holds fewer tokens than asked for, or not one window.
+    """
+    if context < 2:
+        raise ValueError(f"context must be at least 2 tokens (one to predict the next from), got {context}")
+    if tokens < context:
+        raise ValueError(f"tokens={tokens} is less than one window of context={context}")
+    ids = tokenizer(text(split, source), add_special_tokens=False, return_tensors="pt", truncation=False, verbose=False).input_ids[0]
+    have, want = len(ids) // context, tokens // context
+    if have < want:
+        raise ValueError(f"the {split} text holds {have} windows of {context} tokens, but {want} were asked for: use tokens={have * context} or less")
+    every = ids[: have * context].view(have, context)
+    return every[torch.arange(want) * have // want].contiguous()
+
+
+def score(model, windows, reference=None, batch_size=4):
+    """`Scores` of a causal language model on windows [n, context]; `reference` from `reference()` on the same windows."""
+    nll = kl = agree = 0.0
+    for targets, where, logits in _positions(model, windows, batch_size):
+        scores = logits.float()
+        norm = scores.logsumexp(-1, keepdim=True)
+        nll += (norm - scores.gather(1, targets)).sum().item()
+        if reference is None:
+            continue
+        expected = torch.from_numpy(reference.log_probs[where]).to(logits.device).float()
+        probability = expected.exp()
+        mass = probability.sum(-1, keepdim=True)
+        # The generalized KL divergence, with its mass terms: the stored log-probabilities are rounded, and without them the
+        # rounding would enter at first order. In place, because these are passes over the whole vocabulary.
+        kl += (torch.dot(probability.view(-1), expected.sub_(scores).view(-1)) + (mass * norm - mass + 1).sum()).item()
+        top1 = torch.from_numpy(reference.top1[where]).to(logits.device)[:, None]
+        agree += (scores.gather(1, top1) == scores.amax(-1, keepdim=True)).sum().item()
+    count = windows.shape[0] * (windows.shape[1] - 1)
+    compared = reference is not None
+    return Scores(math.exp(nll / count), kl / count if compared else None, agree / count if compared else None)
+
+
+def reference(found, windows, batch_size=4):
+    """The untouched model's predictions on the windows: computed once per model, device and windows, then read from the cache.
+
+    found: `models.Found`; it is evaluated in `found.dtype` (float32 on a CPU, bfloat16 on a GPU). Takes 2 bytes of disk per
+    position and vocabulary entry: 0.8 GB for 8,192 tokens and 49,152 entries.
+    """
+    folder = models.cache() / "baselines" / _fingerprint(found, windows)
+    with models.building(folder) as scratch:
+        if scratch is not None:
+            _prune(folder.parent, keep=3)
+            _write_reference(found, windows, batch_size, scratch)
+    folder.touch()
+    return Reference(
+        log_probs=numpy.load(folder / "log_probs.npy", mmap_mode="c"),  # copy-on-write: torch wants writable memory
+        top1=numpy.load(folder / "top1.npy"),
+        perplexity=json.loads((folder / "scores.json").read_text())["perplexity"],
+    )
+
+
+def _write_reference(found, windows, batch_size, folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype).to(found.device)
+    count = windows.shape[0] * (windows.shape[1] - 1)
+    shape = (count, model.get_output_embeddings().weight.shape[0])
+    models._require_disk(folder, 2 * shape[0] * shape[1], "the baseline's predictions")
+    log_probs = numpy.lib.format.open_memmap(folder / "log_probs.npy", mode="w+", dtype=numpy.float16, shape=shape)
+    top1 = numpy.empty(count, dtype=numpy.int64)
+    nll = 0.0
+    for targets, where, logits in _positions(model, windows, batch_size):
+        scores = logits.float().log_softmax(-1)
+        nll -= scores.gather(1, targets).sum().item()
+        log_probs[where] = scores.half().cpu().numpy()
+        top1[where] = scores.argmax(-1).cpu().numpy()
+    log_probs.flush()
+    numpy.save(folder / "top1.npy", top1)
+    (folder / "scores.json").write_text(json.dumps({"perplexity": math.exp(nll / count), "model": found.name, "origin": found.origin}))
+
+
+@torch.inference_mode()
+def _positions(model, windows, batch_size):
+    """Yield (targets [p, 1], slice into all positions, logits [p, vocabulary]) for a few positions at a time."""
+    model.eval()
+    device = next(model.parameters()).device
+    size = CHUNK if device.type == "cpu" else 1024
+    length = windows.shape[1] - 1
+    for start in range(0, len(windows), batch_size):
+        batch = windows[start : start + batch_size].to(device)
+        logits = model(input_ids=batch, use_cache=False).logits
+        for row in range(len(batch)):
+            first = (start + row) * length
+            for left in range(0, length, size):
+                right = min(left + size, length)
+                yield batch[row, left + 1 : right + 1, None], slice(first + left, first + right), logits[row, left:right]
+
+
+def _topic_split(topic):
+    fifth = int(hashlib.sha256(topic.encode()).hexdigest(), 16) % 5
+    return {0: "evaluation", 1: "calibration"}.get(fifth, "training")
+
+
+def _wikitext(split):
+    from datasets import load_dataset
+
+    part = {"evaluation": "test", "calibration": "validation", "training": "train"}[split]
+    try:
+        return "\n\n".join(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)["text"])
+    except Exception as error:
+        raise models.HubUnreachable(f'wikitext-2 cannot be fetched ({type(error).__name__}). Use source="pydoc", which is always there.') from error
+
+
+def _fingerprint(found, windows):
+    """Changes with the model's weights, the windows, the dtype, the device and torch."""
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(found.path).glob("*.safetensors"))
+    facts = [str(Path(found.path).resolve()), files, str(found.dtype), found.device, torch.__version__, list(windows.shape)]
+    digest = hashlib.sha256(json.dumps(facts).encode() + windows.cpu().numpy().tobytes())
+    return f"{found.name}-{digest.hexdigest()[:16]}"
+
+
+def _prune(folder, keep):
+    """Leave the `keep` most recently used baselines: each is close to a gigabyte."""
+    import shutil
+
+    kept = sorted((path for path in folder.glob("[!.]*") if path.is_dir()), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in kept[keep:]:
+        shutil.rmtree(path, ignore_errors=True)

