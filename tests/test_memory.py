@@ -1,0 +1,94 @@
+"""Memory: peaks are seen, predictions meet measurements, bad settings are named."""
+
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from helpers import memory
+
+SMALL = dict(vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+
+
+def test_track_sees_a_peak_that_is_gone_at_the_end():
+    with memory.track() as used:
+        block = bytearray(300_000_000)
+        time.sleep(0.1)
+        del block
+        time.sleep(0.05)
+    assert 250e6 < used.gained_ram < 400e6
+    assert used.end_ram < used.peak_ram - 200e6
+    assert used.seconds >= 0.15
+
+
+def test_track_reports_when_the_block_raises():
+    with pytest.raises(KeyError):
+        with memory.track() as used:
+            raise KeyError
+    assert used.peak_ram > 0 and used.seconds > 0
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.bfloat16, 16)])
+def test_prediction_meets_measurement(net, dtype, bits):
+    model = net if dtype == torch.float32 else type(net)(net.config).to(dtype)
+    assert abs(memory.predict(net.config, bits=bits, rest_bits=bits).model / memory.weight_bytes(model) - 1) < 0.03
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_prediction_meets_measurement_in_4_bits(found, double_quant):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant)
+    model = AutoModelForCausalLM.from_pretrained(found.path, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"})
+    predicted = memory.predict(model.config, bits=4, group_size=64, scale_bits=32, double_quant=double_quant)
+    assert abs(predicted.model / memory.weight_bytes(model) - 1) < 0.03
+
+
+def test_kv_cache_prediction_is_exact(net):
+    with torch.inference_mode():
+        past = net(torch.arange(100)[None], use_cache=True, logits_to_keep=1).past_key_values
+    assert memory.predict(net.config, context=100, cache_bits=32).kv_cache == memory.cache_bytes(past)
+
+
+def test_weight_bytes_counts_torchs_packed_weights():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert memory.weight_bytes(quantized) == 64 * 32
+
+
+def test_weight_bytes_counts_tied_weights_once(net):
+    assert memory.weight_bytes(net) < 1.01 * 4 * 134_515_008
+
+
+@settings(deadline=None, max_examples=30)
+@given(bits=st.sampled_from([2, 3, 4, 8, 16, 32]), more=st.integers(1, 4096), batch=st.integers(1, 8))
+def test_more_bits_and_longer_contexts_never_need_less(bits, more, batch):
+    config = LlamaConfig(**SMALL)
+    base = memory.predict(config, bits=bits, context=128, batch=batch)
+    assert memory.predict(config, bits=bits, context=128 + more, batch=batch).kv_cache > base.kv_cache
+    assert base.total >= memory.predict(config, bits=2, context=128, batch=batch).total
+    assert base.bits_per_weight >= bits * 0.99 or bits == 32
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, 12, 64, "4", None])
+def test_bits_outside_the_range_are_named(bits):
+    with pytest.raises(ValueError, match="bits must be"):
+        memory.predict(LlamaConfig(**SMALL), bits=bits)
+
+
+def test_negative_context():
+    with pytest.raises(ValueError, match="context"):
+        memory.predict(LlamaConfig(**SMALL), context=-1)
+
+
+def test_monitor_reads_and_degrades_to_text(monkeypatch):
+    monitor = memory.Monitor(interval=0.01).start()
+    time.sleep(0.05)
+    monitor.stop()
+    assert "widget-view" in str(monitor._repr_mimebundle_())
+    monkeypatch.setenv("COURSE_BATCH", "1")
+    bundle = monitor._repr_mimebundle_()
+    assert set(bundle) == {"text/plain"} and bundle["text/plain"].startswith("RAM ")

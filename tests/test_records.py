@@ -1,0 +1,88 @@
+"""Records: what is written can be read, what is not a measurement is refused."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import models, records
+
+FOUND = models.Found("/nowhere", "tiny", "local folder", "cpu")
+NUMBERS = dict.fromkeys(records.NUMBERS, 1.0)
+
+
+def write(folder, **changes):
+    return records.write(folder, **{"method": "nf4", "notebook": "04", "found": FOUND, **NUMBERS, **changes})
+
+
+def test_written_and_read(tmp_path):
+    record = write(tmp_path, perplexity=12.5, kl_divergence=None)
+    assert records.read(tmp_path) == {"nf4": record}
+    assert set(record) == set(records.FIELDS) and record["kl_divergence"] is None
+    assert record["versions"]["torch"].startswith("2.")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1, "12", True, [1]])
+def test_what_is_no_measurement_is_refused(tmp_path, value):
+    with pytest.raises(records.RecordError, match="perplexity"):
+        write(tmp_path, perplexity=value)
+    assert not (tmp_path / "records").exists()
+
+
+def test_unknown_and_missing_fields(tmp_path):
+    with pytest.raises(records.RecordError, match="unknown fields: speedup"):
+        write(tmp_path, speedup=3)
+    numbers = {name: 1 for name in records.NUMBERS if name != "perplexity"}
+    with pytest.raises(records.RecordError, match="perplexity not given"):
+        records.write(tmp_path, method="nf4", notebook="04", found=FOUND, **numbers)
+
+
+@pytest.mark.parametrize("method", ["", "NF4", "../nf4", "nf4/x", None])
+def test_method_names_are_file_names(tmp_path, method):
+    with pytest.raises(records.RecordError, match="method"):
+        write(tmp_path, method=method)
+
+
+def test_share_above_one(tmp_path):
+    with pytest.raises(records.RecordError, match="at most 1"):
+        write(tmp_path, top1_agreement=1.2)
+
+
+def test_broken_file_is_named(tmp_path):
+    write(tmp_path)
+    (tmp_path / "records" / "broken.json").write_text('{"method": ')
+    with pytest.raises(records.RecordError, match="broken.json"):
+        records.read(tmp_path)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    target = tmp_path / "a.json"
+    records.write_text(target, "old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        records.write_text(target, "new")
+    assert target.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@given(st.dictionaries(st.sampled_from(records.NUMBERS), st.one_of(st.none(), st.floats(0, 1), st.integers(0, 1))))
+def test_any_record_in_range_survives_json(numbers):
+    record = {"method": "m", "notebook": "n", "model": "m", "device": "d", "versions": {}, **dict.fromkeys(records.PROTOCOL), **dict.fromkeys(records.NUMBERS), **numbers}
+    records.check(record)
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_anything_else_is_refused_with_a_record_error(value):
+    with pytest.raises(records.RecordError):
+        records.check(value)
+
+
+def test_relative_folder_is_the_checkouts_inside_and_here_outside(tmp_path, monkeypatch):
+    from helpers.notebooks import ROOT
+
+    monkeypatch.chdir(ROOT / "notebooks")
+    assert records.folder("build") == ROOT / "build"
+    monkeypatch.chdir(tmp_path)
+    assert records.folder("build") == tmp_path / "build"
