@@ -1,0 +1,51 @@
+"""`make bench`: speed figures, on an idle machine. Nothing here is asserted by the tests; the targets are printed beside the values."""
+
+import subprocess
+import sys
+import time
+
+import helpers  # noqa: F401  first: thread counts
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from helpers import evaluation, models, speed
+
+
+def seconds(work, runs=3):
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def main():
+    logging.disable_progress_bar()
+    code = "import time; t = time.perf_counter(); import helpers; print(time.perf_counter() - t)"
+    took = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    print(f"import of helpers: {took:.3f} s (target: under 1)")
+
+    found = models.find(models.OFFLINE)
+    windows = evaluation.windows(AutoTokenizer.from_pretrained(found.path))
+    reference = evaluation.reference(found, windows)
+    model = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def bare():
+        for batch in windows.split(4):
+            model(input_ids=batch, use_cache=False).logits
+
+    bare()
+    alone, scored = seconds(bare), seconds(lambda: evaluation.score(model, windows, reference))
+    print(f"evaluation, {windows.numel():,} tokens, fp32: bare forward loop {alone:.1f} s, scored {scored:.1f} s: "
+          f"{alone / scored:.0%} of its speed (target: at least 90 %)")  # fmt: skip
+
+    for dtype in (torch.float32, torch.bfloat16):
+        rate = speed.decode(model.to(dtype))
+        print(f"{str(dtype):15} prefill {rate.prefill_tokens_per_s:7.1f} tok/s, decode {rate.decode_tokens_per_s:5.1f} tok/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The environment: one set of pins everywhere, a reason for each, a light import, a doctor that answers."""
+
+import json
+import re
+import subprocess
+import sys
+
+import yaml
+
+from conftest import ROOT
+from helpers import setup
+
+
+def test_conda_and_pip_have_the_same_pins():
+    spec = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = [entry["pip"] for entry in spec["dependencies"] if isinstance(entry, dict)]
+    assert pip == [f"{name}=={version}" for name, version in setup.pins().items()] + ["-e ."]
+
+
+def test_every_pin_gives_its_reason():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line and not line.startswith("#")]
+    assert len(lines) == len(setup.pins()) >= 20
+    assert [line for line in lines if not re.search(r"==\S+ +# \w.{10,}", line)] == []
+
+
+def test_what_is_installed_is_what_is_pinned():
+    from importlib import metadata
+
+    assert {name: metadata.version(name).split("+")[0] for name in setup.pins()} == setup.pins()
+
+
+def test_importing_helpers_is_light():
+    code = "import sys, time; t = time.perf_counter(); import helpers; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    seconds, has_torch = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert float(seconds) < 1 and has_torch == "False"
+
+
+def test_nothing_is_installed_when_everything_is_there(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(AssertionError("pip was called")))
+    setup.require("bitsandbytes", "peft")
+
+
+def test_missing_packages_are_installed_pinned_and_torch_is_held(monkeypatch):
+    calls = []
+    monkeypatch.setattr(setup, "_version", lambda name, real=setup._version: None if name == "peft" else real(name))
+    monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: calls.append(command) or subprocess.CompletedProcess(command, 0, "", ""))
+    setup.require("peft")
+    (command,) = calls
+    assert f"peft=={setup.pins()['peft']}" in command
+    assert any(word.startswith("torch==") for word in command) and any(word.startswith("numpy==") for word in command)
+
+
+def test_an_old_transformers_counts_as_missing(monkeypatch):
+    monkeypatch.setattr(setup, "_version", lambda name: "4.57.1")
+    assert setup._too_old("transformers") and not setup._too_old("peft")
+
+
+def test_doctor_answers_and_exits_0():
+    done = subprocess.run([sys.executable, "-m", "helpers", "doctor", "--json"], capture_output=True, text=True, timeout=120)
+    answer = json.loads(done.stdout)
+    assert done.returncode == 0 and answer["verdict"] == "ok", done.stdout
+    assert {check["component"] for check in answer["checks"]} >= {"python", "packages", "torch", "bitsandbytes", "RAM", "disk", "hub"}
+    assert all(check["remedy"] for check in answer["checks"] if check["verdict"] != "ok")
+
+
+def test_doctor_names_what_is_wrong(monkeypatch, capsys):
+    from helpers import doctor, memory
+
+    monkeypatch.setattr(memory, "free_ram", lambda: 1e9)
+    monkeypatch.setattr(setup, "pins", lambda: {"torch": "9.9", "nosuchpackage": "1"})
+    assert doctor.main() == 1
+    printed = capsys.readouterr().out
+    assert "[bad ] RAM" in printed and "missing: nosuchpackage" in printed and "Not ready: packages, RAM" in printed
+
+
+def test_chat_answers_in_english():
+    command = [sys.executable, "-m", "helpers", "chat", "--once", "What is quantization?", "--max-new-tokens", "40"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "quantization" in done.stdout.lower() and len(done.stdout.split()) > 15
+
+
+def test_command_line_errors_have_no_traceback():
+    for arguments in (["chat", "--model", "./nowhere", "--once", "x"], ["chat", "--once", " "], ["run", "--only", "77"], ["run", "-p", "x"]):
+        done = subprocess.run([sys.executable, "-m", "helpers", *arguments], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr, done.stderr

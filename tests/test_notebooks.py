@@ -1,0 +1,147 @@
+"""Every notebook, executed whole by papermill on the default model, with solutions; its records must be there and sane."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+import nbformat
+import papermill
+import pytest
+
+from conftest import ROOT
+from helpers import models, notebooks, records, run
+
+pytestmark = pytest.mark.notebook
+
+BF16_BYTES = 269_030_016  # SmolLM2-135M: 134,515,008 parameters in 16 bits
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    return tmp_path_factory.mktemp("build")
+
+
+def execute(path, build, cwd, **parameters):
+    """Execute with the offline model; the executed notebook, and {method: record} of what it wrote."""
+    output = build / "notebooks" / path.name
+    result = run.execute(path, output, {"model": models.OFFLINE, "output_dir": str(build), **parameters}, cwd=cwd)
+    assert result.ok, result.verdict
+    executed = nbformat.read(output, as_version=4)
+    assert run.unexecuted(executed) == []
+    written = {method: record for method, record in records.read(build).items() if record["notebook"] == path.stem}
+    return result, executed, written
+
+
+def baseline(found):
+    """Perplexity of the untouched model under the course's protocol."""
+    from transformers import AutoTokenizer
+
+    from helpers import evaluation
+
+    return evaluation.reference(found, evaluation.windows(AutoTokenizer.from_pretrained(found.path))).perplexity
+
+
+@pytest.mark.parametrize("path", notebooks.paths(), ids=lambda path: path.stem)
+def test_notebook(path, build, tmp_path, found):
+    result, executed, written = execute(path, build, cwd=tmp_path, solutions=True)
+    assert written, "no record"
+    text = "\n".join(output.text for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "stream")
+    assert text.count("✓") == len(notebooks.tagged(executed, "solution")), "a solution does not pass its check"
+
+    committed = nbformat.read(path, as_version=4).metadata.course.cost.cpu
+    assert result.peak_ram_bytes < 1.25 * committed.peak_ram_bytes, "the cost card promises less memory: run `make outputs`"
+
+    perplexity = baseline(found)
+    for method, record in written.items():
+        assert record["eval_tokens"] == 8192 and record["eval_context"] == 512
+        assert 0.98 < record["perplexity"] / perplexity, f"{method} is better than the model it came from"
+        check = CHECKS.get(method)
+        assert check, f"no check for {method}"
+        check(record, record["perplexity"] / perplexity)
+
+
+def check_fp32(record, ratio):
+    assert ratio == pytest.approx(1, abs=1e-4) and abs(record["kl_divergence"]) < 1e-5 and record["top1_agreement"] == 1
+    assert record["weight_bytes"] == pytest.approx(2 * BF16_BYTES, rel=0.01) and record["bits_per_weight"] == pytest.approx(32, rel=0.01)
+
+
+def check_bf16(record, ratio):
+    assert ratio == pytest.approx(1, abs=0.01) and 1e-4 < record["kl_divergence"] < 0.01 and record["top1_agreement"] > 0.95
+    assert record["weight_bytes"] == pytest.approx(BF16_BYTES, rel=0.01)
+
+
+def check_nf4(record, ratio):
+    assert record["weight_bytes"] <= 0.45 * BF16_BYTES
+    assert 1.0 < ratio < 1.4 and record["top1_agreement"] >= 0.65
+    assert record["decode_tokens_per_s"] > 0 and record["quantize_seconds"] > 0 and record["peak_memory_bytes"] > record["weight_bytes"]
+
+
+CHECKS = {"fp32": check_fp32, "bf16": check_bf16, "nf4": check_nf4}
+
+
+def test_other_parameters_give_another_record(build, tmp_path):
+    """As the README shows it: papermill's own command line, fp4 instead of nf4."""
+    notebook, output = ROOT / "notebooks" / "04_nf4_bitsandbytes.ipynb", tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-p", "quant_type", "fp4", "-p", "eval_tokens", "1024",
+               "-p", "model", models.OFFLINE, "-p", "output_dir", str(tmp_path), "--no-progress-bar"]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | run.BATCH)
+    assert done.returncode == 0, done.stderr[-2000:]
+    fp4 = records.read(tmp_path)["fp4"]
+    assert fp4["method"] == "fp4" and fp4["eval_tokens"] == 1024 and fp4["kl_divergence"] > 0.1
+
+
+def test_a_wrong_parameter_stops_before_the_work(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="quant_type must be"):
+        papermill.execute_notebook(
+            str(ROOT / "notebooks" / "04_nf4_bitsandbytes.ipynb"), str(tmp_path / "out.ipynb"),
+            parameters={"quant_type": "int4", "output_dir": str(tmp_path)}, cwd=str(tmp_path), progress_bar=False,
+        )  # fmt: skip
+    assert not (tmp_path / "records").exists()
+
+
+@pytest.mark.parametrize("path", notebooks.paths(), ids=lambda path: path.stem)
+def test_bare_directory_as_on_colab(path, tmp_path, colab):
+    """One notebook alone in an empty folder, in an environment with the packages but without the course: its bootstrap cell
+    fetches the course and everything imports. 00 is executed whole, the others up to their imports."""
+    bare = tmp_path / "content"
+    bare.mkdir()
+    shutil.copy(path, bare)
+    notebook = nbformat.read(bare / path.name, as_version=4)
+    if not path.name.startswith("00"):
+        (parameters,) = notebooks.tagged(notebook, "parameters")
+        notebook.cells = notebook.cells[: notebook.cells.index(parameters) + 2]
+        nbformat.write(notebook, bare / path.name)
+    environment = os.environ | run.BATCH | {"COURSE_SOURCE": str(ROOT), "JUPYTER_PATH": str(colab)}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-m", "papermill", path.name, "out.ipynb", "-k", "colab", "-p", "eval_tokens", "1024",
+               "-p", "model", models.OFFLINE, "--no-progress-bar"]  # fmt: skip
+    done = subprocess.run(command, cwd=bare, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (bare / "quantization-course" / "helpers" / "models.py").is_file(), "the bootstrap cell did not fetch the course"
+    if path.name.startswith("00"):
+        assert (bare / "build" / "records" / "fp32.json").is_file(), "records belong into the reader's folder"
+
+
+@pytest.fixture(scope="session")
+def colab(tmp_path_factory):
+    """A Jupyter data folder with a kernel whose environment has every package but not the course's helpers."""
+    import json
+    import venv
+
+    home = tmp_path_factory.mktemp("colab")
+    venv.create(home / "venv", with_pip=False, symlinks=os.name != "nt")
+    scripts = "Scripts" if os.name == "nt" else "bin"
+    python = home / "venv" / scripts / ("python.exe" if os.name == "nt" else "python")
+    site = subprocess.run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True)
+    # A path line adds the packages but does not run their .pth files, one of which makes the checkout importable.
+    with open(os.path.join(site.stdout.strip(), "packages.pth"), "w") as file:
+        file.write(sysconfig.get_path("purelib") + "\n")
+    done = subprocess.run([str(python), "-c", "import torch, ipykernel, helpers"], cwd=home, capture_output=True, text=True)
+    assert "No module named 'helpers'" in done.stderr, "the kernel for this test must not know the course"
+    spec = home / "kernels" / "colab"
+    spec.mkdir(parents=True)
+    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "colab", "language": "python"}))
+    return home

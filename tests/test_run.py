@@ -1,0 +1,86 @@
+"""Executing notebooks: what papermill calls a success is looked at again, and one failure does not stop the rest."""
+
+import nbformat
+import pytest
+
+from helpers import records, report, run
+
+
+def notebook(tmp_path, *sources, name="99_test.ipynb"):
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    made = nbformat.v4.new_notebook(cells=cells)
+    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path = tmp_path / name
+    nbformat.write(made, path)
+    return path
+
+
+def verdict(tmp_path, *sources, **options):
+    return run.execute(notebook(tmp_path, *sources), tmp_path / "out" / "99_test.ipynb", **options)
+
+
+def test_a_good_notebook_is_ok_and_its_memory_is_measured(tmp_path):
+    result = verdict(tmp_path, "block = bytearray(200_000_000); import time; time.sleep(0.3)", "print('done')")
+    assert result.ok and result.notebook == "99_test"
+    assert 200e6 < result.peak_ram_bytes < 900e6 and result.seconds > 0.3
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("raise ValueError('bits must be 2 to 8')", "cell 1: ValueError: bits must be 2 to 8"),
+        ("import sys; sys.exit(0)", "stopped early: 1 code cells did not run"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "the kernel died"),
+    ],
+)
+def test_causes_are_named(tmp_path, source, expected):
+    result = verdict(tmp_path, source, "print('never')")
+    assert not result.ok and result.verdict.startswith(expected), result.verdict
+
+
+def test_a_cell_that_never_ends(tmp_path):
+    result = verdict(tmp_path, "while True: pass", timeout=3)
+    assert result.verdict == "a cell took longer than 3 s"
+
+
+def test_the_environment_is_as_before(tmp_path, monkeypatch):
+    import os
+
+    before = dict(os.environ)
+    verdict(tmp_path, "import os; assert os.environ['TQDM_DISABLE'] == '1'")
+    assert dict(os.environ) == before
+
+
+def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    from helpers import notebooks
+
+    paths = [notebook(tmp_path, source, name=name) for name, source in (("01_bad.ipynb", "1/0"), ("02_good.ipynb", "1"))]
+    monkeypatch.setattr(notebooks, "paths", lambda: paths)
+    results = run.run(output_dir=str(tmp_path / "build"))
+    assert [result.ok for result in results] == [False, True]
+    printed = capsys.readouterr().out
+    assert "ZeroDivisionError" in printed and "1 of 2 ok" in printed and printed.rstrip().endswith("report.html")
+
+
+def test_no_such_notebook():
+    with pytest.raises(ValueError, match="no notebook begins with 77"):
+        run.run(only=["77"])
+
+
+def test_streams_are_merged():
+    piece = lambda text: nbformat.v4.new_output("stream", name="stdout", text=text)  # noqa: E731
+    picture = nbformat.v4.new_output("display_data", data={"text/plain": "x"})
+    merged = run.merged([piece("a"), piece("b"), picture, piece("c")])
+    assert [output.get("text") for output in merged] == ["ab", None, "c"]
+
+
+def test_report_is_one_page_that_escapes_what_it_shows(tmp_path):
+    from test_records import FOUND, NUMBERS
+
+    for method, kl in (("fp32", 0.0), ("nf4", 0.3)):
+        records.write(tmp_path, method=method, notebook="04", found=FOUND, **{**NUMBERS, "kl_divergence": kl, "decode_tokens_per_s": None})
+    path = report.write(tmp_path, [run.Result("04", 1.0, 10**9, "cell 1: <script>alert(1)</script>")])
+    page = path.read_text(encoding="utf-8")
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert "nf4" in page and "–" in page and 'alt="KL divergence' in page
+    assert "http" not in page, "the page must be readable without a network"
