@@ -37,14 +37,20 @@ class Scores:
 class Reference:
     """What the untouched model predicts on the windows.
 
-    log_probs   float16 [positions, vocabulary], mapped from disk (rounding adds under 1e-5 to a KL divergence)
+    file        float16 log-probabilities [positions, vocabulary] (rounding adds under 1e-5 to a KL divergence)
     top1        int64 [positions]
     perplexity  of the untouched model itself
     """
 
-    log_probs: numpy.ndarray
+    file: Path
     top1: numpy.ndarray
+    vocabulary: int
     perplexity: float
+
+    def log_probs(self, where):
+        """float16 [positions, vocabulary] of a slice of positions, read when asked for: the whole would not fit small machines."""
+        count, offset = (where.stop - where.start) * self.vocabulary, 2 * where.start * self.vocabulary
+        return numpy.fromfile(self.file, numpy.float16, count, offset=offset).reshape(-1, self.vocabulary)
 
 
 def text(split, source="pydoc"):
@@ -101,7 +107,7 @@ def score(model, windows, reference=None, batch_size=4):
         nll += (norm - scores.gather(1, targets)).sum().item()
         if reference is None:
             continue
-        expected = torch.from_numpy(reference.log_probs[where]).to(logits.device).float()
+        expected = torch.from_numpy(reference.log_probs(where)).to(logits.device).float()
         probability = expected.exp()
         # The generalized KL divergence, with its mass terms: the stored log-probabilities are rounded, and without them the
         # rounding would enter at first order. In place, because these are passes over the whole vocabulary.
@@ -126,31 +132,26 @@ def reference(found, windows, batch_size=4):
             _prune(folder.parent, keep=3)
             _write_reference(found, windows, batch_size, scratch)
     folder.touch()
-    return Reference(
-        log_probs=numpy.load(folder / "log_probs.npy", mmap_mode="c"),  # copy-on-write: torch wants writable memory
-        top1=numpy.load(folder / "top1.npy"),
-        perplexity=json.loads((folder / "scores.json").read_text())["perplexity"],
-    )
+    facts = json.loads((folder / "facts.json").read_text())
+    return Reference(folder / "log_probs.f16", numpy.load(folder / "top1.npy"), facts["vocabulary"], facts["perplexity"])
 
 
 def _write_reference(found, windows, batch_size, folder):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype).to(found.device)
-    count = windows.shape[0] * (windows.shape[1] - 1)
-    shape = (count, model.get_output_embeddings().weight.shape[0])
-    models._require_disk(folder, 2 * shape[0] * shape[1], "the baseline's predictions")
-    log_probs = numpy.lib.format.open_memmap(folder / "log_probs.npy", mode="w+", dtype=numpy.float16, shape=shape)
-    top1 = numpy.empty(count, dtype=numpy.int64)
-    nll = 0.0
-    for targets, where, logits in _positions(model, windows, batch_size):
-        scores = logits.float().log_softmax(-1)
-        nll -= scores.gather(1, targets).sum().item()
-        log_probs[where] = scores.half().cpu().numpy()
-        top1[where] = scores.argmax(-1).cpu().numpy()
-    log_probs.flush()
+    count, vocabulary = windows.shape[0] * (windows.shape[1] - 1), model.get_output_embeddings().weight.shape[0]
+    models.require_disk(folder, 2 * count * vocabulary, "the baseline's predictions")
+    top1, nll = numpy.empty(count, dtype=numpy.int64), 0.0
+    with open(folder / "log_probs.f16", "wb") as file:
+        for targets, where, logits in _positions(model, windows, batch_size):
+            scores = logits.float().log_softmax(-1)
+            nll -= scores.gather(1, targets).sum().item()
+            scores.half().cpu().numpy().tofile(file)
+            top1[where] = scores.argmax(-1).cpu().numpy()
     numpy.save(folder / "top1.npy", top1)
-    (folder / "scores.json").write_text(json.dumps({"perplexity": math.exp(nll / count), "model": found.name, "origin": found.origin}))
+    facts = {"perplexity": math.exp(nll / count), "vocabulary": vocabulary, "model": found.name, "origin": found.origin}
+    (folder / "facts.json").write_text(json.dumps(facts))
 
 
 @torch.inference_mode()

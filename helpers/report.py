@@ -46,12 +46,12 @@ def write(build, results):
     """Write `report.html` into the build folder from its records and these `run.Result`s; returns its path."""
     found = sorted(records.read(build).values(), key=lambda record: -(record["weight_bytes"] or 0))
     rows = [[record["method"], *(_cell(record[name], form, scale) for name, (_, form, scale) in COLUMNS.items())] for record in found]
-    picture, alt = _picture(found)
+    png, alt = picture(found)
     evaluated = [record for record in found if record["eval_tokens"]]
     protocols = sorted({f"{r['eval_tokens']:,} tokens of {r['eval_text']} in windows of {r['eval_context']}" for r in evaluated})
     page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
         date=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"), device=", ".join(sorted({r["device"] for r in found})) or "no records",
-        protocol="; ".join(protocols) or "none", heads=[head for head, _, _ in COLUMNS.values()], rows=rows, picture=picture, alt=alt,
+        protocol="; ".join(protocols) or "none", heads=[head for head, _, _ in COLUMNS.values()], rows=rows, picture=png and base64.b64encode(png).decode(), alt=alt,
         results=results, versions=records.versions(),
     )  # fmt: skip
     path = build / "report.html"
@@ -63,7 +63,8 @@ def _cell(value, form, scale):
     return "–" if value is None else form.format(value * scale)
 
 
-def _picture(found):
+def picture(found):
+    """(PNG bytes, alternative text) of quality against size for a list of records; (None, "") for fewer than two."""
     points = [record for record in found if record["kl_divergence"] is not None and record["weight_bytes"]]
     if len(points) < 2:
         return None, ""
@@ -81,6 +82,6 @@ def _picture(found):
     ax.set(xlabel="weights, MB", ylabel="KL from the untouched model", yscale="log")
     best = min(points, key=lambda record: record["weight_bytes"])
     alt = f"KL divergence from the untouched model against weight size for {len(points)} methods; the smallest is {best['method']} with {best['weight_bytes'] / 1e6:.0f} MB."
-    picture = base64.b64encode(figures.to_png(fig)).decode()
+    png = figures.to_png(fig)
     plt.close(fig)
-    return picture, alt
+    return png, alt

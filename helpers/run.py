@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 
-from helpers import cores, memory, notebooks, records
+from helpers import cores, memory, notebooks, records, report
 
 BATCH = {
     "COURSE_BATCH": "1",  # widgets show text instead
@@ -109,10 +109,11 @@ def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=F
         if cache:
             shutil.rmtree(cache, ignore_errors=True)
     if in_place:
-        notebooks.refresh_all()
+        png, alt = report.picture(list(records.read(build).values()))
+        if png:
+            notebooks.PICTURE.write_bytes(png)
+        notebooks.refresh_all(alt)
     print(f"\n{table(results)}\n")
-    from helpers import report
-
     print(report.write(build, results))
     return results
 
