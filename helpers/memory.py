@@ -1,6 +1,5 @@
 """Memory: what a block of code used, what a model weighs, and what it will need before it is loaded."""
 
-import os
 import sys
 import threading
 import time
@@ -269,10 +268,8 @@ def _cuda():
 def free_ram():
     """Bytes this process may still take: what the system has available, or less where a container caps it."""
     available = psutil.virtual_memory().available
-    for limit, usage in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),):
-        if os.path.exists(limit):
-            with open(limit) as cap, open(usage) as now:
-                text = cap.read().strip()
-                if text.isdigit():
-                    available = min(available, int(text) - int(now.read()))
-    return available
+    try:
+        with open("/sys/fs/cgroup/memory.max") as cap, open("/sys/fs/cgroup/memory.current") as now:
+            return min(available, int(cap.read()) - int(now.read()))
+    except (OSError, ValueError):  # not in a container, or without a cap ("max")
+        return available

