@@ -1,11 +1,15 @@
 """`make bench`: speed figures, on an idle machine. Nothing here is asserted by the tests; the targets are printed beside the values."""
 
+import copy
 import subprocess
 import sys
 import time
+import warnings
 
 import helpers  # noqa: F401  first: thread counts
 import torch
+from torch.ao.quantization import quantize_dynamic
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -42,9 +46,17 @@ def main():
     print(f"evaluation, {windows.numel():,} tokens, fp32: bare forward loop {alone:.1f} s, scored {scored:.1f} s: "
           f"{alone / scored:.0%} of its speed (target: at least 90 %)")  # fmt: skip
 
-    for dtype in (torch.float32, torch.bfloat16):
-        rate = speed.decode(model.to(dtype))
-        print(f"{str(dtype):15} prefill {rate.prefill_tokens_per_s:7.1f} tok/s, decode {rate.decode_tokens_per_s:5.1f} tok/s")
+    int8, int8_torchao = copy.deepcopy(model), copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        int8 = quantize_dynamic(int8, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+    quantize_(int8_torchao, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda module, name: "layers" in name and name.endswith("proj"))
+    variants = {"fp32": model, "int8, torch dynamic": int8, "int8, torchao dynamic": int8_torchao}
+    rates = {name: speed.decode(variant) for name, variant in variants.items()}
+    rates["bf16"] = speed.decode(model.bfloat16())
+    for name, rate in rates.items():
+        print(f"{name:22} prefill {rate.prefill_tokens_per_s:7.1f} tok/s, decode {rate.decode_tokens_per_s:5.1f} tok/s, "
+              f"{rate.decode_tokens_per_s / rates['fp32'].decode_tokens_per_s:.2f} x fp32")  # fmt: skip
 
 
 if __name__ == "__main__":
