@@ -42,6 +42,7 @@ def test_nothing_is_installed_when_everything_is_there(monkeypatch):
 
 def test_missing_packages_are_installed_pinned_and_torch_is_held(monkeypatch):
     calls = []
+    monkeypatch.delitem(sys.modules, "peft", raising=False)  # as in a runtime that has not used it yet
     monkeypatch.setattr(setup, "_version", lambda name, real=setup._version: None if name == "peft" else real(name))
     monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: calls.append(command) or subprocess.CompletedProcess(command, 0, "", ""))
     setup.require("peft")
