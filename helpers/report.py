@@ -74,11 +74,15 @@ def picture(found):
     import matplotlib.pyplot as plt
 
     figures.style()
-    fig, ax = plt.subplots()
+    points.sort(key=lambda record: record["kl_divergence"])
+    fig, ax = plt.subplots(figsize=(8, max(3.2, 0.3 * len(points))))
     for number, record in enumerate(points):
-        x, y = record["weight_bytes"] / 1e6, max(record["kl_divergence"], 1e-5)
-        ax.scatter(x, y, color=figures.PALETTE[number % len(figures.PALETTE)], zorder=3)
-        ax.annotate(record["method"], (x, y), xytext=(5, 5), textcoords="offset points")
+        color, (x, y) = figures.PALETTE[number % len(figures.PALETTE)], (record["weight_bytes"] / 1e6, max(record["kl_divergence"], 1e-5))
+        ax.scatter(x, y, color=color, zorder=3)
+        # Names stand in a column beside the plot, in the order of KL: beside their points they would cover each other.
+        place = (1.06, (number + 0.5) / len(points))
+        line = {"arrowstyle": "-", "color": color, "alpha": 0.5, "linewidth": 0.8, "relpos": (0, 0.5)}
+        ax.annotate(f"{record['method']}, {x:.0f} MB", (x, y), place, textcoords=ax.transAxes, va="center", color=color, arrowprops=line)
     ax.set(xlabel="weights, MB", ylabel="KL from the untouched model", yscale="log")
     best = min(points, key=lambda record: record["weight_bytes"])
     alt = f"KL divergence from the untouched model against weight size for {len(points)} methods; the smallest is {best['method']} with {best['weight_bytes'] / 1e6:.0f} MB."
