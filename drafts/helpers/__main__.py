@@ -1,0 +1,112 @@
+"""Command line of the course: `python -m helpers doctor | explain | chat | run | links`."""
+
+import argparse
+import sys
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m helpers", description="Tools of the quantization course")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    doctor = commands.add_parser("doctor", help="can this machine run the course?")
+    doctor.add_argument("--json", action="store_true", help="for bug reports")
+
+    explain = commands.add_parser("explain", help="what does this traceback mean? (exit code 0: known, 1: unknown, 2: nothing to read)")
+    explain.add_argument("file", nargs="?", metavar="FILE", help="a text with the traceback; without it, or with -, standard input")
+
+    chat = commands.add_parser("chat", help="talk to a model in the terminal")
+    chat.add_argument("--model", default="auto", help='"auto", a hub id, or a folder')
+    chat.add_argument("--once", metavar="TEXT", help="one question, one answer, then exit")
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--max-new-tokens", type=int, default=128)
+
+    run = commands.add_parser("run", help="execute the notebooks with papermill")
+    run.add_argument("--only", nargs="+", metavar="NN", help="beginnings of notebook names, e.g. 00 04")
+    run.add_argument("--model", default="auto")
+    run.add_argument("--output", default="build", help="build folder")
+    run.add_argument("--timeout", type=int, default=1800, help="seconds one cell may take")
+    run.add_argument("-p", "--parameter", action="append", metavar="NAME=VALUE", help="parameter for every notebook")
+    run.add_argument("--in-place", action="store_true", help="store outputs and cost cards in notebooks/ (for authors)")
+
+    commands.add_parser("links", help="regenerate badges, cost cards, bootstrap cells and navigation")
+
+    arguments = parser.parse_args(argv)
+    try:
+        return COMMANDS[arguments.command](arguments) or 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (RuntimeError, ValueError, OSError) as error:  # what our own modules raise carries its remedy: no traceback needed
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _doctor(arguments):
+    from helpers import doctor
+
+    return doctor.main(arguments.json)
+
+
+def _explain(arguments):
+    from helpers import explain
+
+    return explain.main(arguments.file)
+
+
+def _run(arguments):
+    from helpers import run
+
+    return run.main(arguments)
+
+
+def _links(arguments):
+    from helpers import notebooks
+
+    notebooks.refresh_all()
+
+
+def _chat(arguments):
+    from helpers import chat, models
+
+    if arguments.max_new_tokens < 1:
+        raise ValueError("--max-new-tokens must be at least 1")
+    if arguments.once is not None and not arguments.once.strip():
+        raise ValueError("--once needs a question")
+    found = models.find(arguments.model)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(found.path)
+    model = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype).to(found.device)
+    session = chat.ChatSession(model, tokenizer, system=arguments.system, max_new_tokens=arguments.max_new_tokens)
+    if arguments.once is not None:
+        _say(session, arguments.once)
+        return
+    print(f"{found.name} on the {found.device.upper()}. Empty line or Ctrl-D to leave, Ctrl-C to stop an answer.")
+    while True:
+        try:
+            text = input("you> ").strip()
+        except EOFError:
+            text = ""
+        if not text:
+            return
+        try:
+            _say(session, text)
+        except KeyboardInterrupt:
+            session.stop()
+            print(" [stopped]")
+        except chat.ChatError as error:
+            print(error)
+
+
+def _say(session, text):
+    for piece in session.stream(text):
+        print(piece, end="", flush=True)
+    print()
+
+
+COMMANDS = {"doctor": _doctor, "explain": _explain, "chat": _chat, "run": _run, "links": _links}
+
+if __name__ == "__main__":
+    sys.exit(main())
