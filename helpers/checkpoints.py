@@ -24,16 +24,26 @@ def writing(output_dir, method):
 
     target = folder(output_dir, method)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(target.parent / f".{method}.lock"):
-        for leftover in target.parent.glob(f".{method}.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)  # we hold the lock: whoever made it is dead
-        scratch = Path(tempfile.mkdtemp(prefix=f".{method}.tmp-", dir=target.parent))
-        try:
-            yield scratch
-            scratch.chmod(0o755)
-            if target.exists():
-                target.rename(scratch.with_name(scratch.name + "-old"))
-            scratch.rename(target)
-        finally:
-            for leftover in target.parent.glob(f".{method}.tmp-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+    with filelock.FileLock(target.parent / f".{method}.lock"), replacing(target) as scratch:
+        yield scratch
+
+
+@contextmanager
+def replacing(target):
+    """As `writing`, for any folder and without its lock: the caller holds one, or two writers would clear each other's scratch."""
+    leftovers = f".{target.name}.tmp-"
+    _remove(target.parent, leftovers)  # whoever made them is dead
+    scratch = Path(tempfile.mkdtemp(prefix=leftovers, dir=target.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if target.exists():
+            target.rename(scratch.with_name(scratch.name + "-old"))
+        scratch.rename(target)
+    finally:
+        _remove(target.parent, leftovers)
+
+
+def _remove(parent, prefix):
+    for path in parent.glob(f"{prefix}*"):
+        shutil.rmtree(path, ignore_errors=True)

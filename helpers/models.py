@@ -10,11 +10,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from helpers import checkpoints
 
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.3"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -111,17 +112,11 @@ def building(target):
         if target.is_dir():
             yield None
             return
-        for leftover in target.parent.glob(f".{target.name}.*"):
-            shutil.rmtree(leftover, ignore_errors=True)  # we hold the lock: whoever made it is dead
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            yield scratch
-            scratch.chmod(0o755)
-            scratch.rename(target)
+            with checkpoints.replacing(target) as scratch:
+                yield scratch
         except OSError as error:
             raise ModelError(f"{target} could not be written: {error.strerror or error}. {_disk_advice(target.parent)}") from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_folder(folder):

@@ -115,7 +115,13 @@ def check_hybrid_int4(record, ratio):
 def check_qlora(record, ratio):
     """Fine-tuned on answers about quantization: it may forget, but must still be a language model."""
     assert record["kl_divergence"] < 0.8 and ratio < 2.5
-    assert record["weight_bytes"] <= 0.66 * BF16_BYTES, "4-bit weights, an adapter, and embeddings in at most 32 bits"
+    assert record["weight_bytes"] <= 0.5 * BF16_BYTES
+
+
+def check_qlora_ddp(record, ratio):
+    """As notebook 07's, but its embeddings are in float32, which double the largest part that is not in 4 bits."""
+    assert record["kl_divergence"] < 0.8 and ratio < 2.5
+    assert record["weight_bytes"] <= 0.66 * BF16_BYTES
 
 
 CHECKS = {
@@ -130,7 +136,7 @@ CHECKS = {
     "hybrid-int4": check_hybrid_int4,
     "nf4": check_nf4,
     "qlora": check_qlora,
-    "qlora-ddp": check_qlora,
+    "qlora-ddp": check_qlora_ddp,
 }
 
 # Checkpoints, and the function of the notebook's cell tagged `reload` that brings each back.
