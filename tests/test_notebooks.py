@@ -112,6 +112,23 @@ def check_hybrid_int4(record, ratio):
     assert record["weight_bytes"] < 0.5 * BF16_BYTES
 
 
+def check_rounding(record, ratio):
+    """Round-to-nearest: the floor, measured on weights that were restored, so without a size or a speed of its own."""
+    assert 0.3 < record["kl_divergence"] < 0.6
+    assert record["weight_bytes"] is None and record["decode_tokens_per_s"] is None
+
+
+def check_four_bits(bound):
+    """4-bit weights in groups of 64, embeddings in 16 bits, and at most `bound` of KL divergence."""
+
+    def check(record, ratio):
+        assert record["kl_divergence"] <= bound and 1.0 < ratio < 1.35 and record["top1_agreement"] > 0.75
+        assert record["weight_bytes"] <= 0.45 * BF16_BYTES
+        assert record["decode_tokens_per_s"] > 0 and record["quantize_seconds"] > 0
+
+    return check
+
+
 def check_qlora(record, ratio):
     """Fine-tuned on answers about quantization: it may forget, but must still be a language model."""
     assert record["kl_divergence"] < 0.8 and ratio < 2.5
@@ -135,11 +152,17 @@ CHECKS = {
     "hybrid": check_hybrid,
     "hybrid-int4": check_hybrid_int4,
     "nf4": check_nf4,
+    "rtn-int4": check_rounding,
+    "gptq": check_four_bits(0.24),
+    "autogptq": check_four_bits(0.24),
+    "awq": check_four_bits(0.20),
+    "autoawq": check_four_bits(0.20),
     "qlora": check_qlora,
     "qlora-ddp": check_qlora_ddp,
 }
 
-# Checkpoints, and the function of the notebook's cell tagged `reload` that brings each back.
+# Checkpoints, and the function of the notebook's cell tagged `reload` that brings each back. Where a notebook has none, plain
+# transformers must do.
 RELOADS = {
     "int8-dynamic": "reload",
     "int8-dynamic-rescued": "reload",
@@ -147,6 +170,10 @@ RELOADS = {
     "int8-static": "reload",
     "qat-int4": "load_quantized",
     "hybrid": "reload",
+    "gptq": "reload",
+    "autogptq": "reload",
+    "awq": "AutoModelForCausalLM.from_pretrained",
+    "autoawq": "AutoModelForCausalLM.from_pretrained",
 }
 
 FRESH = """
@@ -154,7 +181,7 @@ import sys
 from pathlib import Path
 {reload}
 from helpers import evaluation
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = Path(sys.argv[1])
 windows = evaluation.windows(AutoTokenizer.from_pretrained(folder))
 print(evaluation.score({function}(folder), windows).perplexity)
@@ -173,6 +200,35 @@ def test_checkpoint_in_a_fresh_process(method, build):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | run.BATCH)
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout.split()[-1]) == pytest.approx(record["perplexity"], rel=1e-3)
+
+
+def test_successors_and_archived_packages_agree_and_beat_rounding(build):
+    written = records.read(build)
+    kl = {method: written[method]["kl_divergence"] for method in ("rtn-int4", "gptq", "autogptq", "awq", "autoawq")}
+    assert kl["autogptq"] == pytest.approx(kl["gptq"], rel=0.15)
+    assert max(value for method, value in kl.items() if method != "rtn-int4") < kl["rtn-int4"]
+
+
+SAYS = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+net, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+conversation = [{"role": "user", "content": "How are you today?"}]
+inputs = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+ids = net.generate(**inputs, max_new_tokens=32, do_sample=False)
+print("SAYS", tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+
+
+@pytest.mark.parametrize("method", ["autoawq", "awq"])
+def test_a_new_process_says_what_the_notebook_printed(method, build):
+    executed = nbformat.read(build / "notebooks" / "06_awq.ipynb", as_version=4)
+    printed = "\n".join(output.text for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "stream")
+    command = [sys.executable, "-c", SAYS, str(checkpoints.folder(build, method))]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | run.BATCH)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = done.stdout.partition("SAYS ")[2].strip()
+    assert len(answer) > 40 and answer in printed
 
 
 def test_other_parameters_give_another_record(build, tmp_path):
