@@ -1,5 +1,7 @@
 """Every notebook, executed whole by papermill on the default model, with solutions; its records must be there and sane."""
 
+import concurrent.futures
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ import papermill
 import pytest
 
 from conftest import ROOT
-from helpers import checkpoints, models, notebooks, records, run
+from helpers import checkpoints, cores, memory, models, notebooks, records, run
 
 pytestmark = pytest.mark.notebook
 
@@ -23,15 +25,32 @@ def build(tmp_path_factory):
     return tmp_path_factory.mktemp("build")
 
 
-def execute(path, build, cwd, **parameters):
-    """Execute with the offline model; the executed notebook, and {method: record} of what it wrote."""
-    output = build / "notebooks" / path.name
-    result = run.execute(path, output, {"model": models.OFFLINE, "output_dir": str(build), **parameters}, cwd=cwd)
+def execute(path, build, cwd, threads=None, **parameters):
+    """Execute with the offline model, on so many threads; the `run.Result`."""
+    env = {"OMP_NUM_THREADS": str(threads)} if threads else None
+    return run.execute(path, build / "notebooks" / path.name, {"model": models.OFFLINE, "output_dir": str(build), **parameters}, cwd=cwd, env=env)
+
+
+@pytest.fixture(scope="session")
+def executions(request, build, tmp_path_factory, found):
+    """{notebook: future of its `run.Result`}: two at a time on one core each, as far as cores and memory reach. That is faster than one after
+    the other on two cores, and shows that they do not disturb each other. What they measure of speed is nobody's record."""
+    chosen = [item.callspec.params["path"] for item in request.session.items if getattr(item, "originalname", None) == "test_notebook"]
+    baseline(found)  # once, not in two notebooks at the same time
+    workers = max(1, min(2, cores(), int(memory.free_ram() / 6e9)))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        threads = cores() // workers
+        yield {path: pool.submit(execute, path, build, tmp_path_factory.mktemp("cwd"), threads, solutions=True) for path in chosen}
+
+
+def outcome(path, build, result):
+    """The executed notebook, and {method: record} of what it wrote."""
     assert result.ok, result.verdict
-    executed = nbformat.read(output, as_version=4)
+    executed = nbformat.read(build / "notebooks" / path.name, as_version=4)
     assert run.unexecuted(executed) == []
     written = {method: record for method, record in records.read(build).items() if record["notebook"] == path.stem}
-    return result, executed, written
+    return executed, written
 
 
 def baseline(found):
@@ -44,8 +63,9 @@ def baseline(found):
 
 
 @pytest.mark.parametrize("path", notebooks.paths(), ids=lambda path: path.stem)
-def test_notebook(path, build, tmp_path, found):
-    result, executed, written = execute(path, build, cwd=tmp_path, solutions=True)
+def test_notebook(path, build, executions, found):
+    result = executions[path].result()
+    executed, written = outcome(path, build, result)
     assert written, "no record"
     text = "\n".join(output.text for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "stream")
     assert text.count("✓") == len(notebooks.tagged(executed, "solution")), "a solution does not pass its check"
@@ -245,7 +265,7 @@ def test_other_parameters_give_another_record(build, tmp_path):
 def test_qat_at_three_bits(tmp_path):
     """Fewer bits through the parameters; the recovery is printed, not asserted, away from four bits."""
     path = ROOT / "notebooks" / "02_qat_fake_quant.ipynb"
-    _, executed, _ = execute(path, tmp_path, cwd=tmp_path, bits=3, steps=2, guide_steps=1, eval_tokens=1024)
+    executed, _ = outcome(path, tmp_path, execute(path, tmp_path, cwd=tmp_path, bits=3, steps=2, guide_steps=1, eval_tokens=1024))
     text = "\n".join(output.text for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "stream")
     assert "3 bits: distillation recovers" in text
     assert records.read(tmp_path)["qat-int3"]["bits_per_weight"] < 7.2
