@@ -32,16 +32,31 @@ def execute(path, build, cwd, threads=None, **parameters):
 
 
 @pytest.fixture(scope="session")
-def executions(request, build, tmp_path_factory, found):
-    """{notebook: future of its `run.Result`}: two at a time on one core each, as far as cores and memory reach. That is faster than one after
-    the other on two cores, and shows that they do not disturb each other. What they measure of speed is nobody's record."""
-    chosen = [item.callspec.params["path"] for item in request.session.items if getattr(item, "originalname", None) == "test_notebook"]
-    baseline(found)  # once, not in two notebooks at the same time
+def together(request):
+    """together(test, work) gives {parameter: future of work(parameter)} for every selected case of a test: two at a time on one core each, as
+    far as cores and memory reach. That is faster than one after the other on two cores, and shows that they do not disturb each other.
+    What is measured of speed meanwhile is nobody's record."""
     workers = max(1, min(2, cores(), int(memory.free_ram() / 6e9)))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        threads = cores() // workers
-        yield {path: pool.submit(execute, path, build, tmp_path_factory.mktemp("cwd"), threads, solutions=True) for path in chosen}
+
+        def submit(test, work, *arguments):
+            items = [item for item in request.session.items if getattr(item, "originalname", None) == test]
+            cases = [next(iter(item.callspec.params.values())) for item in items]
+            return {case: pool.submit(work, case, *arguments, cores() // workers) for case in cases}
+
+        yield submit
+
+
+@pytest.fixture(scope="session")
+def executions(together, build, tmp_path_factory, found):
+    """{notebook: future of its `run.Result`}, with solutions."""
+    baseline(found)  # once, not in two notebooks at the same time
+    return together("test_notebook", solved, build, tmp_path_factory.mktemp("cwd"))
+
+
+def solved(path, build, cwd, threads):
+    return execute(path, build, cwd, threads, solutions=True)
 
 
 def outcome(path, build, result):
@@ -151,8 +166,8 @@ def check_four_bits(bound):
 
 def check_qlora(record, ratio):
     """Fine-tuned on answers about quantization: it may forget, but must still be a language model."""
-    assert record["kl_divergence"] < 0.8 and ratio < 2.5
-    assert record["weight_bytes"] <= 0.5 * BF16_BYTES
+    assert 0.2 < record["kl_divergence"] < 0.7 and 1.1 < ratio < 2 and record["top1_agreement"] > 0.6
+    assert record["weight_bytes"] <= 0.5 * BF16_BYTES and record["bits_per_weight"] < 8.1
 
 
 def check_qlora_ddp(record, ratio):
@@ -194,6 +209,7 @@ RELOADS = {
     "autogptq": "reload",
     "awq": "AutoModelForCausalLM.from_pretrained",
     "autoawq": "AutoModelForCausalLM.from_pretrained",
+    "qlora": "reload",
 }
 
 FRESH = """
@@ -208,18 +224,30 @@ print(evaluation.score({function}(folder), windows).perplexity)
 """
 
 
-@pytest.mark.parametrize("method", RELOADS)
-def test_checkpoint_in_a_fresh_process(method, build):
-    """What a notebook saved gives the recorded perplexity in a process that knows only the notebook's reload cell."""
+def perplexity_elsewhere(method, build, threads):
+    """Perplexity of a checkpoint in a process that knows only its notebook's reload cell."""
     record = records.read(build).get(method)
     assert record, f"no record of {method}: run this test together with test_notebook"
     notebook = nbformat.read(ROOT / "notebooks" / f"{record['notebook']}.ipynb", as_version=4)
     reload = "\n".join(cell.source for cell in notebooks.tagged(notebook, "reload"))
     program = FRESH.format(reload=reload, function=RELOADS[method])
     command = [sys.executable, "-c", program, str(checkpoints.folder(build, method))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | run.BATCH)
+    env = os.environ | run.BATCH | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout.split()[-1]) == pytest.approx(record["perplexity"], rel=1e-3)
+    return float(done.stdout.split()[-1])
+
+
+@pytest.fixture(scope="session")
+def elsewhere(together, executions, build):
+    concurrent.futures.wait(executions.values())
+    return together("test_checkpoint_in_a_fresh_process", perplexity_elsewhere, build)
+
+
+@pytest.mark.parametrize("method", RELOADS)
+def test_checkpoint_in_a_fresh_process(method, build, elsewhere):
+    """What a notebook saved gives the recorded perplexity there."""
+    assert elsewhere[method].result() == pytest.approx(records.read(build)[method]["perplexity"], rel=1e-3)
 
 
 def test_successors_and_archived_packages_agree_and_beat_rounding(build):
@@ -280,27 +308,37 @@ def test_a_wrong_parameter_stops_before_the_work(tmp_path):
     assert not (tmp_path / "records").exists()
 
 
-@pytest.mark.parametrize("path", notebooks.paths(), ids=lambda path: path.stem)
-def test_bare_directory_as_on_colab(path, tmp_path, colab):
-    """One notebook alone in an empty folder, in an environment with the packages but without the course: its bootstrap cell
-    fetches the course and everything imports. 00 is executed whole, the others up to their imports."""
-    bare = tmp_path / "content"
-    bare.mkdir()
-    shutil.copy(path, bare)
-    notebook = nbformat.read(bare / path.name, as_version=4)
+def bare(path, folder, kernel, threads):
+    """Run a notebook alone in an empty folder; (that folder, the finished process)."""
+    content = folder / path.stem
+    content.mkdir()
+    shutil.copy(path, content)
+    notebook = nbformat.read(content / path.name, as_version=4)
     if not path.name.startswith("00"):
         (parameters,) = notebooks.tagged(notebook, "parameters")
         notebook.cells = notebook.cells[: notebook.cells.index(parameters) + 2]
-        nbformat.write(notebook, bare / path.name)
-    environment = os.environ | run.BATCH | {"COURSE_SOURCE": str(ROOT), "JUPYTER_PATH": str(colab)}
+        nbformat.write(notebook, content / path.name)
+    environment = os.environ | run.BATCH | {"COURSE_SOURCE": str(ROOT), "JUPYTER_PATH": str(kernel), "OMP_NUM_THREADS": str(threads)}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-m", "papermill", path.name, "out.ipynb", "-k", "colab", "-p", "eval_tokens", "1024",
                "-p", "model", models.OFFLINE, "--no-progress-bar"]  # fmt: skip
-    done = subprocess.run(command, cwd=bare, env=environment, capture_output=True, text=True)
+    return content, subprocess.run(command, cwd=content, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def bares(together, colab, tmp_path_factory):
+    return together("test_bare_directory_as_on_colab", bare, tmp_path_factory.mktemp("content"), colab)
+
+
+@pytest.mark.parametrize("path", notebooks.paths(), ids=lambda path: path.stem)
+def test_bare_directory_as_on_colab(path, bares):
+    """One notebook alone in an empty folder, in an environment with the packages but without the course: its bootstrap cell
+    fetches the course and everything imports. 00 is executed whole, the others up to their imports."""
+    content, done = bares[path].result()
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (bare / "quantization-course" / "helpers" / "models.py").is_file(), "the bootstrap cell did not fetch the course"
+    assert (content / "quantization-course" / "helpers" / "models.py").is_file(), "the bootstrap cell did not fetch the course"
     if path.name.startswith("00"):
-        assert (bare / "build" / "records" / "fp32.json").is_file(), "records belong into the reader's folder"
+        assert (content / "build" / "records" / "fp32.json").is_file(), "records belong into the reader's folder"
 
 
 @pytest.fixture(scope="session")
