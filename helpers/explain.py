@@ -34,9 +34,9 @@ SECRETS = [
     r"(?:gh[pousr]_|github_pat_|glpat-|pypi-|\bsk-|\bAKIA)[A-Za-z0-9_-]{12,}",
     r"\beyJ[\w-]{8,}(?:\.[\w-]+){1,2}",
     r"(?<=//)[^\s/@:]+:[^\s/@]+(?=@)",
-    r"(?<=bearer )\s*[^\s'\"]{8,}",
-    r"(?:token|key|secret)['\"]?\s*[=:]\s*['\"]?(?=[^\s'\"]*\d)[\w+/.~-]{16,}",
-    r"passw(?:or)?d['\"]?\s*[=:]\s*['\"]?[^\s'\"]{4,}",
+    r"(?<=bearer )[ \t]*[^\s'\"]{8,}",
+    r"(?:token|key|secret)['\"]?[ \t]*[=:][ \t]*['\"]?(?=[^\s'\"]*\d)[\w+/.~-]{16,}",
+    r"passw(?:or)?d['\"]?[ \t]*[=:][ \t]*['\"]?[^\s'\"]{4,}",
 ]
 _SECRET = re.compile("|".join(SECRETS), re.I)
 
@@ -93,9 +93,10 @@ def clean(text):
     if isinstance(text, bytes):
         text = _decode(text)
     text = _CONTROL.sub("", _ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
+    text = redact(text[-LONGEST - 1000 :])  # with a margin: half a token at the cut would not be known as one
     if len(text) > LONGEST:
         text = text[-LONGEST:].partition("\n")[2] or text[-LONGEST:]
-    return redact(textwrap.dedent(text.expandtabs(4)))
+    return textwrap.dedent(text.expandtabs(4))
 
 
 def read(text):

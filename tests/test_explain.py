@@ -316,6 +316,13 @@ def test_secrets_are_not_printed(name):
             assert part not in printed, printed
 
 
+def test_a_token_at_the_place_where_a_long_text_is_cut(monkeypatch):
+    monkeypatch.setattr(explain, "LONGEST", 2000)
+    for inside in range(len(TOKEN)):
+        text = "x " * 1000 + TOKEN + " " + "y" * (explain.LONGEST - inside)
+        assert not any(TOKEN[n : n + 6] in explain.read(text).text for n in range(len(TOKEN) - 6))
+
+
 def test_the_librarys_own_leak_is_redacted(seen):
     text = seen["token-with-newline"]
     assert reproductions.TOKEN in text, "the library no longer prints the token: good, say so in the catalogue"
