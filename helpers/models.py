@@ -260,7 +260,8 @@ def _hub(name):
     size = sum(size for file, size in files.items() if file.endswith(".safetensors") and not file.startswith("consolidated"))
     require_disk(Path.home(), size, name)
     try:
-        folder = snapshot_download(name, revision=info.sha, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES)
+        # The branch by its name and not by `info.sha`: only then does the hub's cache find it again without the hub.
+        folder = snapshot_download(name, revision=revision, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES)
     except GatedRepoError as error:
         raise ModelError(_gated(name)) from error
     except Exception as error:
@@ -477,11 +478,11 @@ def _bad_token():
     )
 
 
-def hub(timeout=HUB_TIMEOUT):
-    """The hub's API with a time limit on every answer: its own client waits for ever. Raises ImportError without huggingface_hub."""
+def hub(timeout=None):
+    """The hub's API with a time limit on every answer (seconds; HUB_TIMEOUT): its own client waits for ever."""
     from huggingface_hub import HfApi, get_session
 
-    get_session().timeout = timeout
+    get_session().timeout = timeout or HUB_TIMEOUT
     return HfApi()
 
 

@@ -6,6 +6,7 @@ its value: what this process holds in an environment variable named as a secret,
 
 import os
 import re
+from pathlib import Path
 
 SECRET = "[secret]"
 FORMS = re.compile(
@@ -24,10 +25,10 @@ def known():
     """The secrets of this process by value, the longest first."""
     values = {value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST}
     try:
-        from huggingface_hub import get_token
+        from huggingface_hub import constants
 
-        values.add(get_token() or "")
-    except Exception:  # not installed, or a token file that cannot be read: then there is none to hide
+        values.add(Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8").strip())
+    except (ImportError, OSError, ValueError):  # not installed, not logged in, or not a token
         pass
     return sorted((value for value in values if len(value) >= SHORTEST), key=len, reverse=True)
 

@@ -300,6 +300,9 @@ def test_a_download_that_breaks_off_is_taken_up_and_a_flipped_bit_downloads_agai
         assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
         hub.asked.clear()
         assert models.find("owner/name").path == str(folder) and hub.asked == [], "a complete download asks the hub again"
+        hub.mode = "garbage"
+        assert models.in_hub_cache("owner/name") == folder
+        hub.mode = "open"
         if not (folder / "model.safetensors").is_symlink():
             pytest.skip("without links, the hub's cache does not keep a file's SHA-256")
         flip((folder / "model.safetensors").resolve(), -9)
@@ -335,7 +338,7 @@ def test_a_hub_that_hangs_after_its_first_answer_does_not_hang_the_course(files,
         started = time.monotonic()
         with pytest.raises(models.HubUnreachable):
             models.find("owner/name")
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 8
 
 
 @pytest.mark.parametrize(
@@ -376,7 +379,8 @@ found = models.Found("here", "tiny", "local folder", "cpu")
 records.write({build!r}, method={method!r}, notebook={notebook!r}, found=found, **dict.fromkeys(records.NUMBERS, 1))
 """
 FAULTS = {
-    "01_raises": ("raise ValueError('bits must be 2 to 8')", "cell 1: ValueError: bits must be 2 to 8"),
+    # papermill counts its own cell with the parameters, so the cell's number depends on whether there are any
+    "01_raises": ("raise ValueError('bits must be 2 to 8')", ": ValueError: bits must be 2 to 8"),
     "02_never_ends": ("while True: pass", "a cell took longer than 4 s"),
     "03_exits": ("import sys; sys.exit(0)", "stopped early: 1 code cells did not run"),
     "04_killed": ("import os, signal; os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))", "the kernel died, most likely for lack of memory"),
@@ -392,6 +396,8 @@ def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsy
         for name, (source, _) in FAULTS.items()
     ]
     (tmp_path / "06_damaged.ipynb").write_text('{"cells": [')
+    (build / "notebooks").mkdir(parents=True)
+    (build / "notebooks" / "06_damaged.ipynb").write_text("an earlier run's")
     monkeypatch.setattr(notebooks, "paths", lambda: [*broken, tmp_path / "06_damaged.ipynb"])
     arguments = argparse.Namespace(only=None, output=str(build), timeout=4, parameter=None, in_place=False, model="auto")
     started = time.monotonic()
@@ -402,6 +408,7 @@ def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsy
     for name, (_, verdict) in FAULTS.items():
         assert f"{name} ...\n" in printed and verdict in printed and verdict in report, name
     assert "1 of 6 ok" in printed and "06_damaged" in report
+    assert not (build / "notebooks" / "06_damaged.ipynb").exists(), "an earlier run's notebook passes for this one's"
     assert list(records.read(build)) == ["good"], "a notebook that did not end left a record"
 
     for path in broken:  # what was wrong is put right

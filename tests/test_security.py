@@ -202,7 +202,7 @@ def test_a_planted_token_is_nowhere_in_the_build(tmp_path, monkeypatch, capfd):
     assert PLANTED not in printed.out + printed.err and ODD not in printed.out + printed.err
     leaked = nbformat.read(build / "notebooks" / "01_leaks.ipynb", 4)
     nbformat.validate(leaked)
-    assert "token: [secret] [secret]" in str(leaked) and leaked.cells[-1].outputs == [] and "login with [secret]" in str(leaked)
+    assert "token: [secret] [secret]" in str(leaked) and "login with [secret]" in str(leaked) and "'inside': '[secret]'" in str(leaked)
     assert records.read(build)["nf4"]["model"] == "model of [secret]"
     assert "no access with [secret]" in results[1].verdict
 
