@@ -1,4 +1,4 @@
-"""Command line of the course: `python -m helpers doctor | chat | run | links`."""
+"""Command line of the course: `python -m helpers doctor | explain | chat | run | links`."""
 
 import argparse
 import json
@@ -13,6 +13,9 @@ def main(argv=None):
     doctor.add_argument("--json", action="store_true", help="for bug reports and CI; exit codes: 0 runs, 1 cannot, 2 wrong call, 3 small model only")
     doctor.add_argument("--model", default="auto", help='"auto", a hub id, or a folder')
     doctor.add_argument("--only", nargs="+", metavar="NN", help="beginnings of notebook names, e.g. 00 04")
+
+    explain = commands.add_parser("explain", help="what does this traceback mean? (exit code 0: known, 1: unknown, 2: nothing to read)")
+    explain.add_argument("file", nargs="?", metavar="FILE", help="a text with the traceback; without it, or with -, standard input")
 
     chat = commands.add_parser("chat", help="talk to a model in the terminal")
     chat.add_argument("--model", default="auto", help='"auto", a hub id, or a folder')
@@ -53,6 +56,12 @@ def _doctor(arguments):
         print(json.dumps(answer, indent=2) if arguments.json else f"[bad ] packages  missing: {error.name}\n       -> {command}")
         return 1
     return doctor.main(arguments.json, arguments.model, arguments.only)
+
+
+def _explain(arguments):
+    from helpers import explain
+
+    return explain.main(arguments.file)
 
 
 def _run(arguments):
@@ -108,7 +117,7 @@ def _say(session, text):
     print()
 
 
-COMMANDS = {"doctor": _doctor, "chat": _chat, "run": _run, "links": _links}
+COMMANDS = {"doctor": _doctor, "explain": _explain, "chat": _chat, "run": _run, "links": _links}
 
 if __name__ == "__main__":
     sys.exit(main())
