@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -37,7 +36,7 @@ def sources():
 LOADS_CODE = {
     "torch.load without weights_only": r"torch\.load\((?!(?:[^()]|\([^()]*\))*weights_only=True)",
     "a pickle": r"(?<![\w.])(?:import|from)\s+(?:pickle|cloudpickle|dill|joblib|shelve|marshal)\b|\b(?:read_pickle|allow_pickle=True)\b",
-    "remote code": r"trust_remote_code\s*=\s*(?!False)",
+    "remote code": r"trust_remote_code\s*=(?!\s*False)",
     "safetensors off": r"use_safetensors\s*=\s*False",
 }
 RUNS_TEXT = {
@@ -46,10 +45,26 @@ RUNS_TEXT = {
 }
 
 
+# What looks like it and is not: (file, the line), why.
+EXHIBITS = {
+    ("reproductions.py", "torch.load(file)"): "shows that torch refuses a pickle unless it is told otherwise",
+    ("reproductions.py", "exec(\"tokenizer('hi')\", {})  # a fresh kernel"): "a fixed text, in an empty namespace: a cell that was not run",
+    ("reproductions.py", "exec(\"tokenizer('hi')\", {\"tokenizer\": tiny_tokenizer()})"): "the same, repaired",
+    ("catalogue.py", "trust_remote_code=True, revision="): "the text of a remedy, which asks to read the code first",
+    ("explain.py", "exec(compile(shell.transform_cell(cell), "): "runs the reader's own cell under %%explain, as the cell itself would",
+}
+
+
 @pytest.mark.parametrize("what", [*LOADS_CODE, *RUNS_TEXT])
 def test_no_source_of_the_course_uses(what):
     pattern = re.compile((LOADS_CODE | RUNS_TEXT)[what], re.M)
-    assert [f"{name}: {match[0]!r}" for name, code in sources() for match in pattern.finditer(code)] == []
+    found = []
+    for name, code in sources():
+        for match in pattern.finditer(code):
+            line = code[code.rfind("\n", 0, match.start()) + 1 :].partition("\n")[0]
+            if not any(name == file and text in line for file, text in EXHIBITS):
+                found.append(f"{name}: {line.strip()}")
+    assert found == []
 
 
 @pytest.mark.parametrize(
@@ -67,7 +82,7 @@ def test_no_source_of_the_course_uses(what):
 )
 def test_the_search_finds_what_it_looks_for(what, code):
     assert re.search((LOADS_CODE | RUNS_TEXT)[what], code, re.M)
-    assert not re.search((LOADS_CODE | RUNS_TEXT)[what], "x = torch.load(path(p), weights_only=True); model.eval(); a != b", re.M)
+    assert not re.search((LOADS_CODE | RUNS_TEXT)[what], "x = torch.load(path(p), weights_only=True); model.eval(); a != b; f(trust_remote_code = False)", re.M)
 
 
 # Every way the course loads something: a model, a 4-bit checkpoint, an adapter, a training run that goes on. Python announces each
