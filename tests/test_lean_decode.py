@@ -1,5 +1,6 @@
 """The lean decoder of notebooks/gpu: on a CPU, without its graph, it has to give the tokens that transformers' generate gives."""
 
+import shutil
 import sys
 
 import pytest
@@ -52,6 +53,25 @@ def test_no_room(small, new_tokens):
 def test_length_that_kernels_do_not_take(small):
     with pytest.raises(ValueError, match="multiple of 8"):
         lean_decode.LeanDecoder(small, length=41)
+
+
+@pytest.mark.notebook
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_pieces_compute_what_they_say():
+    """What the GPU captures is the compiled version; the tests above run the plain one."""
+    generator = torch.Generator().manual_seed(0)
+    qkv, cos, sin = (torch.randn(*shape, generator=generator) for shape in ((2, 1, 12 * 16), (1, 16), (1, 16)))
+    at, mask = torch.tensor([5]), torch.zeros(1, 1, 4, 24).masked_fill(torch.arange(24) > 5, float("-inf"))
+    results = []
+    for stance in ("default", "force_eager"):
+        caches = [torch.randn(2, 2, 24, 16, generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
+        with torch.compiler.set_stance(stance), torch.inference_mode():
+            out = lean_decode.attend(qkv, cos, sin, *caches, at, mask, 8)
+            residual, normed = lean_decode.add_norm(out, out * 2, torch.rand(8 * 16, generator=torch.Generator().manual_seed(3)), 1e-5)
+            results.append([out, *caches, residual, normed, lean_decode.gate(normed)])
+    for compiled, plain in zip(*results):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(results[0][1], torch.randn(2, 2, 24, 16, generator=torch.Generator().manual_seed(1))), "the cache is written"
 
 
 @pytest.mark.notebook

@@ -67,6 +67,24 @@ def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     assert "ZeroDivisionError" in printed and "1 of 2 ok" in printed and printed.rstrip().endswith("report.html")
 
 
+def test_cap_reaches_the_kernel(tmp_path, monkeypatch, capsys):
+    from helpers import notebooks
+
+    source = "from helpers import memory; import os; assert memory.parse_size(os.environ[memory.CAP]) == 24 * 10**9"
+    path = notebook(tmp_path, source, name="01_capped.ipynb")
+    monkeypatch.setattr(notebooks, "paths", lambda: [path])
+    capped = run.run(output_dir=str(tmp_path / "build"), cap="24GB")
+    plain = run.run(output_dir=str(tmp_path / "build"))
+    assert capped[0].ok and "KeyError" in plain[0].verdict, (capped, plain)
+    capsys.readouterr()
+
+
+def test_a_cap_that_is_no_size_stops_before_any_notebook(monkeypatch):
+    monkeypatch.setattr(run, "execute", lambda *_, **__: pytest.fail("a notebook ran"))
+    with pytest.raises(ValueError, match='such as "24GB"; got \'24\''):
+        run.run(only=["00"], cap="24")
+
+
 def test_no_such_notebook():
     with pytest.raises(ValueError, match="no notebook begins with 77"):
         run.run(only=["77"])

@@ -24,7 +24,7 @@ def add_norm(x, update, norm_weight, eps):
 
 @torch.compile(dynamic=False)
 def attend(qkv, cos, sin, keys, values, positions, mask, heads):
-    """Rotate queries and keys by their positions, write keys and values into the cache, and attend to all of it: [batch, tokens, hidden]."""
+    """Rotate queries and keys by their positions, write keys and values into the cache, attend to it: [batch, tokens, hidden]."""
     batch, tokens, _ = qkv.shape
     kv, dim = keys.shape[1], keys.shape[3]
     q, k, v = qkv.view(batch, tokens, heads + 2 * kv, dim).transpose(1, 2).split([heads, kv, kv], 1)
@@ -35,13 +35,14 @@ def attend(qkv, cos, sin, keys, values, positions, mask, heads):
 
     keys.index_copy_(2, positions, rotated(k))
     values.index_copy_(2, positions, v)
-    q = rotated(q).reshape(batch, kv, heads // kv * tokens, dim)  # queries that share a key head in one block: no repeated keys
-    if tokens > 1:
+    # Queries that share a key head stand in one block, so that no key has to be repeated.
+    q = rotated(q).reshape(batch, kv, heads // kv * tokens, dim)
+    if batch * tokens > 4:
         a = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-    else:  # one query a head is two sums, which the compiler fuses with all of the above; attention kernels are made for many
+    else:  # for a few queries, attention is two sums that the compiler writes itself; its kernels are made for many
         scores = (q[:, :, :, None].float() * keys[:, :, None]).sum(-1) * dim**-0.5 + mask
         a = (scores.softmax(-1)[..., None] * values[:, :, None]).sum(-2).to(qkv.dtype)
-    return a.view(batch, heads, tokens, dim).transpose(1, 2).reshape(batch, tokens, heads * dim)
+    return a.reshape(batch, heads, tokens, dim).transpose(1, 2).reshape(batch, tokens, heads * dim)
 
 
 @torch.compile(dynamic=False)
@@ -65,7 +66,8 @@ def fuse(model):
     """Make one matrix of q, k, v and one of gate and up, before quantizing: fewer and larger products, the same numbers."""
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        for owner, name, parts in ((attention, "qkv_proj", ("q_proj", "k_proj", "v_proj")), (mlp, "gate_up_proj", ("gate_proj", "up_proj"))):
+        joints = (attention, "qkv_proj", ("q_proj", "k_proj", "v_proj")), (mlp, "gate_up_proj", ("gate_proj", "up_proj"))
+        for owner, name, parts in joints:
             weight = torch.cat([getattr(owner, part).weight.data for part in parts])
             joint = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             joint.weight = nn.Parameter(weight, requires_grad=False)
