@@ -44,6 +44,14 @@ def test_fused_matrices_change_nothing(small):
     assert torch.equal(lean_decode.LeanDecoder(fused, length=40).generate(prompt, 20), expected(small, prompt, 20))
 
 
+def test_other_models_are_refused():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    small = dict(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    with pytest.raises(ValueError, match="no sliding window"):
+        lean_decode.LeanDecoder(MistralForCausalLM(MistralConfig(**small, sliding_window=16)), length=40)
+
+
 @pytest.mark.parametrize("new_tokens", [0, 38])
 def test_no_room(small, new_tokens):
     with pytest.raises(ValueError, match="new_tokens must be 1 to 37"):

@@ -5,7 +5,7 @@ import signal
 import nbformat
 import pytest
 
-from helpers import records, report, run
+from helpers import memory, records, report, run
 
 
 def notebook(tmp_path, *sources, name="99_test.ipynb"):
@@ -70,7 +70,7 @@ def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
 def test_cap_reaches_the_kernel(tmp_path, monkeypatch, capsys):
     from helpers import notebooks
 
-    source = "from helpers import memory; import os; assert memory.parse_size(os.environ[memory.CAP]) == 24 * 10**9"
+    source = f"import os; assert os.environ['{memory.CAP}'] == '24GB'"
     path = notebook(tmp_path, source, name="01_capped.ipynb")
     monkeypatch.setattr(notebooks, "paths", lambda: [path])
     capped = run.run(output_dir=str(tmp_path / "build"), cap="24GB")

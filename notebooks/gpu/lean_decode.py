@@ -83,6 +83,9 @@ class LeanDecoder:
     @torch.inference_mode()
     def __init__(self, model, batch=1, length=640):
         config, weight = model.config, model.get_input_embeddings().weight
+        plain = config.model_type == "llama" or config.model_type == "mistral" and not config.sliding_window
+        if not plain or getattr(config, "attention_bias", False):
+            raise ValueError(f"this forward pass is that of Llama and Mistral (no sliding window, no biases), not of {config.model_type}")
         if length % 8:
             raise ValueError(f"length must be a multiple of 8, which the attention kernels want, not {length}")
         self.model, self.length, self.heads, self.graph = model, length, config.num_attention_heads, None
