@@ -29,6 +29,7 @@ def main(argv=None):
     run.add_argument("--output", default="build", help="build folder")
     run.add_argument("--timeout", type=int, default=1800, help="seconds one cell may take")
     run.add_argument("-p", "--parameter", action="append", metavar="NAME=VALUE", help="parameter for every notebook")
+    run.add_argument("--cap", metavar="SIZE", help='GPU memory that notebooks may take, e.g. 24GB: tries a smaller card')
     run.add_argument("--in-place", action="store_true", help="store outputs and cost cards in notebooks/ (for authors)")
 
     commands.add_parser("links", help="regenerate badges, cost cards, bootstrap cells and navigation")
