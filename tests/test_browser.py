@@ -5,14 +5,24 @@ reader's machine and fail in CI.
 """
 
 import http.server
+import json
 import os
 import re
+import secrets
 import shutil
+import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.request
 
+import nbformat
+import playwright.sync_api
 import pytest
 
-from helpers import notebooks
+from conftest import ROOT
+from helpers import models, notebooks, progress
 
 WIDTHS = {"desktop": (1280, 800), "phone": (390, 844)}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -43,20 +53,16 @@ CONTRAST = """() => {
 }"""
 
 
-def browser_path():
-    return os.environ.get("COURSE_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
-
-
 @pytest.fixture(scope="module")
 def browser():
-    path = browser_path()
-    if not path:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium: install your system's package, or set COURSE_BROWSER")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
+    path = os.environ.get("COURSE_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    where = {"executable_path": path} if path else {"channel": "chrome"}  # as installed on macOS and Windows
+    with playwright.sync_api.sync_playwright() as driver:
         sandbox = not (hasattr(os, "geteuid") and os.geteuid() == 0)  # Chromium refuses a sandbox to root
-        browser = playwright.chromium.launch(executable_path=path, chromium_sandbox=sandbox, args=FLAGS)
+        try:
+            browser = driver.chromium.launch(**where, chromium_sandbox=sandbox, args=FLAGS)
+        except playwright.sync_api.Error as error:
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Chromium: install your system's package, or set COURSE_BROWSER ({error.message[:200]})")
         yield browser
         browser.close()
 
@@ -195,3 +201,183 @@ def test_on_a_phone_the_menu_starts_closed(tab, served):
     tab.get_by_text("Notebooks", exact=True).click()
     assert links.first.is_visible()
     readable(tab)
+
+
+def notebook_of(*sources):
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}})
+
+
+def cut(name, last, **parameters):
+    """A notebook of the course without outputs, up to the code cell that contains `last`, with other parameters."""
+    (path,) = [path for path in notebooks.paths() if path.name.startswith(name)]
+    notebook = nbformat.read(path, as_version=4)
+    (cell,) = notebooks.tagged(notebook, "parameters")
+    cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
+    (end,) = [number for number, cell in enumerate(notebook.cells) if cell.cell_type == "code" and last in cell.source]
+    notebook.cells = [cell for cell in notebook.cells[: end + 1] if cell.cell_type == "code"]
+    for cell in notebook.cells:
+        cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+ATTACK = """
+from helpers import chat
+
+class Session:
+    "Answers as a model might that has read the wrong pages."
+    turns = []
+    def stop(self): ...
+    def stream(self, text):
+        answer = "Look: <script>window.stolen = 1</script><img src=x onerror='window.stolen = 1'> done"
+        yield from (answer[at:at + 7] for at in range(0, len(answer), 7))
+        self.turns = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
+box = chat.ChatBox(Session())
+box.ask("<b onmouseover='window.stolen = 1'>hi</b>")
+box
+"""
+
+
+in_lab = pytest.mark.notebook  # `make unit` leaves these out
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """(address with token, folder) of a JupyterLab of this test's own, on its own port, with its own settings, in an empty folder."""
+    home = tmp_path_factory.mktemp("lab")
+    folder, settings = home / "work", home / "settings"
+    folder.mkdir()
+    for plugin, values in {
+        "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+        "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
+    }.items():
+        file = settings / f"{plugin}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    env = {name: value for name, value in os.environ.items() if name != "COURSE_BATCH"} | {
+        "JUPYTER_TOKEN": token, "JUPYTER_CONFIG_DIR": str(home), "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "IPYTHONDIR": str(home / "ipython"),
+        "JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+               f"--ServerApp.root_dir={folder}", "--LabApp.extension_manager=readonly"]  # fmt: skip
+    with (home / "log").open("wb") as log:
+        server = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log)
+    try:
+        for _ in range(120):
+            assert server.poll() is None, (home / "log").read_text()[-2000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.25)
+        yield f"http://127.0.0.1:{port}/lab/workspaces/{{}}/tree/{{}}?token={token}", folder
+    finally:
+        server.terminate()  # ends its kernels too
+        try:
+            server.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def run_all(tab, lab, notebook, name, seconds):
+    """Put a notebook into JupyterLab's folder, open it, Run > Run All Cells by mouse, and wait until its last cell has run without an error."""
+    address, folder = lab
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    tab.goto(address.format(name, f"{name}.ipynb"))
+    tab.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
+    tab.locator(".jp-NotebookPanel-toolbar [data-status=idle]").wait_for(timeout=60_000)  # the kernel is up
+    prompts = "[...document.querySelectorAll('.jp-CodeCell')].map((e) => e.querySelector('.jp-InputPrompt').innerText)"
+    for _ in range(4):  # JupyterLab may show its menu before it knows which notebook is in front
+        tab.get_by_role("menuitem", name="Run", exact=True).click()
+        tab.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        try:
+            tab.wait_for_function(f"/\\[[*\\d]+\\]/.test({prompts}[0])", timeout=5000)
+            break
+        except playwright.sync_api.TimeoutError:
+            continue
+    error = "document.querySelectorAll(\"[data-mime-type='application/vnd.jupyter.error']\").length"
+    try:
+        tab.wait_for_function(f"{error} || /\\[\\d+\\]/.test({prompts}.at(-1))", timeout=1000 * seconds)
+    except playwright.sync_api.TimeoutError:
+        dialogs = tab.locator(".jp-Dialog").all_inner_texts()
+        pytest.fail(f"{name} has not run after {seconds} s: {tab.evaluate(prompts)}, dialogs {dialogs}, console {tab.wrong}")
+    assert tab.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts() == []
+
+
+@in_lab
+def test_chat_box_shows_a_script_and_does_not_run_it(tab, lab):
+    run_all(tab, lab, notebook_of(ATTACK), "attack", 60)
+    log = tab.locator(".jupyter-widgets [role=log]")
+    log.wait_for()
+    assert "<script>window.stolen = 1</script><img src=x" in log.inner_text() and "<b onmouseover" in log.inner_text()
+    assert log.locator("script, img, b[onmouseover]").count() == 0
+    tab.get_by_label("You:").fill("again")
+    tab.get_by_label("You:").press("Enter")
+    tab.wait_for_function("document.querySelector('.jupyter-widgets [role=log]').innerText.includes('again')")
+    tab.wait_for_timeout(300)
+    assert tab.evaluate("window.stolen") is None
+
+
+@in_lab
+def test_quiz_by_keyboard_explains_and_is_kept(tab, lab):
+    run_all(tab, lab, notebook_of("from helpers import quiz\nquiz.Quiz('04_nf4_bitsandbytes')"), "quiz", 60)
+    questions = json.loads((ROOT / "notebooks" / "data" / "quiz.json").read_text(encoding="utf-8"))["04_nf4_bitsandbytes"]
+    right = [[choice["right"] for choice in question["choices"]].index(True) for question in questions]
+    tab.get_by_role("button", name="1 A").focus()
+    for number, wanted in enumerate([right[0], right[1], (right[2] + 1) % 3], 1):
+        for letter in "ABC":
+            assert tab.evaluate("document.activeElement.innerText") == f"{number} {letter}"
+            if letter == "ABC"[wanted]:
+                tab.keyboard.press("Enter")
+            tab.keyboard.press("Tab")
+    said = tab.locator(".jupyter-widgets [role=status]")
+    said.nth(2).wait_for()
+    texts = said.all_inner_texts()
+    assert [" is right." in text for text in texts] == [True, True, False]
+    assert questions[0]["choices"][right[0]]["why"] in texts[0]
+    assert json.loads((lab[1] / progress.FILE).read_text()) == {"04_nf4_bitsandbytes": {"quiz": [0, 1]}}
+
+
+@in_lab
+def test_notebook_00_and_a_chat_with_the_model(tab, lab):
+    """Run all, by mouse; then ask in the chat box and watch the answer grow."""
+    small = {"model": models.OFFLINE, "output_dir": str(lab[1] / "build"), "eval_tokens": 1024, "max_new_tokens": 16}
+    run_all(tab, lab, cut("00", "records.write(", **small), "start", 70)
+    tab.evaluate(
+        """() => { window.seen = []; new MutationObserver(() => {
+        const text = document.querySelector(".jupyter-widgets [role=log]")?.innerText ?? "";
+        if (text !== window.seen.at(-1)) window.seen.push(text);
+        }).observe(document.querySelector(".jp-Notebook"), { subtree: true, childList: true, characterData: true }); }"""
+    )
+    tab.get_by_label("You:").fill("What is the capital of France?")
+    tab.get_by_role("button", name="Send").press("Enter")
+    tab.wait_for_function("document.querySelector('.jupyter-widgets [role=log]').innerText.includes('Paris')", timeout=30_000)
+    tab.wait_for_function("[...document.querySelectorAll('button')].some((e) => e.innerText === 'Send' && !e.disabled)", timeout=30_000)
+    answers = [text.split("capital of France?")[1] for text in tab.evaluate("window.seen") if "capital of France?" in text]
+    growing = [len(answer) for answer in answers if answer.strip()]
+    assert len(set(growing)) >= 4 and growing == sorted(growing), "the answer came in one piece"
+    assert tab.get_by_text(re.compile(r"RAM \d+\.\d\d of")).first.is_visible()
+
+
+@in_lab
+def test_the_explorers_slider_changes_the_picture(tab, lab):
+    small = {"model": models.OFFLINE, "output_dir": str(lab[1] / "build"), "eval_tokens": 1024, "probe_tokens": 512, "calibration_tokens": 512}
+    run_all(tab, lab, cut("01", "explorer = Explorer()", **small), "explorer", 120)
+    picture = tab.locator(".jupyter-widgets img").first
+    picture.scroll_into_view_if_needed()
+    handle = tab.get_by_role("slider").first
+    before, shown = picture.get_attribute("src"), picture.screenshot()
+    handle.focus()
+    for _ in range(4):
+        handle.press("ArrowLeft")
+    tab.wait_for_function("(before) => document.querySelector('.jupyter-widgets img').src !== before", arg=before, timeout=10_000)
+    assert handle.get_attribute("aria-valuetext") is not None
+    tab.wait_for_timeout(500)
+    assert picture.screenshot() != shown
+    print(handle.evaluate("e => e.outerHTML"), picture.evaluate("e => e.outerHTML.slice(0, 200)"), tab.wrong)
