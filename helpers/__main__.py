@@ -1,4 +1,4 @@
-"""Command line of the course: `python -m helpers doctor | explain | chat | run | links`."""
+"""Command line of the course: `python -m helpers doctor | explain | chat | run | book | links`."""
 
 import argparse
 import json
@@ -31,6 +31,9 @@ def main(argv=None):
     run.add_argument("-p", "--parameter", action="append", metavar="NAME=VALUE", help="parameter for every notebook")
     run.add_argument("--cap", metavar="SIZE", help='GPU memory that notebooks may take, e.g. 24GB: tries a smaller card')
     run.add_argument("--in-place", action="store_true", help="store outputs and cost cards in notebooks/ (for authors)")
+
+    book = commands.add_parser("book", help="build a static site of the executed notebooks")
+    book.add_argument("--output", default="build", help="build folder")
 
     commands.add_parser("links", help="regenerate badges, cost cards, bootstrap cells and navigation")
 
@@ -69,6 +72,12 @@ def _run(arguments):
     from helpers import run
 
     return run.main(arguments)
+
+
+def _book(arguments):
+    from helpers import book
+
+    print(book.build(arguments.output))
 
 
 def _links(arguments):
@@ -118,7 +127,7 @@ def _say(session, text):
     print()
 
 
-COMMANDS = {"doctor": _doctor, "explain": _explain, "chat": _chat, "run": _run, "links": _links}
+COMMANDS = {"doctor": _doctor, "explain": _explain, "chat": _chat, "run": _run, "book": _book, "links": _links}
 
 if __name__ == "__main__":
     sys.exit(main())

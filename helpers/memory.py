@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from helpers import batch
+from helpers import batch, widgets
 
 
 @dataclass
@@ -260,7 +260,7 @@ class Monitor:
         return ", ".join(f"{name} {used / 1e9:.2f} of {total / 1e9:.1f} GB" for name, (used, total) in self.read().items())
 
     def _repr_mimebundle_(self, **_):
-        return {"text/plain": repr(self)} if batch() else {**self.widget._repr_mimebundle_(), "text/plain": repr(self)}
+        return {"text/plain": repr(self)} if batch() else {**widgets.view(self.widget), "text/plain": repr(self)}
 
 
 def _cuda():
