@@ -1,4 +1,4 @@
-"""Command line of the course: `python -m helpers doctor | chat | run | links`."""
+"""Command line of the course: `python -m helpers doctor | chat | run | reference | links`."""
 
 import argparse
 import sys
@@ -25,6 +25,9 @@ def main(argv=None):
     run.add_argument("-p", "--parameter", action="append", metavar="NAME=VALUE", help="parameter for every notebook")
     run.add_argument("--in-place", action="store_true", help="store outputs and cost cards in notebooks/ (for authors)")
 
+    reference = commands.add_parser("reference", help="store this build's records and the claims' verdicts in notebooks/data (for authors)")
+    reference.add_argument("--output", default="build", help="build folder")
+
     commands.add_parser("links", help="regenerate badges, cost cards, bootstrap cells and navigation")
 
     arguments = parser.parse_args(argv)
@@ -48,6 +51,12 @@ def _run(arguments):
     from helpers import run
 
     return run.main(arguments)
+
+
+def _reference(arguments):
+    from helpers import reference
+
+    return reference.main(arguments)
 
 
 def _links(arguments):
@@ -97,7 +106,7 @@ def _say(session, text):
     print()
 
 
-COMMANDS = {"doctor": _doctor, "chat": _chat, "run": _run, "links": _links}
+COMMANDS = {"doctor": _doctor, "chat": _chat, "run": _run, "reference": _reference, "links": _links}
 
 if __name__ == "__main__":
     sys.exit(main())
