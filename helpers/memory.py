@@ -1,5 +1,7 @@
 """Memory: what a block of code used, what a model weighs, and what it will need before it is loaded."""
 
+import ctypes
+import gc
 import sys
 import threading
 import time
@@ -263,6 +265,15 @@ def _cuda():
     """torch.cuda if torch is already imported and sees a GPU, else None: asking must not import torch."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
+def release():
+    """Collect garbage and give freed memory back: glibc keeps freed heap pages, torch keeps freed VRAM, and the next model counts twice."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    if cuda := _cuda():
+        cuda.empty_cache()
 
 
 def free_ram():

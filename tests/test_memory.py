@@ -103,3 +103,16 @@ def test_monitor_reads_and_degrades_to_text(monkeypatch):
     monkeypatch.setenv("COURSE_BATCH", "1")
     bundle = monitor._repr_mimebundle_()
     assert set(bundle) == {"text/plain"} and bundle["text/plain"].startswith("RAM ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim belongs to glibc")
+def test_release_gives_freed_pages_back():
+    blocks = [bytearray(b"x" * 100_000) for _ in range(2_000)]  # too small for a mapping of their own
+    cycle = [blocks.pop()]
+    cycle.append(cycle)  # the last block, at the end of the heap, keeps what is below it from being returned
+    full = memory.resident()
+    del blocks
+    memory.release()
+    assert full - memory.resident() > 150e6
+    del cycle
+    memory.release()
