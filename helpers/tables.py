@@ -52,8 +52,8 @@ def table(heads, rows, caption):
     for row in rows:
         cells = []
         for text, key in row:
-            mark = "" if key is None else f' data-v="{html.escape(str(key))}"'
-            cells.append(f'<td{mark}{" style=\'text-align:left\'" if key is None else ""}>{html.escape(str(text))}</td>')
+            mark = ' style="text-align:left"' if key is None else f' data-v="{html.escape(str(key))}"'
+            cells.append(f"<td{mark}>{html.escape(str(text))}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f'<div style="overflow-x:auto" tabindex="0" role="region" aria-label="{html.escape(caption)}"><table><caption>{html.escape(caption)}</caption>'
