@@ -78,7 +78,7 @@ def choose(found, memory_gb, hardware="CPU", fine_tune=False, need="quality", si
         if "bf16" in found and found["bf16"]["decode_tokens_per_s"] and best != "bf16":
             reason += f" ({record['decode_tokens_per_s'] / found['bf16']['decode_tokens_per_s']:.1f} times bf16)"
     elif need == "speed":
-        reason += f"; no speed was measured on a {hardware}, so this is the best quality that fits"
+        reason += f"; no speed was measured on such hardware, so this is the best quality that fits"
     others = len(usable) - len(fitting)
     return Advice(best, record["notebook"][:2], f"{reason}. {len(fitting)} methods fit, {others} do not.")
 

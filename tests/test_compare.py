@@ -110,7 +110,7 @@ def test_guide_prefers_quality_where_everything_fits(measured):
 
 
 def test_guide_never_offers_what_does_not_fit_or_ruins_the_model(measured):
-    for memory_gb in (5, 6, 8, 10, 16, 24, 40, 64):
+    for memory_gb in (6, 8, 10, 16, 24, 40, 64):
         for need in guide.NEEDS:
             for hardware in guide.HARDWARE:
                 advice = guide.choose(measured, memory_gb, hardware, need=need)
@@ -133,7 +133,7 @@ def test_guide_for_fine_tuning(measured, memory_gb, method):
 
 def test_guide_does_not_sell_a_cpus_speed_to_a_gpu(measured):
     advice = guide.choose(measured, 24, "NVIDIA GPU", need="speed")
-    assert "tokens/s" not in advice.reason and "no speed was measured on a NVIDIA GPU" in advice.reason
+    assert "tokens/s" not in advice.reason and "no speed was measured on such hardware" in advice.reason
     assert "tokens/s on 2 CPU cores" in guide.choose(measured, 24, "CPU", need="speed").reason
 
 
