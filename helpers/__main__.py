@@ -1,4 +1,4 @@
-"""Command line of the course: `python -m helpers doctor | chat | run | reference | links`."""
+"""Command line of the course: `python -m helpers doctor | explain | chat | run | reference | links`."""
 
 import argparse
 import sys
@@ -10,6 +10,9 @@ def main(argv=None):
 
     doctor = commands.add_parser("doctor", help="can this machine run the course?")
     doctor.add_argument("--json", action="store_true", help="for bug reports")
+
+    explain = commands.add_parser("explain", help="what does this traceback mean? (exit code 0: known, 1: unknown, 2: nothing to read)")
+    explain.add_argument("file", nargs="?", metavar="FILE", help="a text with the traceback; without it, or with -, standard input")
 
     chat = commands.add_parser("chat", help="talk to a model in the terminal")
     chat.add_argument("--model", default="auto", help='"auto", a hub id, or a folder')
@@ -45,6 +48,12 @@ def _doctor(arguments):
     from helpers import doctor
 
     return doctor.main(arguments.json)
+
+
+def _explain(arguments):
+    from helpers import explain
+
+    return explain.main(arguments.file)
 
 
 def _run(arguments):
@@ -106,7 +115,7 @@ def _say(session, text):
     print()
 
 
-COMMANDS = {"doctor": _doctor, "chat": _chat, "run": _run, "reference": _reference, "links": _links}
+COMMANDS = {"doctor": _doctor, "explain": _explain, "chat": _chat, "run": _run, "reference": _reference, "links": _links}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -79,10 +79,10 @@ def choose(found, memory_gb, hardware="CPU", fine_tune=False, need="quality", si
             reason += f" ({record['decode_tokens_per_s'] / found['bf16']['decode_tokens_per_s']:.1f} times bf16)"
     elif need == "speed":
         reason += f"; no speed was measured on such hardware, so this is the best quality that fits"
-    others = len(usable) - len(fitting)
-    return Advice(best, record["notebook"][:2], f"{reason}. {len(fitting)} methods fit, {others} do not.")
+    return Advice(best, record["notebook"][:2], f"{reason}. {len(fitting)} of {len(usable)} usable methods fit.")
 
 
+@functools.cache
 def bytes_needed(method, size):
     """Bytes for weights, scales, a KV cache of CONTEXT tokens and working space."""
     predicted = memory.predict(_config(size), **FORMATS[method], context=CONTEXT)

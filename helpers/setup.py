@@ -22,8 +22,12 @@ def require(*packages):
     """Make sure that `packages` and the course's base are installed; install the pinned versions of those that are missing.
 
     Never installs or replaces torch or numpy under the running kernel: they are held at the version that is there. Says which
-    already imported packages changed and need a restart of the runtime.
+    already imported packages changed and need a restart of the runtime. In notebooks it first defines `%explain` for errors to come.
     """
+    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
+        from helpers import explain
+
+        explain.register()
     if importlib.util.find_spec("torch") is None:
         raise ImportError("torch is not installed here. In the course's folder, run `make run`, or `pip install -r requirements.txt`.")
     missing = [name for name in dict.fromkeys((*BASE, *packages)) if _version(name) is None or _too_old(name)]

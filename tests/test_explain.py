@@ -1,0 +1,455 @@
+"""Every failure of the catalogue is provoked for real, `explain` names it, and no other; any text can be read, no secret comes out."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import ROOT
+from helpers import catalogue, explain, reproductions
+
+IDS = list(reproductions.FAILURES)
+SILENT_IN_NOTEBOOK = {"loaded-twice", "double-bos", "never-stops", "autoawq-garbage-on-cpu", "learns-nothing"}  # measured there
+TOKEN = "hf_" + "aB3" * 11 + "x"
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """{entry id: what its reader sees}, each provoked when first asked for."""
+
+    class Seen(dict):
+        def __missing__(self, entry_id):
+            if reason := reproductions.why_not(entry_id):
+                pytest.skip(reason)
+            self[entry_id] = reproductions.provoke(entry_id)
+            return self[entry_id]
+
+    return Seen()
+
+
+def known(text):
+    return [answer.entry.id for answer in explain.explain(text)]
+
+
+# --- the catalogue --------------------------------------------------------------------------------------------------------------
+
+
+def test_catalogue_is_complete_and_in_reading_order():
+    assert len(catalogue.ENTRIES) >= 35 and len(IDS) >= 25
+    assert len(catalogue.BY_ID) == len(catalogue.ENTRIES)
+    topics = [catalogue.TOPICS.index(entry.topic) for entry in catalogue.ENTRIES]
+    assert topics == sorted(topics) and set(topics) == set(range(len(catalogue.TOPICS)))
+    reproduced = set(IDS) | SILENT_IN_NOTEBOOK
+    assert {entry.id for entry in catalogue.ENTRIES if not entry.recorded} == reproduced, "reproduced, or recorded with its source"
+    assert set(reproductions.REPAIRS) == set(IDS)
+
+
+@pytest.mark.parametrize("entry", catalogue.ENTRIES, ids=lambda entry: entry.id)
+def test_entry_says_what_a_reader_needs(entry):
+    assert re.fullmatch(r"[a-z0-9-]+", entry.id) and len(entry.title) < 100
+    assert entry.cause.endswith(".") and entry.remedy.endswith(".") and entry.reference.startswith("https://")
+    assert entry.code or entry.id == "cell-not-run"
+    assert entry.patterns or entry.silent
+    for pattern in entry.patterns:
+        assert pattern.type or pattern.text
+        re.compile(pattern.type), re.compile(pattern.text), re.compile(pattern.frames)
+
+
+# --- each failure is provoked, explained and repaired ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry_id", IDS)
+def test_provoked_for_real_and_named_first_and_alone(entry_id, seen):
+    text = seen[entry_id]
+    answers = explain.explain(text)
+    assert answers and answers[0].entry.id == entry_id, (known(text), text[-500:])
+    assert answers[0].sure == explain.CERTAIN and len(answers) == 1, known(text)
+
+
+@pytest.mark.parametrize("entry_id", IDS)
+def test_repair_runs(entry_id):
+    assert reproductions.repair(entry_id)
+
+
+def test_confusion_matrix(seen, capsys):
+    """Rows: what was provoked. Columns: which entries answered."""
+    rows = {}
+    for entry_id in IDS:
+        if not reproductions.why_not(entry_id):
+            rows[entry_id] = known(seen[entry_id])
+    with capsys.disabled():
+        print(f"\nconfusion matrix, {len(rows)} failures x {len(rows)} entries (# named first, o named too, . not named)")
+        for number, (entry_id, answers) in enumerate(rows.items()):
+            marks = ("#" if answers[:1] == [other] else "o" if other in answers else "." for other in rows)
+            print(f"{number:3} {entry_id:32} {''.join(marks)}")
+    assert all(answers == [entry_id] for entry_id, answers in rows.items())
+
+
+def test_a_repacked_4bit_model_learns_nothing():
+    """Silent (torch warns once per process at most): what notebook 10 measures, on two layers."""
+    import torch
+    from bitsandbytes.functional import has_avx512bf16
+
+    def gradients(used):
+        model = reproductions.tiny_4bit(bnb_4bit_compute_dtype=torch.bfloat16)
+        if used:
+            with torch.no_grad():
+                model.eval()(reproductions.IDS)
+        model = reproductions.lora(model).train()
+        model(input_ids=reproductions.IDS, labels=reproductions.IDS).loss.backward()
+        return [p.grad is not None and p.grad.norm().item() > 0 for name, p in model.named_parameters() if "lora_B" in name]
+
+    with reproductions.quiet():
+        assert all(gradients(used=False))
+        if not has_avx512bf16():
+            pytest.skip("this CPU does not repack")
+        assert not any(gradients(used=True)), "repaired upstream: good, say so in the catalogue"
+
+
+def test_a_failure_that_no_longer_happens_is_noticed(monkeypatch):
+    monkeypatch.setitem(reproductions.FAILURES, "meta-tensor", lambda: None)
+    with pytest.raises(reproductions.DidNotHappen, match="meta-tensor"):
+        reproductions.provoke("meta-tensor")
+
+
+@pytest.mark.parametrize(
+    ("text", "entry_id"),
+    [
+        ("ValueError: `.to` is not supported for `4-bit` or `8-bit` bitsandbytes models. Please use the model as it is", "move-8bit"),
+        ("AttributeError: 'NoneType' object has no attribute 'cadam32bit_grad_fp32'", "bitsandbytes-without-gpu"),
+        ("UserWarning: The installed version of bitsandbytes was compiled without GPU support.", "bitsandbytes-without-gpu"),
+        ("ImportError: cannot import name 'PytorchGELUTanh' from 'transformers.activations' (/x/activations.py)", "autoawq-import"),
+        ("NameError: name 'QuantizeConfig' is not defined", "optimum-missing"),
+        ("AttributeError: 'torch.dtype' object has no attribute 'numel'", "save-dynamic-int8"),
+        ("torch.fx.proxy.TraceError: symbolically traced variables cannot be used as inputs to control flow", "fx-trace"),
+        ("NotImplementedError: Could not run 'quantized::linear_dynamic' with arguments from the 'CUDA' backend.", "quantized-op-on-floats"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 28.87 GiB. GPU 0 has a total capacity of 15.83 GiB", "cuda-out-of-memory"),
+        ("RuntimeError: CUDA out of memory. Tried to allocate 12.50 MiB (GPU 0; 10.92 GiB total capacity", "cuda-out-of-memory"),
+        ("safetensors_rust.SafetensorError: Error while deserializing header: HeaderTooLarge", "damaged-safetensors"),
+        ("ValueError: in_features (576) % group_size (128) must be == 0", "group-size"),
+        ("RuntimeError: Didn't find engine for operation quantized::linear_prepack NoQEngine", "no-quantized-engine"),
+        ('RuntimeError: "addmm_impl_cpu_" not implemented for \'Half\'', "not-implemented-for-half"),
+        ("Virtual pool 'model_loader:cpu' requests 2 workers but parent 'cpu' only has 1", "gptqmodel-workers"),
+        ("ValueError: numpy.dtype size changed, may indicate binary incompatibility. Expected 96 from C header, got 88 from PyObject", "numpy-replaced"),
+        ("the 'state' key is missing from 'metadata.widgets'. Add 'state' to each", "widget-state-missing"),
+        ("nbclient.exceptions.DeadKernelError: Kernel died", "process-killed"),
+        ("ValueError: Invalid header value b'Bearer hf_XX\\n'", "token-with-newline"),
+        ("OSError: someone/x is not a local folder and is not a valid model identifier listed on 'https://huggingface.co/models'", "folder-that-is-not-there"),
+        ("TypeError: embedding(): argument 'indices' (position 2) must be Tensor, not BatchEncoding", "batch-encoding-as-ids"),
+        ("RuntimeError: expected m1 and m2 to have the same dtype, but got: c10::BFloat16 != float", "matrices-differ-in-dtype"),
+        ("TypeError: Trainer.__init__() got an unexpected keyword argument 'tokenizer'", "training-argument-renamed"),
+        ("ModuleNotFoundError: No module named 'gptqmodel'", "package-missing"),
+        ("Building cuda extension requires PyTorch(>=1.13.0) been installed, please install PyTorch first!", "auto-gptq-build"),
+        ("UserWarning: bitsandbytes::gemv_4bit: an autograd kernel was not registered to the Autograd key(s)", "learns-nothing"),
+        ("OSError: Load pretrained model to do quantization requires CUDA available.", "auto-gptq-wants-cuda"),
+        ("RuntimeError: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!", "different-devices"),
+        ("huggingface_hub.errors.RepositoryNotFoundError: 401 Client Error.\n\nRepository Not Found for url: https://hub/x/y.\nIf you are trying to "
+         "access a private or gated repo, make sure you are authenticated.\nInvalid username or password.", "no-such-model"),
+        ("requests.exceptions.HTTPError: 401 Client Error\n\nInvalid username or password.", "bad-token"),
+        ("OSError: You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/x/y.", "gated-model"),
+    ],
+)  # fmt: skip
+def test_messages_of_other_versions(text, entry_id):
+    assert known(text)[0] == entry_id
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ZeroDivisionError: division by zero",
+        "FileNotFoundError: [Errno 2] No such file or directory: 'x.txt'",
+        "KeyError: 'name'",
+        "AttributeError: 'list' object has no attribute 'shape'",
+        "RuntimeError: The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0",
+        "TypeError: f() got an unexpected keyword argument 'x'",
+        "json.decoder.JSONDecodeError: Expecting value: line 1 column 1 (char 0)",
+        "all went well, 4 bits a weight, loaded in 4bit, cuda is available, memory is free",
+        "AssertionError",
+    ],
+)
+def test_what_is_not_in_the_catalogue_is_not_known(text):
+    assert explain.explain(text) == [] and "not know" in explain.render(explain.read(text)) or "no error" in explain.render(explain.read(text))
+
+
+# --- the reader -----------------------------------------------------------------------------------------------------------------
+
+
+def colour(text):
+    return re.sub(r"\b([A-Z]\w+Error)\b", "\x1b[0;31m\\1\x1b[0m", re.sub(r"^(\s+File)", "\x1b[1;32m\\1\x1b[0m", text, flags=re.M))
+
+
+FORMATS = {
+    "CRLF": lambda text: text.replace("\n", "\r\n"),
+    "old Mac": lambda text: text.replace("\n", "\r"),
+    "bytes": lambda text: text.encode(),
+    "UTF-16": lambda text: text.encode("utf-16"),
+    "byte order mark": lambda text: b"\xef\xbb\xbf" + text.encode(),
+    "ANSI colours": colour,
+    "escaped colours": lambda text: colour(text).replace("\x1b", "\\u001b"),
+    "quoted": lambda text: "\n".join("> " + line for line in text.split("\n")),
+    "indented": lambda text: "\n".join("    " + line for line in text.split("\n")),
+    "pytest": lambda text: "\n".join("E       " + line for line in text.split("\n")),
+    "in a log": lambda text: "INFO loading\n 50%|#####     | 1/2\r100%|##########| 2/2\n" + text + "\nINFO done",
+    "bottom half": lambda text: "\n".join(text.split("\n")[len(text.split("\n")) // 3 :]),
+    "with a page feed": lambda text: "\x0c\x00" + text,
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(name, seen):
+    wrong = {}
+    for entry_id in IDS:
+        if reproductions.why_not(entry_id):
+            continue
+        answers = known(FORMATS[name](seen[entry_id]))
+        if answers[:1] != [entry_id]:
+            wrong[entry_id] = answers
+    assert not wrong, wrong
+
+
+def jupyter(error):
+    """The traceback of an error output, as ipykernel makes it."""
+    from IPython.core.ultratb import AutoFormattedTB
+
+    formatter = AutoFormattedTB(mode="Context", theme_name="linux", tb_offset=0)
+    return "\n".join(formatter.structured_traceback(type(error), error, error.__traceback__))
+
+
+@pytest.fixture(scope="module")
+def raised():
+    """{entry id: the exception object} of the failures that raise."""
+    errors = {}
+    for entry_id in IDS:
+        if not reproductions.why_not(entry_id):
+            with reproductions.quiet():
+                try:
+                    reproductions.FAILURES[entry_id]()
+                except Exception as error:
+                    errors[entry_id] = error
+    return errors
+
+
+def test_jupyters_own_format(raised):
+    assert len(raised) > 50
+    texts = {entry_id: jupyter(error) for entry_id, error in raised.items()}
+    assert "\x1b[" in texts["load-in-4bit"]
+    wrong = {entry_id: known(text) for entry_id, text in texts.items() if known(text) != [entry_id]}
+    assert not wrong, wrong
+
+
+def test_saved_notebook_with_an_error(raised):
+    error = raised["load-in-4bit"]
+    output = {"output_type": "error", "ename": type(error).__name__, "evalue": str(error), "traceback": jupyter(error).split("\n")}
+    notebook = {"cells": [{"cell_type": "markdown", "source": "ValueError: no"}, {"cell_type": "code", "outputs": [output]}], "nbformat": 4}
+    assert known(json.dumps(notebook)) == ["load-in-4bit"]
+    assert known(json.dumps({"cells": []})) == []
+    assert known("{not json\nIndexError: index out of range in self") == ["token-id-outside"]
+
+
+def test_chain_with_an_unknown_end():
+    try:
+        try:
+            raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
+        except RuntimeError as error:
+            raise ValueError("step 3 of my pipeline failed") from error
+    except ValueError as error:
+        for text in (explain.as_text(error), jupyter(error)):
+            (answer,) = explain.explain(text)
+            assert answer.entry.id == "nothing-requires-grad" and answer.sure == explain.LIKELY
+            assert [str(e).split(":")[0] for e in explain.read(text).errors] == ["RuntimeError", "ValueError"]
+
+
+def test_exception_group():
+    error = ExceptionGroup("two workers failed", [ZeroDivisionError("division by zero"), IndexError("index out of range in self")])
+    assert known(explain.as_text(error))[0] == "token-id-outside"
+
+
+def test_half_a_traceback(raised):
+    whole = explain.as_text(raised["gated-model"])
+    top = whole[: whole.rindex("huggingface_hub.errors")]
+    assert explain.read(top).cut and "ends before its last line" in explain.render(explain.read(top), [])
+    assert all(answer.sure != explain.CERTAIN for answer in explain.explain(top))
+    jupyter_top = "\n".join(jupyter(raised["batch-encoding-as-ids"]).split("\n")[:-1])
+    assert explain.read(jupyter_top).errors[-1].type == "AttributeError"
+    message_alone = str(raised["load-in-4bit"])
+    (answer,) = explain.explain(message_alone)
+    assert answer.entry.id == "load-in-4bit" and answer.sure == explain.LIKELY
+
+
+def test_the_last_of_several_tracebacks_counts(seen):
+    assert known(seen["load-in-4bit"] + seen["target-modules"]) == ["target-modules"]
+
+
+def test_answer_has_cause_remedy_certainty_and_reference(seen):
+    text = explain.render(explain.read(seen["load-in-4bit"]))
+    entry = catalogue.find("load-in-4bit")
+    for part in ("Cause:", "Remedy:", "How sure: certain", entry.reference, "BitsAndBytesConfig(load_in_4bit=True"):
+        assert part in text
+
+
+# --- no secret comes out --------------------------------------------------------------------------------------------------------
+
+SECRETS = {
+    "alone": TOKEN,
+    "in a word": f"x{TOKEN}y",
+    "coloured in the middle": TOKEN[:9] + "\x1b[31m" + TOKEN[9:],
+    "bearer": "Bearer abcdefghijklmnop",
+    "variable": "HF_TOKEN=0123456789abcdefghij",
+    "json": '"api_key": "0123456789abcdefghij"',
+    "address": "https://me:hunter22@example.org/x",
+    "github": "ghp_0123456789abcdefghijABCDEFGHIJ012345",
+    "password": "password=hunter22",
+}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_secrets_are_not_printed(name):
+    secret = SECRETS[name]
+    for text in (f"ValueError: {secret}", f"OSError: We couldn't connect to 'https://x' {secret}", secret, f"Traceback (most recent call last):\n{secret}"):
+        printed = explain.render(explain.read(text))
+        for part in ("aB3aB3", "hunter22", "0123456789", "abcdefghij"):
+            assert part not in printed, printed
+
+
+def test_a_token_at_the_place_where_a_long_text_is_cut(monkeypatch):
+    monkeypatch.setattr(explain, "LONGEST", 2000)
+    for inside in range(len(TOKEN)):
+        text = "x " * 1000 + TOKEN + " " + "y" * (explain.LONGEST - inside)
+        assert not any(TOKEN[n : n + 6] in explain.read(text).text for n in range(len(TOKEN) - 6))
+
+
+def test_the_librarys_own_leak_is_redacted(seen):
+    text = seen["token-with-newline"]
+    assert reproductions.TOKEN in text, "the library no longer prints the token: good, say so in the catalogue"
+    assert reproductions.TOKEN not in explain.render(explain.read(text)) and "[secret]" in explain.render(explain.read(text))
+
+
+def test_redaction_leaves_ordinary_words_alone(seen):
+    for text in ("tokenizer.pad_token = tokenizer.eos_token", "max_new_tokens=128", "hf_quantizer.preprocess_model", "token_type_ids", "key=value"):
+        assert explain.redact(text) == text
+
+
+# --- any text at all ------------------------------------------------------------------------------------------------------------
+
+LINES = st.sampled_from(
+    [
+        "Traceback (most recent call last):", "TypeError                Traceback (most recent call last)", "During handling of the above exception, another exception occurred:",
+        '  File "x.py", line 1, in f', "    f(x)", "ValueError: bad", "KeyError", "-" * 75, "  | ", "  +-+---------------- 1 ----------------", "E   ", "> ", "\x1b[31m",
+        "RuntimeError: CUDA out of memory", "x.py:1: UserWarning: w", "", "\r", "{", '{"cells": [1]}',
+    ]
+)  # fmt: skip
+ANYTHING = st.one_of(st.text(), st.binary(), st.lists(st.one_of(LINES, st.text(max_size=20)), max_size=15).map("\n".join))
+
+
+@settings(max_examples=300, deadline=None)
+@given(ANYTHING)
+def test_any_text_can_be_read(text):
+    reading = explain.read(text)
+    answers = explain.explain(reading)
+    assert explain.render(reading, answers)
+    assert all(answer.entry in catalogue.ENTRIES and answer.sure in explain.LEVELS for answer in answers)
+    assert len({answer.entry.id for answer in answers}) == len(answers)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", reading.text)
+    assert explain.read(reading.text).errors == explain.read(explain.read(reading.text).text).errors
+
+
+@settings(max_examples=200, deadline=None)
+@given(ANYTHING.filter(lambda x: isinstance(x, str)), st.from_regex(r"hf_[A-Za-z0-9]{34}", fullmatch=True), st.text(max_size=50))
+def test_no_token_comes_out_of_any_text(before, token, after):
+    reading = explain.read(before + token + after)
+    assert token not in explain.render(reading) and token not in reading.text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=200), st.sampled_from(sorted(set(IDS) - {"pip-finds-no-version"})))
+def test_what_stands_before_a_traceback_does_not_matter(before, entry_id):
+    from helpers import reproductions
+
+    if reproductions.why_not(entry_id):
+        return
+    text = CACHE.get(entry_id) or CACHE.setdefault(entry_id, reproductions.provoke(entry_id))
+    if text.startswith("Traceback"):
+        assert known(before + "\n" + text)[:1] == [entry_id]
+
+
+CACHE = {}
+
+
+@pytest.mark.parametrize("text", ["a" * 10**6, "a." * 10**5, "Error" * 10**5, "\x1b[" * 10**5, ("ValueError: x\n" * 10**4), "//a:b" * 10**5, "{" * 10**5], ids=lambda t: t[:8])
+def test_long_texts_take_no_time(text):
+    started = time.perf_counter()
+    explain.render(explain.read(text))
+    assert time.perf_counter() - started < 5
+
+
+# --- command line and magic -----------------------------------------------------------------------------------------------------
+
+
+def run(*arguments, text=None):
+    return subprocess.run([sys.executable, "-m", "helpers", "explain", *arguments], input=text, capture_output=True, cwd=ROOT)
+
+
+def test_exit_codes(tmp_path):
+    file = tmp_path / "error.txt"
+    file.write_text("IndexError: index out of range in self\n")
+    assert (run(str(file)).returncode, run(text=b"ZeroDivisionError: division by zero").returncode) == (0, 1)
+    assert b"Remedy:" in run("-", text=file.read_bytes()).stdout
+    for done in (run(text=b""), run(text=b" \r\n\t"), run(str(tmp_path / "none.txt")), run(str(tmp_path))):
+        assert done.returncode == 2 and done.stderr.startswith(b"error:") and b"Traceback" not in done.stderr
+
+
+def test_fast_and_without_torch():
+    run(text=b"x")  # compiled once
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        run(text=b"ValueError: Attempting to unscale FP16 gradients.")
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.5
+    code = "import sys; from helpers import explain; explain.render(explain.read('KeyError')); print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "set()"
+
+
+@pytest.fixture
+def shell():
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    shell.run_line_magic("load_ext", "helpers.explain")
+    return shell
+
+
+def test_magics(shell, capsys, monkeypatch):
+    for name in ("last_exc", "last_value"):
+        monkeypatch.delattr(sys, name, raising=False)
+    shell.run_line_magic("explain", "")
+    assert "no error so far" in capsys.readouterr().out
+    shell.run_cell("raise IndexError('index out of range in self')")
+    capsys.readouterr()
+    shell.run_line_magic("explain", "")
+    assert "no embedding for" in capsys.readouterr().out
+    shell.run_cell_magic("explain", "", "y = 1\nraise ValueError('Attempting to unscale FP16 gradients.')")
+    assert "float16" in capsys.readouterr().out and shell.user_ns["y"] == 1
+    shell.run_line_magic("explain", "error")
+    assert "float16" in capsys.readouterr().out
+    shell.run_cell_magic("explain", "", "z = 2")
+    shell.run_line_magic("explain", "nothing_here")
+    printed = capsys.readouterr().out
+    assert "(no error)" in printed and "nothing called nothing_here" in printed
+
+
+def test_the_first_cell_of_a_notebook_defines_the_magic():
+    code = "from IPython.core.interactiveshell import InteractiveShell as Shell; shell = Shell.instance()\n"
+    code += "from helpers import setup; setup.require(); shell.run_line_magic('explain', '')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "no error so far", done.stderr
+
+
+def test_register_outside_ipython():
+    with pytest.raises(RuntimeError, match="python -m helpers explain"):
+        explain.register()
