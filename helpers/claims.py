@@ -1,12 +1,14 @@
 """The claims ledger: what the guides say that can be checked, the measurement that tests it, the value found, the verdict.
 
-The claims are data (notebooks/data/claims.json). A claim names its measurement in one of three ways:
+The claims are data (notebooks/data/claims.json). A claim names its measurement in one of four ways:
 
 - `{"kind": "record", "value": "nf4.weight_bytes / bf16.weight_bytes"}`: arithmetic over records, hyphens written as underscores.
-  With `"on": "gpu"` the records must come from a GPU; as long as there are none, the claim needs hardware that is not present.
+  With `"on": "cpu"` only records of a CPU count.
 - `{"kind": "output", "notebook": "04", "row": "2-3x faster", "find": "(?P<half>[\\d.]+)x of bf", "value": "half"}`: numbers out of
   the row of that notebook's own table of claims. A named group that holds no number counts 1 where it matched, else 0: so
   `(?P<error>TypeError)|$` asks whether an error is named there.
+- `{"kind": "gpu", "paths": {"nf4": ["decode_nf4", "lean", "1", "tokens_per_s"], ...}, "value": "nf4 / fp16", "needs": "..."}`: numbers
+  of the course's GPU reference (notebooks/gpu/reference.json); as long as they are not there, the claim needs hardware not present.
 - `{"kind": "hardware", "needs": "..."}`: nothing here can test it.
 
 `says` puts the finding in words: a format string with `value`, the groups, and `answer` (yes or no).
@@ -64,7 +66,7 @@ def read(path=None):
         if claim["source"] not in data["sources"]:
             raise ClaimError(f"{name}: there is no source {claim['source']!r}")
         kind = claim["measure"].get("kind")
-        if kind not in ("record", "output", "hardware"):
+        if kind not in ("record", "output", "gpu", "hardware"):
             raise ClaimError(f"{name}: no such kind of measurement: {kind!r}")
         if claim["verdict"] not in (*VERDICTS, NOT_RUN):
             raise ClaimError(f"{name}: no such verdict: {claim['verdict']!r}")
@@ -73,21 +75,24 @@ def read(path=None):
     return data["sources"], data["claims"]
 
 
-def evaluate(claim, found, where="this run", references=(), folders=()):
+def evaluate(claim, found, where="this run", references=(), folders=(), gpu=None):
     """`Finding` for one claim.
 
     found       {method: record} of the run that is looked at first, called `where`
     references  `reference.Reference`s, asked in order where `found` lacks a record
     folders     [(name, folder)] with executed notebooks, asked in order
+    gpu         the GPU reference as `reference.gpu()` gives it, or None
     Raises NotRun where nothing has measured it, and ClaimError where the measurement should be there and is not.
     """
     measure = claim["measure"]
     if measure["kind"] == "hardware":
         return Finding(claim, None, f"needs {measure['needs']}", VERDICTS[3], "")
-    if measure["kind"] == "record":
-        names, where = _from_records(claim, found, where, references)
+    if measure["kind"] == "gpu":
+        names, where = _from_gpu(claim, gpu)
         if names is None:
-            return Finding(claim, None, f"needs {measure.get('needs', 'a GPU')}", VERDICTS[3], "")
+            return Finding(claim, None, f"needs {measure['needs']}", VERDICTS[3], "")
+    elif measure["kind"] == "record":
+        names, where = _from_records(claim, found, where, references)
     else:
         names, where = _from_output(claim, folders)
     value = names["value"]
@@ -107,11 +112,11 @@ def ledger(output_dir="build"):
     """The `Finding` of every claim: from this build folder's records and notebooks, else from those that come with the course."""
     build = records.folder(output_dir)
     folders = [("this run", build / "notebooks"), ("committed run", notebooks.FOLDER)]
-    own, references = records.read(output_dir), reference.read()
+    own, references, gpu = records.read(output_dir), reference.read(), reference.gpu()
     result = []
     for claim in read()[1]:
         try:
-            result.append(evaluate(claim, own, "this run", references, folders))
+            result.append(evaluate(claim, own, "this run", references, folders, gpu))
         except NotRun:
             result.append(Finding(claim, None, "", NOT_RUN, ""))
     return result
@@ -119,11 +124,11 @@ def ledger(output_dir="build"):
 
 def committed():
     """[(claim, Finding or the ClaimError)] from what is committed alone: references and the notebooks' stored outputs."""
-    references = reference.read()
+    references, gpu = reference.read(), reference.gpu()
     result = []
     for claim in read()[1]:
         try:
-            result.append((claim, evaluate(claim, {}, "", references, [("committed run", notebooks.FOLDER)])))
+            result.append((claim, evaluate(claim, {}, "", references, [("committed run", notebooks.FOLDER)], gpu)))
         except ClaimError as error:
             result.append((claim, error))
     return result
@@ -184,7 +189,7 @@ def frame(findings):
 def notebook(claim):
     """Where a claim is measured: the notebook's number, "records", or "" where nothing here can."""
     measure = claim["measure"]
-    return {"output": measure.get("notebook", ""), "record": "records"}.get(measure["kind"], "")
+    return {"output": measure.get("notebook", ""), "record": "records", "gpu": "GPU reference"}.get(measure["kind"], "")
 
 
 def rows(path):
@@ -234,21 +239,32 @@ class _Table(HTMLParser):
 
 
 def _from_records(claim, found, where, references):
-    """({"value": number, and the records}, whose run), or (None, "") where the claim wants a GPU and none has been measured."""
+    """({"value": number, and the records}, whose run)."""
     measure = claim["measure"]
-    gpu, model = measure.get("on") == "gpu", measure.get("model", "")
+    anywhere = measure.get("on") != "cpu"
     candidates = [(found, where), *((item.records, f"reference, {item.device}") for item in references)]
     missing = "no records"
     for group, name in candidates:
-        usable = {m: r for m, r in group.items() if reference.on_cpu(r["device"]) != gpu and model.lower() in r["model"].lower()}
+        usable = {m: r for m, r in group.items() if anywhere or reference.on_cpu(r["device"])}
         names = {method.replace("-", "_"): record for method, record in usable.items()}
         try:
             return {**names, "value": _calculate(measure["value"], names, claim)}, name
         except NotRun as error:
             missing = error
-    if gpu:
-        return None, ""
     raise NotRun(str(missing))
+
+
+def _from_gpu(claim, gpu):
+    """({"value": number, and its parts}, whose run), or (None, "") where the reference does not hold them."""
+    names = {}
+    for name, path in claim["measure"]["paths"].items():
+        node = gpu
+        for key in path:
+            node = node.get(key) if isinstance(node, dict) else None
+        if not isinstance(node, (int, float)):
+            return None, ""
+        names[name] = node
+    return {**names, "value": _calculate(claim["measure"]["value"], names, claim)}, f"reference, {gpu['device']}"
 
 
 def _from_output(claim, folders):
@@ -261,9 +277,10 @@ def _from_output(claim, folders):
             lines = None
         if lines is None:
             continue
-        texts = [" | ".join(line[1:]) for line in lines if line and line[0].startswith(measure["row"])]
+        starts = [(line, n) for line in lines for n, cell in enumerate(line) if cell.startswith(measure["row"])]
+        texts = [" | ".join(line[n + 1 :]) for line, n in starts]
         if not texts:
-            raise ClaimError(f"{claim['id']}: notebook {measure['notebook']} has no row that begins with {measure['row']!r}")
+            raise ClaimError(f"{claim['id']}: notebook {measure['notebook']} has no cell that begins with {measure['row']!r}")
         match = re.search(measure["find"], texts[0])
         if not match:
             raise ClaimError(f"{claim['id']}: {measure['find']!r} does not match {texts[0]!r}")

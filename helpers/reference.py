@@ -72,6 +72,40 @@ def write(output_dir="build", folder=None):
     return paths
 
 
+def gpu(path=None):
+    """The course's measurements on a GPU with a model in Mistral-7B's shape (notebooks/gpu/reference.json), or None without them."""
+    path = path or notebooks.FOLDER / "gpu" / "reference.json"
+    if not path.is_file():
+        return None
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise records.RecordError(f"{path.name} of the GPU is not valid JSON ({error})") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("device"), str):
+        raise records.RecordError(f"{path.name} of the GPU does not name its device")
+    return facts
+
+
+def gpu_rows(facts):
+    """[what, weights in GB, peak in GB, tokens a second at batch 1] of what `gpu()` holds; None where it was not measured."""
+    rows = []
+    for name, row in facts.get("memory", {}).items():
+        rows.append([f"{name}: load and answer", _giga(row.get("weight_bytes")), _giga(row.get("answering_peak_bytes")), None])
+    for tokens, row in facts.get("qlora", {}).items():
+        if isinstance(row, dict):
+            rows.append([f"QLoRA step of {tokens} tokens", None, _giga(row.get("peak_bytes")), None])
+    for step, row in facts.items():
+        if step.startswith("decode_"):
+            for variant, found in row.items():
+                if isinstance(found, dict) and "tokens_per_s" in found.get("1", {}):
+                    rows.append([f"{step.removeprefix('decode_')}: decode, {variant}", _giga(row.get("bytes")), None, found["1"]["tokens_per_s"]])
+    return rows
+
+
+def _giga(value):
+    return None if value is None else value / 1e9
+
+
 def main(arguments):
     """Command line of `python -m helpers reference`: the reference file, then the claims ledger from it and the notebooks."""
     from helpers import claims

@@ -29,6 +29,7 @@ img { max-width: 100%; height: auto } .failed { color: #a40000; font-weight: 600
 {{ methods }}
 {% for other in references %}<h3>Reference: {{ other.device }}, {{ other.date }}</h3><p>{{ other.model }}</p>{{ other.html }}
 {% endfor %}
+{% if gpu %}<h3>Reference: {{ gpu.device }}, {{ gpu.date }}</h3><p>{{ gpu.model }}</p>{{ gpu_table }}{% endif %}
 {% for plot in plots %}<h2 id="plot{{ loop.index }}">{{ plot.title }}</h2><p><img alt="{{ plot.alt }}" src="data:image/png;base64,{{ plot.png }}"></p><p><em>{{ plot.alt }}</em></p>
 {{ plot.html }}
 {% endfor %}
@@ -55,17 +56,22 @@ def write(build, results):
     found, references = records.read(build), reference.read()
     evaluated = [record for record in found.values() if record["eval_tokens"]]
     protocols = sorted({f"{r['eval_tokens']:,} tokens of {r['eval_text']} in windows of {r['eval_context']}" for r in evaluated})
-    findings = claims.ledger(build)
+    findings, gpu = claims.ledger(build), reference.gpu()
     page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
         date=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"), device=", ".join(sorted({r["device"] for r in found.values()})) or "no records",
         protocol="; ".join(protocols) or "none", not_run=tables.NOT_RUN, methods=Markup(tables.methods(found, expected(references))),
-        references=[{"device": r.device, "model": r.model, "date": r.date, "html": Markup(tables.methods(r.records, caption=f"Reference: {r.device}"))} for r in references],
+        gpu=gpu, gpu_table=gpu and Markup(_gpu_table(gpu)), references=[{"device": r.device, "model": r.model, "date": r.date, "html": Markup(tables.methods(r.records, caption=f"Reference: {r.device}"))} for r in references],
         plots=[plot for plot in (_plot(found, against) for against in TITLES) if plot], counts=counts(findings), findings=findings, sources=claims.read()[0],
         notebook=claims.notebook, results=results, versions=records.versions(), system=f"{platform.system()} {platform.machine()}", cores=cores(),
     )  # fmt: skip
     path = build / "report.html"
     records.write_text(path, page)
     return path
+
+
+def _gpu_table(gpu):
+    rows = [[(what, None), *((tables.NOT_MEASURED, "") if value is None else (f"{value:.1f}", value) for value in values)] for what, *values in reference.gpu_rows(gpu)]
+    return tables.table(["what", "weights, GB", "peak, GB", "tokens/s"], rows, f"Reference: {gpu['device']}")
 
 
 def expected(references):

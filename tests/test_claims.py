@@ -87,13 +87,32 @@ def test_own_run_comes_before_the_reference_and_each_alone():
 
 
 def test_a_gpu_claim_needs_a_gpu():
-    on_gpu = claim({**FASTER, "on": "gpu", "needs": "a GPU"})
-    cpu = {"int8-static": record("int8-static"), "bf16": record("bf16")}
-    finding = claims.evaluate(on_gpu, cpu)
-    assert finding.verdict == "needs hardware not present" and finding.value is None
-    gpu = {name: record(name, device="NVIDIA H100") for name in cpu}
-    assert claims.evaluate(on_gpu, gpu).value == 1
-    assert claims.evaluate({**on_gpu, "measure": {**on_gpu["measure"], "model": "mistral"}}, gpu).value is None
+    paths = {"nf4": ["decode_nf4", "lean", "1", "tokens_per_s"], "fp16": ["decode_fp16", "lean", "1", "tokens_per_s"]}
+    on_gpu = claim({"kind": "gpu", "paths": paths, "value": "nf4 / fp16", "needs": "a GPU"})
+    facts = {"device": "NVIDIA H100", "decode_nf4": {"lean": {"1": {"tokens_per_s": 30}}}}
+    for gpu in (None, facts):
+        finding = claims.evaluate(on_gpu, {}, gpu=gpu)
+        assert finding.verdict == "needs hardware not present" and finding.value is None and finding.found == "needs a GPU"
+    finding = claims.evaluate(on_gpu, {}, gpu={**facts, "decode_fp16": {"lean": {"1": {"tokens_per_s": 20}}}})
+    assert finding.verdict == "holds partly" and finding.value == 1.5 and finding.where == "reference, NVIDIA H100"
+
+
+def test_a_claim_about_cpus_is_not_judged_by_a_gpu():
+    needs = claim({"kind": "record", "value": "nf4.on_cpu", "on": "cpu"}, holds="value == 0", partly=None)
+    with pytest.raises(claims.NotRun):
+        claims.evaluate(needs, {"nf4": record("nf4", device="NVIDIA H100")})
+    assert claims.evaluate(needs, {"nf4": record("nf4")}).verdict == "does not hold"
+
+
+def test_gpu_reference(tmp_path):
+    assert reference.gpu(tmp_path / "no.json") is None
+    path = tmp_path / "reference.json"
+    for text, message in (("{", "not valid JSON"), ("[]", "does not name its device")):
+        path.write_text(text)
+        with pytest.raises(records.RecordError, match=message):
+            reference.gpu(path)
+    path.write_text(json.dumps({"device": "NVIDIA H100", "memory": {"nf4": {"weight_bytes": 4e9}}, "decode_nf4": {"bytes": 4e9, "lean": {"1": {"tokens_per_s": 30}}, "note": "x"}}))
+    assert reference.gpu_rows(reference.gpu(path)) == [["nf4: load and answer", 4.0, None, None], ["nf4: decode, lean", 4.0, None, 30]]
 
 
 def notebook(folder, row, executed=True):
@@ -126,7 +145,7 @@ def test_rows_are_those_of_the_section(tmp_path):
 
 
 def test_a_changed_notebook_is_noticed(tmp_path):
-    with pytest.raises(claims.ClaimError, match="no row that begins with '2-3x faster'"):
+    with pytest.raises(claims.ClaimError, match="no cell that begins with '2-3x faster'"):
         claims.evaluate(claim(SPEED), {}, folders=notebook(tmp_path, ["something else", "1x of bf16"]))
     with pytest.raises(claims.ClaimError, match="does not match"):
         claims.evaluate(claim(SPEED), {}, folders=notebook(tmp_path, ["2-3x faster", "twice"]))
