@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from helpers import chat, models, notebooks, records, redact, report, run, setup
+from helpers import chat, models, notebooks, records, redact, report, run, setup, tables
 
 PLANTED = "hf_" + "PlantedToken" * 3
 ODD = "pass-phrase without any form"  # known only by the name of its variable
@@ -259,12 +259,13 @@ ANSWER = "Sure: <script>document.title='RUN'</script><img src=x onerror=\"docume
 class Elements(HTMLParser):
     def __init__(self, page):
         super().__init__()
-        self.names, self.attributes, self.text = [], [], []
+        self.names, self.handlers, self.pictures, self.text = [], [], [], []
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
         self.names.append(tag)
-        self.attributes += [name for name, _ in attributes]
+        self.handlers += [value for name, value in attributes if name.startswith("on")]
+        self.pictures += [value for name, value in attributes if tag == "img" and name == "src"]
 
     def handle_data(self, data):
         self.text.append(data)
@@ -293,9 +294,9 @@ class Windows:
 def test_a_hostile_answer_is_text(page, tmp_path):
     shown = Elements(pages(tmp_path)[page])
     assert not {"script", "svg", "iframe", "object"} & set(shown.names)
-    assert [name for name in shown.attributes if name.startswith("on")] == []
+    assert set(shown.handlers) <= {tables.SORT}, "only the table's own sorting may run"
     assert ANSWER in "".join(shown.text), "the answer is not shown as it was said"
-    assert shown.names.count("img") == (page == "report"), "only the report's own picture"
+    assert bool(shown.pictures) == (page == "report") and all(source.startswith("data:image/png;base64,") for source in shown.pictures)
 
 
 @pytest.mark.parametrize("page", ["chat", "report"])
