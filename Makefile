@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # auto-gptq has no wheel for Python 3.12 and later; without its CUDA extension it builds as pure Python.
 export BUILD_CUDA_EXT := 0
 
-.PHONY: run test unit lab bench outputs links doctor clean
+.PHONY: run test unit lab book bench outputs links doctor clean
 
 run: $(VENV)/.ready
 	$(BIN)/python -m helpers run
@@ -19,6 +19,10 @@ unit: $(VENV)/.ready
 
 lab: $(VENV)/.ready
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+# A static site of the executed notebooks: build/site/index.html.
+book: $(VENV)/.ready
+	$(BIN)/python -m helpers book
 
 # Speed is measured here and never asserted in tests: run it on an idle machine.
 bench: $(VENV)/.ready

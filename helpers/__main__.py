@@ -1,6 +1,7 @@
-"""Command line of the course: `python -m helpers doctor | explain | chat | run | reference | links`."""
+"""Command line of the course: `python -m helpers doctor | explain | chat | run | book | reference | links`."""
 
 import argparse
+import json
 import sys
 
 
@@ -9,7 +10,9 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
 
     doctor = commands.add_parser("doctor", help="can this machine run the course?")
-    doctor.add_argument("--json", action="store_true", help="for bug reports")
+    doctor.add_argument("--json", action="store_true", help="for bug reports and CI; exit codes: 0 runs, 1 cannot, 2 wrong call, 3 small model only")
+    doctor.add_argument("--model", default="auto", help='"auto", a hub id, or a folder')
+    doctor.add_argument("--only", nargs="+", metavar="NN", help="beginnings of notebook names, e.g. 00 04")
 
     explain = commands.add_parser("explain", help="what does this traceback mean? (exit code 0: known, 1: unknown, 2: nothing to read)")
     explain.add_argument("file", nargs="?", metavar="FILE", help="a text with the traceback; without it, or with -, standard input")
@@ -26,7 +29,11 @@ def main(argv=None):
     run.add_argument("--output", default="build", help="build folder")
     run.add_argument("--timeout", type=int, default=1800, help="seconds one cell may take")
     run.add_argument("-p", "--parameter", action="append", metavar="NAME=VALUE", help="parameter for every notebook")
+    run.add_argument("--cap", metavar="SIZE", help='GPU memory that notebooks may take, e.g. 24GB: tries a smaller card')
     run.add_argument("--in-place", action="store_true", help="store outputs and cost cards in notebooks/ (for authors)")
+
+    book = commands.add_parser("book", help="build a static site of the executed notebooks")
+    book.add_argument("--output", default="build", help="build folder")
 
     reference = commands.add_parser("reference", help="store this build's records and the claims' verdicts in notebooks/data (for authors)")
     reference.add_argument("--output", default="build", help="build folder")
@@ -40,14 +47,22 @@ def main(argv=None):
         print("stopped", file=sys.stderr)
         return 130
     except (RuntimeError, ValueError, OSError) as error:  # what our own modules raise carries its remedy: no traceback needed
-        print(f"error: {error}", file=sys.stderr)
+        from helpers import redact
+
+        print(f"error: {redact.redact(str(error))}", file=sys.stderr)
         return 2
 
 
 def _doctor(arguments):
-    from helpers import doctor
-
-    return doctor.main(arguments.json)
+    try:
+        from helpers import doctor
+    except ModuleNotFoundError as error:  # the doctor is asked before anything is installed, too
+        command = "python -m pip install -r requirements.txt"
+        checks = [{"component": "packages", "verdict": "bad", "found": f"missing: {error.name}", "remedy": command}]
+        answer = {"verdict": "bad", "exit_code": 1, "sentence": "Not ready: packages.", "checks": checks, "notebooks": []}
+        print(json.dumps(answer, indent=2) if arguments.json else f"[bad ] packages  missing: {error.name}\n       -> {command}")
+        return 1
+    return doctor.main(arguments.json, arguments.model, arguments.only)
 
 
 def _explain(arguments):
@@ -60,6 +75,12 @@ def _run(arguments):
     from helpers import run
 
     return run.main(arguments)
+
+
+def _book(arguments):
+    from helpers import book
+
+    print(book.build(arguments.output))
 
 
 def _reference(arguments):
@@ -115,7 +136,9 @@ def _say(session, text):
     print()
 
 
-COMMANDS = {"doctor": _doctor, "explain": _explain, "chat": _chat, "run": _run, "reference": _reference, "links": _links}
+COMMANDS = {
+    "doctor": _doctor, "explain": _explain, "chat": _chat, "run": _run, "book": _book, "reference": _reference, "links": _links
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,6 +8,7 @@ import html
 import threading
 
 from helpers import batch as batch_run
+from helpers import widgets
 
 ROLES = ("system", "user", "assistant")
 
@@ -211,7 +212,7 @@ class ChatBox:
 
     def _repr_mimebundle_(self, **_):
         static = {"text/html": transcript_html(self.session.turns), "text/plain": repr(self)}
-        return static if batch_run() else {**static, **self.widget._repr_mimebundle_()}
+        return static if batch_run() else {**static, **widgets.view(self.widget)}
 
 
 def transcript_html(turns):

@@ -8,9 +8,25 @@ import textwrap
 def check(function, test):
     """Run `test(function)` and say how it went; returns True when right, False when wrong, None when the stub is still empty.
 
-    A wrong answer never stops "Run All": the message says what is wrong. `test` raises AssertionError with a hint.
+    A wrong answer never stops "Run All": the message says what is wrong. `test` raises AssertionError with a hint. What is right is
+    kept as the reader's progress.
     """
-    name = function.__name__
+    right = _judge(function, test)
+    if right:
+        from helpers import progress
+
+        progress.add_exercise(_source(test))
+    return right
+
+
+def require(function, test):
+    """As `check`, but a wrong or empty answer raises: for solution cells, so that a solution cannot rot unnoticed."""
+    if _judge(function, test) is not True:
+        raise AssertionError(f"the solution of {function.__name__} does not pass its own check")
+
+
+def _judge(function, test):
+    name = getattr(function, "__name__", type(function).__name__)
     if _is_stub(function):
         print(f"⏭  {name}: not filled in yet, skipped. Replace the `...` and run this cell again.")
         return None
@@ -26,17 +42,21 @@ def check(function, test):
     return True
 
 
-def require(function, test):
-    """As `check`, but a wrong or empty answer raises: for solution cells, so that a solution cannot rot unnoticed."""
-    if check(function, test) is not True:
-        raise AssertionError(f"the solution of {function.__name__} does not pass its own check")
+def _source(function):
+    """Source text of a function, empty where Python does not know it."""
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return ""
 
 
 def _is_stub(function):
     """True if the body is only a docstring and `...`."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
+        tree = ast.parse(_source(function))
+    except SyntaxError:
+        return False
+    if not tree.body or not isinstance(tree.body[0], ast.FunctionDef):  # a lambda, say
         return False
     body = [node for node in tree.body[0].body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
     return not body

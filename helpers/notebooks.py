@@ -56,11 +56,15 @@ def repository():
         return tomllib.load(file)["project"]["urls"]["Repository"]
 
 
+def colab(name):
+    """Address that opens a notebook file in Colab."""
+    owner = repository().removeprefix("https://github.com/")
+    return f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{name}"
+
+
 def badge(name):
     """Markdown of the Colab badge for a notebook file."""
-    owner = repository().removeprefix("https://github.com/")
-    link = f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{name}"
-    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab(name)})"
 
 
 def tagged(notebook, tag):

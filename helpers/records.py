@@ -9,6 +9,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+from helpers import redact
+
 NUMBERS = (
     "bits_per_weight",
     "weight_bytes",
@@ -38,7 +40,11 @@ def folder(output_dir="build"):
         checkout = Path(__file__).resolve().parent.parent
         inside = (checkout / "notebooks").is_dir() and Path.cwd().resolve().is_relative_to(checkout)
         path = (checkout if inside else Path.cwd()) / path
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        advice = "choose another with output_dir= or --output"
+        raise type(error)(error.errno, f"the output folder cannot be made ({error.strerror}); {advice}", str(path)) from error
     return path
 
 
@@ -63,6 +69,7 @@ def write(output_dir, *, method, notebook, found, windows=None, eval_text="pydoc
         "eval_text": None if windows is None else eval_text,
         **{name: _plain(value) for name, value in numbers.items()},
     }
+    record = redact.inside(record)
     check(record)
     target = folder(output_dir) / "records" / f"{method}.json"
     write_text(target, json.dumps(record, indent=2, allow_nan=False) + "\n")

@@ -11,7 +11,7 @@ from helpers import claims, cores, figures, pareto, records, reference, tables
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Quantization course: this run</title>
+<title>Quantization course: this run</title><link rel="icon" href="data:,">
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1rem; color: #1a1a1a; background: #fff }
 div.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }

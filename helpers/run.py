@@ -1,6 +1,8 @@
 """Execute the notebooks with papermill, one after the other, and say what each one cost and how it ended."""
 
+import functools
 import json
+import keyword
 import os
 import shutil
 import time
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 
-from helpers import cores, memory, notebooks, records, report
+from helpers import cores, memory, notebooks, records, redact, report
 
 BATCH = {
     "COURSE_BATCH": "1",  # widgets show text instead
@@ -19,7 +21,29 @@ BATCH = {
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     "PYTHONWARNINGS": "ignore::DeprecationWarning",
 }
+SCHEME = "course-output:"  # papermill writes a notebook through `_Output` where its path begins with this
 PACKAGE_BYTES = 92_871_040  # the default model's wheel, the only thing a notebook downloads once the packages are there
+
+
+class _Output:
+    """What papermill writes after every cell: without secrets, and either whole or not at all."""
+
+    @staticmethod
+    def write(text, path):
+        notebook = redact.notebook(json.loads(text))
+        notebook["metadata"]["papermill"]["output_path"] = _Output.pretty_path(path)
+        records.write_text(path.removeprefix(SCHEME), json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
+
+    @staticmethod
+    def pretty_path(path):
+        return path.removeprefix(SCHEME)
+
+
+@functools.cache
+def _register_output():
+    from papermill.iorw import papermill_io
+
+    papermill_io.register(SCHEME, _Output)
 
 
 @dataclass
@@ -40,21 +64,26 @@ def execute(path, output, parameters=None, cwd=None, timeout=1800, kernel_name="
     """Execute one notebook into `output`; a `Result`, never an exception for what the notebook did.
 
     timeout: seconds one cell may take. A notebook that stops early without an error (`sys.exit(0)` counts as success for
-    papermill) is a failure here: every code cell must have run.
+    papermill) is a failure here: every code cell must have run. Secrets are taken out of what is written. Raises ValueError for a
+    parameter whose name is not a Python name: papermill would write it into the notebook as code.
     """
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
+    check_names(parameters or {})
+    _register_output()
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     before = dict(os.environ)
     os.environ.update(BATCH | (env or {}))
     verdict = "ok"
     try:
         with memory.track(interval=0.05, children=True) as used:
             try:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
+                source, target = (str(file).replace("{", "{{").replace("}", "}}") for file in (path, output))  # papermill formats them
                 papermill.execute_notebook(
-                    str(path), str(output), parameters=parameters or {}, cwd=str(cwd or Path(path).parent), progress_bar=False,
+                    source, SCHEME + target, parameters=parameters or {}, cwd=str(cwd or Path(path).parent), progress_bar=False,
                     execution_timeout=timeout, kernel_name=kernel_name, log_output=False,
                 )  # fmt: skip
                 skipped = unexecuted(nbformat.read(output, as_version=4))
@@ -71,7 +100,14 @@ def execute(path, output, parameters=None, cwd=None, timeout=1800, kernel_name="
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return Result(Path(path).stem, used.seconds, used.peak_ram, verdict)
+    return Result(Path(path).stem, used.seconds, used.peak_ram, redact.redact(verdict))
+
+
+def check_names(parameters):
+    """Raise ValueError unless every parameter's name is a Python name."""
+    for name in parameters:
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            raise ValueError(f"{name!r} is not a parameter's name")
 
 
 def unexecuted(notebook):
@@ -80,12 +116,15 @@ def unexecuted(notebook):
     return [number for number, cell in enumerate(cells, 1) if cell.execution_count is None]
 
 
-def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=False):
+def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=False, cap=None):
     """Execute the chosen notebooks, print a line for each and a table at the end, write the report; list of `Result`.
 
     only      beginnings of notebook names, such as ["00", "04"]; None for all
     in_place  also store outputs and measured cost in notebooks/, each from an empty cache as on a reader's first run
+    cap       GPU memory that a notebook may take, such as "24GB": `models.find` applies it in the notebook's kernel
     """
+    if cap is not None:
+        memory.parse_size(cap)  # a wrong one is said now, not by every notebook
     chosen = [path for path in notebooks.paths() if not only or any(path.name.startswith(prefix) for prefix in only)]
     if not chosen:
         raise ValueError(f"no notebook begins with {', '.join(only or ['?'])}; there are {', '.join(path.stem[:2] for path in notebooks.paths())}")
@@ -95,7 +134,7 @@ def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=F
     results = []
     for path in chosen:
         print(f"{path.stem} ...", flush=True)
-        env, cache = {}, None
+        env, cache = ({memory.CAP: cap} if cap is not None else {}), None
         if in_place:
             cache = build / "fresh-cache"
             shutil.rmtree(cache, ignore_errors=True)
@@ -189,5 +228,5 @@ def main(arguments):
         parameters[name] = {"True": True, "False": False}.get(value, int(value) if value.lstrip("-").isdigit() else value)
     if arguments.model != "auto":
         parameters["model"] = arguments.model
-    results = run(arguments.only, arguments.output, parameters, arguments.timeout, arguments.in_place)
+    results = run(arguments.only, arguments.output, parameters, arguments.timeout, arguments.in_place, arguments.cap)
     return 0 if all(result.ok for result in results) else 1

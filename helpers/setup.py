@@ -1,5 +1,6 @@
 """Packages a notebook needs, installed on hosted notebooks (Colab) without touching the torch that is already there."""
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -9,6 +10,19 @@ from pathlib import Path
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 BASE = ("transformers", "accelerate", "psutil", "filelock", "platformdirs", "gguf", "pandas", "matplotlib", "ipywidgets", "nbformat")
+# Hosted notebooks bring packages along. One that is older than this is replaced by the pinned version; anything else stays.
+OLDEST = {
+    "transformers": "5",  # chat templates and quantization arguments changed with major 5
+    "accelerate": "1.1",  # transformers 5 asks for it
+    "peft": "0.20",  # transformers 5.23 asks for it
+    "torchao": "0.18",  # peft refuses much older ones with an error; this one was measured
+    "bitsandbytes": "0.49",  # the first with NF4 on a CPU
+}
+_replaced = set()  # in this process: imported before they were replaced
+
+
+class RestartNeeded(ImportError):
+    """A package in use was replaced: the process still has the old one, whatever is imported now. The message says what to do."""
 
 
 def pins():
@@ -19,10 +33,13 @@ def pins():
 
 
 def require(*packages):
-    """Make sure that `packages` and the course's base are installed; install the pinned versions of those that are missing.
+    """Make sure that `packages` and the course's base are installed; install the pinned versions of those that are missing or too old.
 
-    Never installs or replaces torch or numpy under the running kernel: they are held at the version that is there. Says which
-    already imported packages changed and need a restart of the runtime. In notebooks it first defines `%explain` for errors to come.
+    torch is never replaced under the running kernel, numpy only where a package excludes the one that is there. Raises RestartNeeded
+    when, and only when, this process has imported a package (or a dependency) in a version that is no longer the installed one;
+    again each time until the restart. A package that nobody has imported yet needs none.
+
+    In notebooks it first defines `%explain` for errors to come.
     """
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
         from helpers import explain
@@ -30,18 +47,30 @@ def require(*packages):
         explain.register()
     if importlib.util.find_spec("torch") is None:
         raise ImportError("torch is not installed here. In the course's folder, run `make run`, or `pip install -r requirements.txt`.")
-    missing = [name for name in dict.fromkeys((*BASE, *packages)) if _version(name) is None or _too_old(name)]
-    if not missing:
-        return
-    held = [f"{name}=={_version(name)}" for name in ("torch", "numpy") if _version(name)]
-    wanted = [f"{name}=={pins()[name]}" if name in pins() else name for name in missing]
+    needed = dict.fromkeys((*BASE, *packages))
+    wanted = [f"{name}=={pins()[name]}" if name in pins() else name for name in needed if _version(name) is None or _too_old(name)]
+    if wanted:
+        before = _installed()
+        _install(wanted)
+        after = _installed()
+        _replaced.update(_in_use(name for name, version in before.items() if after.get(name, version) != version))
+    changed = sorted(_replaced | {name for name in needed if _differs(name)})
+    if changed:
+        raise RestartNeeded(
+            f"{', '.join(changed)}: this process has imported a version that has been replaced since. Restart it (Colab: Runtime > Restart "
+            "session; Jupyter: Kernel > Restart), then run all cells again. Nothing will be installed a second time."
+        )
+
+
+def _install(wanted):
     print("Installing", ", ".join(wanted), "(once per runtime) ...")
-    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted, *held], capture_output=True, text=True)
-    if done.returncode:
-        raise ImportError(f"pip could not install {', '.join(wanted)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    loaded = [name for name in missing if name.replace("-", "_") in sys.modules]
-    if loaded:
-        raise ImportError(f"{', '.join(loaded)} was in use and has been replaced: restart the runtime (Runtime > Restart), then run all cells again.")
+    for holding in (("torch", "numpy"), ("torch",)):
+        held = [f"{name}=={_version(name)}" for name in holding if _version(name)]
+        done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted, *held], capture_output=True, text=True)
+        if done.returncode == 0:
+            importlib.invalidate_caches()
+            return
+    raise ImportError(f"pip could not install {', '.join(wanted)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
 
 
 def _version(name):
@@ -52,5 +81,34 @@ def _version(name):
 
 
 def _too_old(name):
-    """True for a transformers before major 5: chat templates and quantization arguments changed there."""
-    return name == "transformers" and int(_version(name).split(".")[0]) < 5
+    return name in OLDEST and _numbers(_version(name)) < _numbers(OLDEST[name])
+
+
+def _numbers(version):
+    """(5, 1, 0) of "5.1+cpu"."""
+    found = [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
+    return tuple([*found, 0, 0, 0][:3])
+
+
+def _installed():
+    """{distribution: version}; of two with one name the one that Python finds first."""
+    found = {}
+    for distribution in metadata.distributions():
+        if distribution.metadata["Name"]:
+            found.setdefault(distribution.metadata["Name"], distribution.version)
+    return found
+
+
+def _in_use(names):
+    """Those of the distributions of which this process has imported a module."""
+    modules = {}
+    for module, distributions in metadata.packages_distributions().items():
+        for name in distributions:
+            modules.setdefault(name, set()).add(module)
+    return {name for name in names if modules.get(name, set()) & sys.modules.keys()}
+
+
+def _differs(name):
+    """True if the imported module says it is another version than the installed one (somebody ran pip in between)."""
+    version = getattr(sys.modules.get(name.replace("-", "_")), "__version__", None)
+    return isinstance(version, str) and _numbers(version) != _numbers(_version(name) or version)

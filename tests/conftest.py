@@ -42,3 +42,13 @@ def cache(tmp_path, monkeypatch):
     """An empty cache for this test alone."""
     monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """Folder of the course's site with a report in it, built once from the committed notebooks."""
+    from helpers import book, report, run
+
+    build = tmp_path_factory.mktemp("build")
+    report.write(build, [run.Result("00_start_here", 60, 2_000_000_000, "ok")])
+    return book.build(build).parent

@@ -1,0 +1,187 @@
+"""A static site of the executed notebooks: `build()` turns them into pages with search, contents and previous / next.
+
+nbconvert renders the cells; the page around them, its style and its script are in `helpers/site/`. Nothing on a page is fetched
+from elsewhere, so the site works offline, from a folder or from any web server.
+"""
+
+import datetime
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+
+from helpers import checkpoints, notebooks, records, run
+
+COURSE = "Quantization course"
+SITE = Path(__file__).resolve().parent / "site"
+# nbconvert's plain cell template, with solutions folded. Widgets come last: a page without a kernel shows their static twin.
+CELLS = """{%- extends 'basic/index.html.j2' -%}
+{%- block input -%}
+{%- if cell.metadata.get('jupyter', {}).get('source_hidden') -%}<details class="fold"><summary>Solution</summary>{{ super() }}</details>
+{%- elif 'bootstrap' in cell.metadata.get('tags', []) -%}<details class="fold"><summary>Set-up</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock -%}"""
+SHOWN = ["text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/plain"]
+
+
+@dataclass
+class Page:
+    """One notebook on the site. origin says whose run its outputs come from."""
+
+    name: str
+    title: str
+    promise: str
+    notebook: nbformat.NotebookNode
+    origin: str
+
+
+def build(output_dir="build"):
+    """Write the site into `<output_dir>/site` and return the path of its first page.
+
+    Each notebook is shown with the outputs of this machine's last run where they are complete and of the present text, else with
+    those it was committed with. An older site stays as it was if anything fails.
+    """
+    folder = records.folder(output_dir)
+    pages = [_page(path, folder / "notebooks" / path.name) for path in notebooks.paths()]
+    if not pages:
+        raise ValueError(f"no notebooks in {notebooks.FOLDER.name}/, so there is nothing to build")
+    report = folder / "report.html"
+    exporter, index = _exporter(), []
+    with checkpoints.replacing(folder / "site") as scratch:
+        for number, page in enumerate(pages):
+            body, sections = _body(exporter, page, {other.name for other in pages})
+            index += [dict(section, page=page.title, link=f"{page.name}.html#{section['id']}") for section in sections]
+            around = dict(
+                name=page.name, title=page.title, description=page.promise, origin=page.origin, body=body,
+                sections=[section for section in sections if section["level"] == 2], colab=notebooks.colab(page.name + ".ipynb"),
+                source=f"{notebooks.repository()}/blob/main/notebooks/{page.name}.ipynb",
+                previous=pages[number - 1] if number else None, next=pages[number + 1] if number + 1 < len(pages) else None,
+            )  # fmt: skip
+            _write(scratch / f"{page.name}.html", pages, report, around)
+        _write(scratch / "index.html", pages, report, _front(pages, scratch))
+        for asset in ("book.css", "book.js"):
+            shutil.copy(SITE / asset, scratch)
+        if report.is_file():
+            shutil.copy(report, scratch)
+        words = [{"page": s["page"], "heading": s["heading"], "link": s["link"], "text": s["text"]} for s in index]
+        records.write_text(scratch / "search-index.js", f"window.courseIndex = {json.dumps(words, ensure_ascii=False)};\n")
+    return folder / "site" / "index.html"
+
+
+def _page(path, executed):
+    """The notebook to show: this machine's run of it if that is complete and current, else the committed one."""
+    committed = nbformat.read(path, as_version=4)
+    shown, origin = committed, "Outputs: the course's own run"
+    if executed.is_file():
+        own = nbformat.read(executed, as_version=4)
+        own.cells = [cell for cell in own.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+        same = [cell.source for cell in own.cells] == [cell.source for cell in committed.cells]
+        failed = any(output.output_type == "error" for cell in own.cells for output in cell.get("outputs", []))
+        if same and not failed and not run.unexecuted(own):
+            when = datetime.datetime.fromtimestamp(executed.stat().st_mtime)
+            shown, origin = own, f"Outputs: this machine, {when:%Y-%m-%d}"
+    return Page(path.stem, notebooks.title(shown), notebooks.promise(shown), shown, origin)
+
+
+def _exporter():
+    import jinja2
+    import nbconvert
+
+    class Cells(nbconvert.HTMLExporter):
+        """Only the cells, without nbconvert's page, styles and scripts."""
+
+        @property
+        def default_config(self):
+            config = super().default_config
+            config.NbConvertBase.display_data_priority = SHOWN
+            return config
+
+    loader = jinja2.DictLoader({"course.html.j2": CELLS})
+    return Cells(template_name="basic", template_file="course.html.j2", extra_loaders=[loader], exclude_input_prompt=True, exclude_output_prompt=True)
+
+
+def _body(exporter, page, names):
+    """(HTML of the cells, list of sections {id, heading, level, text}) of a page."""
+    import bs4
+
+    for cell in page.notebook.cells:
+        if cell.cell_type == "markdown":  # these stand around the cells
+            cell.source = re.sub(r"<!-- (badge|navigation) -->.*?<!-- /\1 -->", "", cell.source, flags=re.S)
+        cell.outputs = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+    html, _ = exporter.from_notebook_node(page.notebook)
+    soup = bs4.BeautifulSoup(html, "html.parser")
+    for element in soup(["style", "script"]):
+        element.decompose()
+    for table in soup("table"):
+        table.attrs.pop("border", None)
+        table.wrap(soup.new_tag("div", attrs={"class": "wide", "role": "region", "aria-label": "Table"}))
+    for picture in soup("img"):
+        if not picture["src"].startswith("data:"):
+            picture.replace_with(picture.get("alt", ""))
+    for element in soup(True):  # outputs come from a run, with whatever a model said in it
+        element.attrs = {name: value for name, value in element.attrs.items() if not name.startswith("on")}
+    for link in soup("a", href=True):
+        link["href"] = _address(link["href"], names)
+    for link in soup(class_="anchor-link"):
+        link["aria-label"] = "Link to this section"
+    return str(soup), _sections(soup, page.title)
+
+
+def _address(href, names):
+    """Where a link of a notebook leads on the site: to the page of a notebook, or to a file in the repository."""
+    target, hash_, part = href.partition("#")
+    if not target or re.match(r"[a-z]+:", target):
+        return href
+    if target.endswith(".ipynb") and Path(target).stem in names:
+        return f"{Path(target).stem}.html{hash_}{part}"
+    path = (notebooks.FOLDER / target).resolve().relative_to(notebooks.ROOT.resolve())
+    return f"{notebooks.repository()}/blob/main/{path.as_posix()}{hash_}{part}"
+
+
+def _sections(soup, title):
+    """The page cut at its headings: id, heading, level and plain text of each, for contents and search."""
+    found = []
+    for element in soup.find_all(["h1", "h2", "h3", "p", "li", "td", "th", "pre"]):
+        if element.name in ("h1", "h2", "h3"):
+            words = "".join(text for text in element.strings if text != "¶").strip()
+            if element.get("id"):
+                found.append({"id": element["id"], "heading": words, "level": int(element.name[1]), "text": []})
+        elif found and not element.find_parent(["li", "td", "th"]):
+            found[-1]["text"].append(element.get_text(" " if element.name == "li" else ""))
+    if not found:
+        raise ValueError(f"{title} has no headings")
+    return [dict(section, text=" ".join(" ".join(section["text"]).split())) for section in found]
+
+
+def _front(pages, scratch):
+    """What the first page says: each notebook with its promise and its cost, and the picture of all methods."""
+    import jinja2
+
+    costs = [page.notebook.metadata.get("course", {}).get("cost", {}).get("cpu") for page in pages]
+    rows = [(page, f"{cost['seconds'] / 60:.1f} min" if cost else "–") for page, cost in zip(pages, costs)]
+    picture = re.search(r"<!-- picture -->\s*!\[(.*?)\]", (notebooks.ROOT / "README.md").read_text(encoding="utf-8"))
+    if picture and notebooks.PICTURE.is_file():
+        shutil.copy(notebooks.PICTURE, scratch)
+    template = """<h1>{{ course }}</h1>
+<p>Run and fine-tune language models in less memory. Every number on these pages comes from a run that you can repeat.</p>
+<div class="wide" role="region" aria-label="Notebooks"><table class="front"><thead><tr><th scope="col">Notebook</th><th scope="col">What it shows</th><th scope="col">Time on 2 cores</th></tr></thead>
+<tbody>{% for page, time in rows %}<tr><td><a href="{{ page.name }}.html">{{ page.title }}</a></td><td>{{ page.promise }}</td><td>{{ time }}</td></tr>{% endfor %}</tbody></table></div>
+{% if alt %}<p><img src="{{ picture }}" alt="{{ alt }}"></p><p><em>{{ alt }}</em></p>{% endif %}
+<p><a href="{{ repository }}">Source, installation and licence</a></p>"""
+    body = jinja2.Environment(autoescape=True).from_string(template).render(
+        course=COURSE, rows=rows, alt=picture and picture[1], picture=notebooks.PICTURE.name, repository=notebooks.repository()
+    )
+    return {"name": "index", "title": COURSE, "description": "Quantization of language models, measured", "body": body, "next": pages[0]}
+
+
+def _write(target, pages, report, values):
+    import jinja2
+    import markupsafe
+
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(SITE), autoescape=True)
+    values = dict(values, body=markupsafe.Markup(values["body"]))
+    text = environment.get_template("page.html.j2").render(course=COURSE, pages=pages, report=report.is_file(), **values)
+    records.write_text(target, text)

@@ -1,0 +1,306 @@
+"""The doctor: what is wrong with a machine is said, with the command that changes it, and the exit code follows."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fakehub
+from conftest import ROOT
+from helpers import doctor, memory, models, notebooks, setup
+
+ROOMY = doctor.Machine(ram=64e9, disk=500e9)
+GPU = {"gpu": int(24e9), "vram": int(23e9)}
+GATED = ("it is gated, and there is no token here", "accept the terms, then: hf auth login")
+
+
+def verdicts(machine, model="auto", config=None, paths=None):
+    return {entry.notebook[:2]: entry for entry in doctor.advise(paths or notebooks.paths(), machine, model, config)}
+
+
+def changed(**values):
+    return doctor.Machine(**{**vars(ROOMY), **values})
+
+
+def test_every_notebook_has_a_verdict_and_a_roomy_cpu_runs_all_with_the_small_model():
+    found = verdicts(ROOMY)
+    assert set(found) == {path.name[:2] for path in notebooks.paths()}
+    assert {entry.verdict for entry in found.values()} == {doctor.SMALL}
+    assert doctor.exit_code([], found.values()) == 0
+    cost = {path.name[:2]: notebooks_cost(path) for path in notebooks.paths()}
+    assert all(entry.ram_bytes == cost[number]["peak_ram_bytes"] and not entry.estimate for number, entry in found.items())
+
+
+def notebooks_cost(path):
+    return json.loads(path.read_text(encoding="utf-8"))["metadata"]["course"]["cost"]["cpu"]
+
+
+def test_with_too_little_ram_exactly_the_notebooks_that_need_more_cannot():
+    peaks = sorted(notebooks_cost(path)["peak_ram_bytes"] for path in notebooks.paths())
+    found = verdicts(changed(ram=peaks[len(peaks) // 2]))
+    cannot = [entry for entry in found.values() if entry.verdict == doctor.CANNOT]
+    assert len(cannot) == sum(peak > peaks[len(peaks) // 2] for peak in peaks) > 0
+    for entry in cannot:
+        assert "GB of RAM" in entry.why and f"run --only {entry.notebook[:2]}" in entry.command
+    assert doctor.exit_code([], found.values()) == 1
+
+
+def test_without_disk_none_can_and_the_command_moves_cache_and_output():
+    found = verdicts(changed(disk=1e8))
+    assert {entry.verdict for entry in found.values()} == {doctor.CANNOT}
+    assert all("of disk" in entry.why and "COURSE_CACHE=" in entry.command and "--output" in entry.command for entry in found.values())
+    there = verdicts(changed(disk=1e9, small_bytes=600_000_000))
+    assert there["04"].verdict == doctor.SMALL, "a model that is on the disk already is asked to be there twice"
+
+
+def test_a_missing_package_stops_the_notebooks_that_use_it():
+    found = verdicts(changed(missing=frozenset({"bitsandbytes"})))
+    assert found["04"].verdict == doctor.CANNOT and found["04"].command == "pip install -r requirements.txt"
+    assert found["01"].verdict == doctor.SMALL
+    assert {entry.verdict for entry in verdicts(changed(missing=frozenset({"torch"}))).values()} == {doctor.CANNOT}
+
+
+def test_no_source_for_the_default_model():
+    entry = verdicts(changed(small=("neither the hub nor PyPI answers", "connect once")))["00"]
+    assert (entry.verdict, entry.command) == (doctor.CANNOT, "connect once")
+
+
+def test_a_24_gb_gpu_with_access_runs_mistral():
+    entry = verdicts(changed(**GPU))["04"]
+    assert entry.verdict == doctor.RUNS and entry.model == models.MISTRAL and 14.5e9 < entry.vram_bytes < 24e9 and entry.estimate
+
+
+def test_a_gpu_without_access_gets_the_small_model_and_the_login_command():
+    found = verdicts(changed(**GPU, large=GATED))
+    assert {entry.verdict for entry in found.values()} == {doctor.SMALL}
+    assert "gated" in found["04"].why and "hf auth login" in found["04"].command and doctor.exit_code([], found.values()) == 0
+
+
+def test_a_gpu_that_others_fill():
+    entry = verdicts(changed(gpu=int(24e9), vram=int(5e9)))["04"]
+    assert entry.verdict == doctor.SMALL and "GB of VRAM, 5.0 GB are free" in entry.why and "nvidia-smi" in entry.command
+    assert entry.switch and "--model smollm2-offline" in entry.command and doctor.exit_code([], [entry]) == 3, "auto would try the large one"
+
+
+def test_a_model_that_was_asked_for_and_does_not_fit_exits_3():
+    mistral = models.mistral_config()
+    found = verdicts(changed(ram=8e9), "owner/seven-b", mistral)
+    assert {entry.verdict for entry in found.values()} == {doctor.SMALL}
+    assert "about" in found["04"].why and "--model smollm2-offline" in found["04"].command
+    assert doctor.exit_code([], found.values()) == 3
+    assert doctor.exit_code([doctor.Check("disk", doctor.BAD, "full", "free some")], found.values()) == 1
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_a_notebook_needs_grows_with_the_model(gpu):
+    cost = {"cpu": {"peak_ram_bytes": 3_000_000_000, "disk_bytes": 1_000_000_000}}
+    small, mid, large = (doctor.needs(cost, models.mistral_config(layers), gpu) for layers in (1, 8, 32))
+    assert doctor.needs(cost) == doctor.Need(3_000_000_000, 0, 1_000_000_000, False)
+    assert small.disk < mid.disk < large.disk and all(need.estimate for need in (small, mid, large))
+    grows = [need.vram if gpu else need.ram for need in (small, mid, large)]
+    assert grows == sorted(set(grows)) and grows[-1] > (14.5e9 if gpu else 29e9), "less than the weights alone"
+
+
+def test_the_formula_and_the_default_models_own_config_agree(found):
+    from transformers import AutoConfig
+
+    theirs = memory.predict(AutoConfig.from_pretrained(found.path), context=512)
+    assert memory.predict(doctor.small_config(), context=512) == theirs
+    cost = {"cpu": {"peak_ram_bytes": 3_000_000_000, "disk_bytes": 1_000_000_000}}
+    assert doctor.needs(cost, doctor.small_config()).ram == pytest.approx(3e9, rel=1e-6)
+
+
+def test_a_measured_gpu_card_is_believed_before_the_formula():
+    run = {"peak_ram_bytes": 6e9, "peak_vram_bytes": 17e9, "disk_bytes": 20e9}
+    cost = {"cpu": {"peak_ram_bytes": 3e9, "disk_bytes": 1e9}, "gpu": run}
+    assert doctor.needs(cost, models.mistral_config(), gpu=True) == doctor.Need(6e9, 17e9, 20e9, False)
+    assert doctor.needs(cost, models.mistral_config(8), gpu=True).estimate
+
+
+@pytest.mark.parametrize(
+    ("versions", "said", "remedy"),
+    [
+        ({"transformers": "4.57.1"}, "transformers 4.57.1: chat templates", "transformers==5.23.0"),
+        ({"gptqmodel": "7.7.0"}, "gptqmodel 7.7.0 with torch 2.13.0", "gptqmodel==7.6.0"),
+        ({"numpy": "2.4.0"}, "numpy 2.4.0 with gptqmodel 7.6.0", "numpy==2.2.6"),
+        ({"autoawq": "0.2.8"}, "autoawq 0.2.8 with transformers", "autoawq==0.2.9"),
+        ({"bitsandbytes": "0.45.0"}, "bitsandbytes 0.45.0", "bitsandbytes==0.50.2"),
+        ({"accelerate": "0.1"}, "asks for accelerate", "accelerate==1.15.0"),
+    ],
+)
+def test_bad_combinations_are_named_with_the_command(monkeypatch, versions, said, remedy):
+    pinned = setup.pins()
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, pinned.get(name)))
+    check = doctor._combinations()
+    assert check.verdict == doctor.BAD and said in check.found and remedy in check.remedy, check
+
+
+def test_the_pins_are_no_bad_combination():
+    assert doctor._combinations().verdict == doctor.OK
+
+
+def smi(folder, cuda="12.4"):
+    """A stand-in for nvidia-smi that knows one GPU."""
+    tool = folder / "nvidia-smi"
+    tool.write_text(f'#!/bin/sh\n[ -n "$1" ] && echo "NVIDIA T4, 550.54" || echo "| Driver Version: 550.54   CUDA Version: {cuda} |"\n')
+    tool.chmod(0o755)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a shell script")
+def test_a_gpu_that_torch_does_not_use(monkeypatch, tmp_path):
+    import torch
+
+    smi(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    check = doctor._cuda()
+    assert check.verdict == doctor.NOTE and "NVIDIA T4" in check.found and "without CUDA" in check.found and "torch==2.13.0" in check.remedy
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    check = doctor._cuda()
+    assert "built for CUDA 13.0, driver 550.54 takes CUDA 12.4" in check.found and "update the NVIDIA driver" in check.remedy
+
+
+@pytest.mark.parametrize(
+    ("capability", "verdict", "said"),
+    [((6, 1), doctor.BAD, "starts at 7.5"), ((7, 5), doctor.NOTE, "no bfloat16"), ((9, 0), doctor.OK, "compute capability 9.0")],
+)
+def test_compute_capability(monkeypatch, capability, verdict, said):
+    import torch
+
+    monkeypatch.setattr(doctor, "_driver", lambda: ("a GPU", "580.1", "13.0"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "compute_120"])
+    check = doctor._cuda()
+    assert (check.verdict, said in check.found) == (verdict, True) and bool(check.remedy) == (verdict != doctor.OK)
+
+
+def test_another_environments_kernel_is_seen_though_both_link_to_one_python(monkeypatch, tmp_path):
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    other = tmp_path / "other" / "bin" / "python"
+    other.parent.mkdir(parents=True)
+    other.symlink_to(Path(sys.executable).resolve())
+    spec = type("Spec", (), {"argv": [str(other)]})
+    monkeypatch.setattr(KernelSpecManager, "get_kernel_spec", lambda *_: spec)
+    check = doctor._kernel()
+    assert check.verdict == doctor.NOTE and "another environment" in check.found and "ipykernel install" in check.remedy
+    spec.argv = ["python3"]
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(other.parent / name))
+    assert "`jupyter` on the path" in doctor._kernel().found
+
+
+@pytest.fixture
+def small_wait(monkeypatch):
+    monkeypatch.setattr(doctor, "HUB_SECONDS", 2)
+    monkeypatch.setattr(doctor, "_default_folder", lambda: None)
+
+
+def ask(model="auto"):
+    network = doctor._Network(model)
+    network.start()
+    network.join()
+    return network
+
+
+@pytest.mark.parametrize(
+    ("mode", "token", "hub", "access"),
+    [
+        ("open", "", "answers", "is open to you"),
+        ("gated", "", "answers", "there is no token here"),
+        ("gated", "hf_" + "a" * 20, "answers", "not on its list"),
+        ("wrong", "hf_" + "b" * 20, "answers", "refuses your token"),
+        ("expired", "hf_" + "c" * 20, "answers", "refuses your token"),
+        ("garbage", "", "cannot be used", "not asked"),
+        ("hang", "", "cannot be used", "not asked"),
+        ("refused", "", "cannot be used", "not asked"),
+    ],
+)
+def test_every_way_a_hub_can_answer(monkeypatch, tmp_path, small_wait, mode, token, hub, access):
+    monkeypatch.setattr(doctor, "_pypi_answers", lambda: True)
+    with fakehub.serving(mode) as server:
+        fakehub.use(monkeypatch, "http://127.0.0.1:9" if mode == "refused" else server.address, tmp_path)
+        if token:
+            monkeypatch.setenv("HF_TOKEN", token)
+        started = time.monotonic()
+        network = ask()
+        assert time.monotonic() - started < 4
+    assert hub in network.hub().found and access in network.access().found
+    for check in (network.hub(), network.access()):
+        assert bool(check.remedy) == (check.verdict != doctor.OK) and (not token or token not in str(check))
+    assert (network.large_refusal() is None) == (mode == "open")
+    assert network.small_refusal() is None
+
+
+def test_neither_hub_nor_pypi(monkeypatch, tmp_path, small_wait):
+    monkeypatch.setattr(doctor, "_pypi_answers", lambda: False)
+    fakehub.use(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    network = ask()
+    check = doctor._model(network)
+    assert check.verdict == doctor.BAD and "neither the hub nor PyPI" in check.found and check.remedy.startswith("connect once")
+
+
+def run(*arguments, **env):
+    command = [sys.executable, "-m", "helpers", "doctor", *arguments]
+    return subprocess.run(command, env=os.environ | env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_the_whole_command_answers_in_ten_seconds_without_secrets_or_home(found):
+    secret = "hf_" + "planted" * 4
+    with fakehub.serving("hang") as server:
+        started = time.perf_counter()
+        done = run("--json", HF_ENDPOINT=server.address, HF_TOKEN=secret, HF_HUB_OFFLINE="0")
+        seconds = time.perf_counter() - started
+    answer = json.loads(done.stdout)
+    assert done.returncode == answer["exit_code"] == 0, done.stdout
+    assert seconds < 10, "a hub that hangs must not hold up the answer"
+    assert {entry["verdict"] for entry in answer["notebooks"]} <= {doctor.RUNS, doctor.SMALL} and len(answer["notebooks"]) == len(notebooks.paths())
+    assert {"python", "packages", "combinations", "torch", "CUDA", "bitsandbytes", "jupyter kernel", "RAM", "disk", "hub"} <= {
+        check["component"] for check in answer["checks"]
+    }
+    assert secret not in done.stdout + done.stderr and str(Path.home()) + os.sep not in done.stdout
+
+
+BARE = """
+import sys
+sys.modules["psutil"] = None  # as in a Python that nothing was installed into
+from helpers.__main__ import main
+sys.exit(main(["doctor", *sys.argv[1:]]))
+"""
+
+
+def test_before_anything_is_installed():
+    for arguments in ([], ["--json"]):
+        done = subprocess.run([sys.executable, "-c", BARE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and "missing: psutil" in done.stdout and "pip install -r requirements.txt" in done.stdout, done.stderr
+    assert json.loads(done.stdout)["exit_code"] == 1
+
+
+def test_the_readers_page_and_its_exit_codes(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_examine", lambda model: ([doctor.Check("RAM", doctor.OK, "64 GB free")], ROOMY, models.mistral_config()))
+    assert doctor.main(only=["04"]) == 0
+    printed = capsys.readouterr().out
+    assert "04_nf4_bitsandbytes  run with the small model" in printed and "-> on a machine with such a GPU" in printed and "[ok  ]" in printed
+    tight = changed(ram=1e9)
+    monkeypatch.setattr(doctor, "_examine", lambda model: ([doctor.Check("RAM", doctor.OK, "1 GB free")], tight, None))
+    assert doctor.main(only=["04"]) == 1
+    assert "[bad ] Cannot run here: 04_nf4_bitsandbytes." in capsys.readouterr().out
+    monkeypatch.setattr(doctor, "_examine", lambda model: ([], changed(ram=8e9), models.mistral_config()))
+    assert doctor.main(True, "owner/seven-b") == json.loads(capsys.readouterr().out)["exit_code"] == 3
+    with pytest.raises(ValueError, match="no notebook begins with 77"):
+        doctor.main(only=["77"])
+
+
+def test_the_issue_template_asks_for_it():
+    (template,) = (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")
+    assert "python -m helpers doctor --json" in template.read_text(encoding="utf-8")
+    paragraph = next(part for part in (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n") if part.startswith("`doctor`"))
+    for code in range(4):
+        assert f"    {code}  " in doctor.__doc__ and re.search(rf"\b{code}\s+if\b", paragraph)

@@ -1,0 +1,434 @@
+"""The check cells of the notebooks: each takes right answers however they are written, and says what is wrong with the others.
+
+The cells are the notebooks' own. What they need of the notebook is cut out of it statement by statement; what would need a model, a
+download or a library at work is replaced by a stand-in (`given`). That the folded solutions pass is tested by executing the notebooks.
+"""
+
+import ast
+import builtins
+import dis
+import re
+import types
+
+import nbformat
+import pytest
+
+from helpers import exercises, notebooks
+
+# Exercises whose check needs the whole notebook's run, and are therefore judged there alone.
+ELSEWHERE = {"08_compare_methods"}
+
+
+def names(node, kinds):
+    """Global names that a top-level statement stores or loads (functions inside it included)."""
+    found, todo = set(), [compile(ast.Module([node], []), "cell", "exec")]
+    while todo:
+        code = todo.pop()
+        todo += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        module = code.co_name == "<module>"
+        for step in dis.get_instructions(code):
+            if step.opname in kinds and (module or "GLOBAL" in step.opname or step.opname == "LOAD_NAME"):
+                found.add(step.argval)
+    return found
+
+
+def load_check(notebook, function, given, answers):
+    """(test function, its namespace) of an exercise: its check cell without the call, and the statements that it and the answers need."""
+    statements, check = [], None
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type != "code" or "solution" in tags or "bootstrap" in tags:
+            continue
+        tree = ast.parse(re.sub(r"^\s*[%!].*$", "pass", cell.source, flags=re.M)).body
+        call = re.search(rf"^exercises\.check\({function}, (\w+)\)", cell.source, re.M)
+        if call:
+            check = [node for node in tree if not (isinstance(node, ast.Expr) and "exercises.check" in ast.unparse(node))]
+            break
+        statements += tree
+    assert check, f"no exercise {function}"
+    stores = [names(node, {"STORE_NAME", "STORE_GLOBAL"}) for node in statements]
+    need, todo = set(), [*check, *(node for answer in answers for node in ast.parse(answer).body)]
+    while todo:
+        for name in names(todo.pop(), {"LOAD_NAME", "LOAD_GLOBAL"}) - given.keys() - set(dir(builtins)):
+            binding = [number for number, stored in enumerate(stores) if name in stored]
+            imports = [number for number in binding if isinstance(statements[number], (ast.Import, ast.ImportFrom))]
+            fresh = set(imports or binding[-1:]) - need
+            need |= fresh
+            todo += [statements[number] for number in fresh]
+    space = dict(given)
+    body = [statements[number] for number in sorted(need)] + check
+    exec(compile(ast.fix_missing_locations(ast.Module(body, [])), f"check of {function}", "exec"), space)  # noqa: S102 - the course's own cells
+    space.update(given)
+    return space[call[1]], space
+
+
+def weights(seed=0, shape=(64, 256)):
+    import torch
+
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def for_04():
+    weight = weights()
+    return {"weight": weight, "restored": 1.02 * weight}
+
+
+def for_05():
+    import torch
+
+    weight = weights()
+    groups = weight.unflatten(-1, (-1, 64))
+    scale = 2 * groups.abs().amax(-1, keepdim=True) / 15
+    rounded = ((groups / scale).round().clamp(-8, 7) * scale).flatten(-2)
+    return {"torch": torch, "weight": weight, "group_size": 64, "bits": 4, "rounded": rounded}
+
+
+def for_06():
+    layer = types.SimpleNamespace(weight=types.SimpleNamespace(data=weights()))
+    return {"half": types.SimpleNamespace(mlp=types.SimpleNamespace(down_proj=layer)), "inner": [weights(1, (300, 256))], "group_size": 64}
+
+
+def for_03():
+    """Two kinds of layers in 24 blocks, with sizes and sensitivities that are made up."""
+    kinds, blocks = ["q_proj", "up_proj"], [(number,) for number in range(24)]
+    units = [(kind, block) for kind in kinds for block in blocks]
+    size = {"int4": 5, "int8 weights": 9, "int8": 9, "bf16": 16}
+    layer_bytes = {(kind, precision): n * width for kind, n in (("q_proj", 100), ("up_proj", 120)) for precision, width in size.items()}
+    measured = {"4-bit weights": {unit: 0.01 + 0.07 * (7 * n % 11) for n, unit in enumerate(units)}}
+    guide = {unit: "bf16" if unit[0] == "q_proj" else "int8" for unit in units}
+    return {"units": units, "layer_bytes": layer_bytes, "rest": 100, "measured": measured, "plans": {"int8, attention bf16 (guide)": guide}}
+
+
+def for_10():
+    messages = {
+        "cast-quantized": "ValueError: You cannot cast a bitsandbytes model in a new `dtype`.",
+        "move-8bit": "ValueError: Calling `cuda()` is not supported for `8-bit` quantized models.",
+        "other": "ValueError: 4-bit weights must be on a GPU, not supported for this model",
+    }
+    texts = {
+        "bad-token": "Traceback (most recent call last):\nA: x\n\nThe above exception\n\nTraceback (most recent call last):\nh.HTTPError: 401 Client: no\n",
+        "folder-that-is-not-there": "Traceback (most recent call last):\nValueError: inner\n\nTraceback (most recent call last):\nOSError: gone: really\n",
+    }
+    outcomes = {name: {"message": message, "outcome": "repaired"} for name, message in messages.items()}
+    return {"outcomes": outcomes, "reproductions": types.SimpleNamespace(provoke=texts.__getitem__)}
+
+
+# (notebook, function): stand-ins, right answers, {wrong answer: what the message must say}. Answers are expressions or definitions.
+CASES = {
+    ("00", "kv_cache_bytes"): (dict, [
+        "lambda layers, kv_heads, head_dim, tokens, bytes_per_number=2: 2 * layers * kv_heads * head_dim * tokens * bytes_per_number",
+        "def kv_cache_bytes(l, h, d, t, b=2):\n    total = 0\n    for part in ('keys', 'values'):\n        total += l * h * d * t * b\n    return total",
+    ], {
+        "lambda l, h, d, t, b=2: l * h * d * t * b": "half is missing",
+        "lambda l, h, d, t, b=2: 4 * l * h * d * t": "bytes_per_number is not used",
+        "lambda l, h, d, t, b=2: None": "return a number",
+    }),
+    ("00", "longest_context"): (dict, [
+        "def longest_context(name, gb):\n    best = 0\n    while memory.predict(mistral, **formats[name], context=best + 1000).total <= (gb - 1) * 1e9:\n"
+        "        best += 1000\n    return best",
+        "lambda name, gb: max(0, int(((gb - 1) * 1e9 - memory.predict(mistral, **formats[name]).total) / 131072 / 1000)) * 1000",
+    ], {
+        "lambda name, gb: max(0, int((gb * 1e9 - memory.predict(mistral, **formats[name]).total) / 131072 / 1000)) * 1000": "1 GB should stay free",
+        "lambda name, gb: int(((gb - 1) * 1e9 - memory.predict(mistral, **formats[name]).total) / 131072 / 1000) * 1000": "the answer is 0",
+        "lambda name, gb: 1234 if gb == 24 else 0": "whole thousands",
+    }),
+    ("01", "snr_db"): (dict, [
+        "lambda x, restored: 20 * float((x.norm() / (x - restored).norm()).log10())",
+        "def snr_db(x, restored):\n    import math\n    return 10 * math.log10((x ** 2).sum() / ((restored - x) ** 2).sum())",
+    ], {
+        "lambda x, restored: float(10 * (x.norm() / (x - restored).norm()).log10())": "about 6 dB",
+        "lambda x, restored: float(10 * (x.square().sum() / (x - restored).square().sum()).log())": "about 6 dB",
+    }),
+    ("01", "migrate"): (dict, [
+        "def migrate(first, second, channel_max):\n    s = torch.sqrt(channel_max) * second.abs().max(0).values ** -0.5\n"
+        "    return (first.T / s).T, second @ torch.diag(s)",
+        "lambda f, w, m: [torch.diag((w.abs().amax(0) / m) ** 0.5) @ f, w / ((w.abs().amax(0) / m) ** 0.5)]",
+    ], {
+        "lambda f, w, m: (f / m[:, None], w)": "the product has changed",
+        "lambda f, w, m: (f / m[:, None], w * m)": "which alpha",
+    }),
+    ("01", "int8_linear"): (dict, [
+        "def int8_linear(x, codes, scale):\n    s, z = choose_scale(x.min(), x.max(), 8, False)\n"
+        "    q = quantize(x, s, z, 8).long() - z\n    return (q @ codes.long().T) * s * scale[None]",
+        "def int8_linear(x, codes, scale):\n    s, z = choose_scale(x.min(), x.max(), 8, False)\n    q = quantize(x, s, z, 8)\n"
+        "    return torch.einsum('ni,oi->no', q.float(), codes.float()).sub(z * codes.float().sum(1)).mul(s).mul(scale)",
+    ], {
+        "def int8_linear(x, codes, scale):\n    s, z = choose_scale(x.min(), x.max(), 8, False)\n"
+        "    return (quantize(x, s, z, 8).int() @ codes.int().T) * s * scale": "zero point",
+        "lambda x, codes, scale: (x @ codes.float().T * scale).T": r"\[n, out\]",
+    }),
+    ("02", "within_reach"): (dict, [
+        "def within_reach(weight, scale, distance):\n    steps = (weight.reshape(len(scale), -1) / scale) % 1\n"
+        "    return float((((steps - 0.5).abs() * scale) < distance).double().mean())",
+        "lambda w, s, d: sum(abs(v / t - math.floor(v / t) - 0.5) * t < d for g, t in zip(w.reshape(len(s), -1).tolist(), s.flatten().tolist()) for v in g) / w.numel()",
+    ], {
+        "lambda w, s, d: float((((w.reshape(len(s), -1) / s) % 1 - 0.5).abs() < d).float().mean())": "not in steps",
+        "lambda w, s, d: float((((w.reshape(len(s), -1) / s) - (w.reshape(len(s), -1) / s).round()).abs() * s < d).float().mean())": "",
+    }),
+    ("02", "scale_gradient"): (dict, [
+        "def scale_gradient(groups, scale, bits, upstream):\n    x = groups / scale\n    top = 2 ** (bits - 1)\n    q = x.round()\n"
+        "    inside = (q >= -top) & (q <= top - 1)\n    slope = inside * (q - x) + (q > top - 1) * (top - 1) + (q < -top) * -top\n"
+        "    return (slope * upstream).sum(-1, keepdim=True)",
+        "def scale_gradient(groups, scale, bits, upstream):\n    s = scale.clone().requires_grad_()\n"
+        "    (fake_quantize(groups, s, bits) * upstream).sum().backward()\n    return s.grad",
+    ], {
+        "lambda groups, scale, bits, upstream: ((groups / scale).round() * upstream).sum(1, keepdim=True)": "code - weight / scale",
+        "lambda groups, scale, bits, upstream: (((groups / scale).round() - groups / scale) * upstream).sum(1)": "expected shape",
+    }),
+    ("02", "fake_quantize_asymmetric"): (dict, [
+        "def fake_quantize_asymmetric(weight, bits, group_size):\n    g = weight.reshape(-1, group_size)\n    low = g.detach().min(1, True).values.clamp(max=0)\n"
+        "    high = g.detach().max(1, True).values.clamp(min=0)\n    s = (high - low) / (2**bits - 1)\n    z = torch.round(-low / s)\n"
+        "    q = ((g.detach() / s).round() + z).clamp(0, 2**bits - 1)\n    return (g + ((q - z) * s - g).detach()).reshape(weight.shape)",
+        "def fake_quantize_asymmetric(weight, bits, group_size):\n    g = weight.view(-1, group_size)\n    with torch.no_grad():\n"
+        "        low, high = torch.minimum(g.amin(1), torch.zeros(len(g))), torch.maximum(g.amax(1), torch.zeros(len(g)))\n"
+        "        s = (high - low) / (2**bits - 1)\n        z = (-low / s).round().int()\n"
+        "    return torch.fake_quantize_per_channel_affine(g, s, z, 0, 0, 2**bits - 1).view_as(weight)",
+    ], {
+        "lambda weight, bits, group_size: fake_quantize(weight, group_scales(weight, bits, group_size), bits)": "symmetric grid",
+        "lambda weight, bits, group_size: weight * 1": "more than 16 values",
+        "def fake_quantize_asymmetric(weight, bits, group_size):\n    g = weight.detach().view(-1, group_size)\n    low = g.amin(1, True)\n"
+        "    s = (g.amax(1, True) - low) / (2**bits - 1)\n    return (((g - low) / s).round() * s + low).view_as(weight) + 0 * weight": "gradient must pass|zero must stay",
+    }),
+    ("03", "linear_bytes"): (dict, [
+        "lambda rows, columns, bits, scale_bytes=2, group_size=None: rows * (columns * bits // 8 + (columns // group_size if group_size else 1) * scale_bytes)",
+        "def linear_bytes(rows, columns, bits, scale_bytes=2, group_size=None):\n    group_size = group_size or columns\n"
+        "    groups = rows * columns / group_size\n    return groups * (group_size * bits / 8 + scale_bytes)",
+    ], {
+        "lambda rows, columns, bits, scale_bytes=2, group_size=None: rows * columns * bits": "two bytes a weight",
+        "lambda rows, columns, bits, scale_bytes=2, group_size=None: rows * columns * bits / 8": "264",
+        "lambda rows, columns, bits, scale_bytes=2, group_size=None: rows * columns * bits / 8 + rows * scale_bytes": "144",
+    }),
+    ("03", "rank_correlation"): (dict, [
+        "def rank_correlation(a, b):\n    n = len(a)\n    rank = lambda x: [sorted(x).index(v) for v in x]\n"
+        "    return 1 - 6 * sum((p - q) ** 2 for p, q in zip(rank(a), rank(b))) / (n * (n * n - 1))",
+        "lambda a, b: __import__('pandas').Series(a).rank().corr(__import__('pandas').Series(b).rank())",
+    ], {
+        "lambda a, b: torch.corrcoef(torch.tensor([a, b], dtype=torch.float))[0, 1].item()": "same order gives 1",
+        "lambda a, b: torch.corrcoef(torch.stack([torch.tensor(x).argsort().float() for x in (a, b)]))[0, 1].abs().item()": "reverse order",
+        "lambda a, b: None": "return a number",
+    }),
+    ("03", "three_levels"): (for_03, [
+        "def three_levels(predicted, budget):\n    order = ['int4', 'int8 weights', 'bf16']\n    plan = {unit: 'int4' for unit in units}\n    while True:\n"
+        "        best, at = None, -1\n        for unit in units:\n            level = order.index(plan[unit])\n            if level == 2:\n                continue\n"
+        "            changed = {**plan, unit: order[level + 1]}\n            if plan_bytes(changed) > budget:\n                continue\n"
+        "            gain = (predicted[unit][plan[unit]] - predicted[unit][order[level + 1]]) / (plan_bytes(changed) - plan_bytes(plan))\n"
+        "            if gain > at:\n                best, at = changed, gain\n        if best is None:\n            return plan\n        plan = best",
+        "def three_levels(predicted, budget):\n    levels, at = ['int4', 'int8 weights', 'bf16'], dict.fromkeys(units, 0)\n"
+        "    left = budget - plan_bytes(dict.fromkeys(units, 'int4'))\n"
+        "    def step(unit):\n        low, high = levels[at[unit]:at[unit] + 2]\n"
+        "        extra = len(unit[1]) * (layer_bytes[unit[0], high] - layer_bytes[unit[0], low])\n"
+        "        return (predicted[unit][low] - predicted[unit][high]) / extra, extra\n"
+        "    while fits := {u: step(u) for u in units if at[u] < 2 and step(u)[1] <= left}:\n"
+        "        unit = max(fits, key=fits.get)\n        left -= fits[unit][1]\n        at[unit] += 1\n    return {u: levels[n] for u, n in at.items()}",
+    ], {
+        "lambda predicted, budget: dict.fromkeys(units, 'int4')": "still room",
+        "lambda predicted, budget: dict.fromkeys(units, 'bf16')": "bytes too many",
+        "lambda predicted, budget: {}": "a precision for every unit",
+    }),
+    ("04", "bits_per_weight"): (dict, [
+        "lambda blocksize, scale_bits=32, double_quant=False: 4 + (8.125 if double_quant else scale_bits) / blocksize",
+        "def bits_per_weight(blocksize, scale_bits=32, double_quant=False):\n    bits = 4 * blocksize\n"
+        "    bits += 8 + 32 / 256 if double_quant else scale_bits\n    return bits / blocksize",
+    ], {
+        "lambda blocksize, scale_bits=32, double_quant=False: 4": "each block carries one",
+        "lambda blocksize, scale_bits=32, double_quant=False: 4.5": "not used",
+        "lambda blocksize, scale_bits=32, double_quant=False: 4 + scale_bits / blocksize": "32 per 256 scales",
+        "lambda blocksize, scale_bits=32, double_quant=False: 4 + (8 if double_quant else scale_bits) / blocksize": "32 per 256 scales",
+    }),
+    ("04", "int4_round_trip"): (for_04, [
+        "def int4_round_trip(weight, blocksize=64):\n    out = torch.empty_like(weight).view(-1, blocksize)\n"
+        "    for row, block in zip(out, weight.view(-1, blocksize)):\n        step = block.abs().max() / 7\n        row[:] = (block / step).round() * step\n"
+        "    return out.view_as(weight)",
+        "lambda weight, blocksize=64: torch.fake_quantize_per_channel_affine(weight.view(-1, blocksize), weight.view(-1, blocksize).abs().amax(1) / 7, "
+        "torch.zeros(weight.numel() // blocksize, dtype=torch.int32), 0, -7, 7).view_as(weight)",
+    ], {
+        "lambda weight, blocksize=64: weight.round().clamp(-7, 7)": "largest magnitude",
+        "lambda weight, blocksize=64: weight": "15 are possible",
+        "lambda weight, blocksize=64: weight.view(-1, blocksize)": "weight's shape",
+    }),
+    ("05", "bits_per_weight"): (dict, [
+        "lambda bits, group_size: (bits * group_size + 16 + bits) / group_size",
+        "def bits_per_weight(bits, group_size):\n    scale, zero = 16 / group_size, bits / group_size\n    return bits + scale + zero",
+    ], {
+        "lambda bits, group_size: bits": "scale and zero point are missing",
+        "lambda bits, group_size: bits + 16 / group_size": "zero point is missing",
+        "lambda bits, group_size: 4.3125": "depend on bits",
+    }),
+    ("05", "repair_second"): (for_05, [
+        "lambda error, H: error * H[1, 0] / H[1, 1]",
+        "lambda error, H: torch.linalg.solve(H[1:, 1:], H[1:, :1] * error).squeeze()",
+    ], {
+        "lambda error, H: -error * H[0, 1] / H[1, 1]": "check the sign",
+        "lambda error, H: error * H[0, 1] / H[0, 0]": "not the best",
+        "lambda error, H: 0 * error": "not diagonal",
+    }),
+    ("05", "round_with_search"): (for_05, [
+        "def round_with_search(weight, group_size=64, bits=4):\n    out = weight.clone().view(-1, group_size)\n    half = 2 ** (bits - 1)\n"
+        "    for n, group in enumerate(weight.view(-1, group_size)):\n        top = 2 * group.abs().max() / (2**bits - 1)\n        best = None\n"
+        "        for k in range(7):\n            s = top * (1 - 0.05 * k)\n            q = (group / s).round().clamp(-half, half - 1) * s\n"
+        "            e = (q - group).pow(2).sum()\n            if best is None or e < best:\n                best, out[n] = e, q\n    return out.view_as(weight)",
+        "def round_with_search(weight, group_size=64, bits=4):\n    g = weight.view(-1, group_size)\n    best = g * 0\n    error = torch.full((len(g), 1), float('inf'))\n"
+        "    for shrink in (1, .95, .9, .85, .8, .75, .7):\n        s = shrink * group_scale(g, bits)[:, None]\n        q = to_grid(g, s, bits)\n"
+        "        e = (q - g).square().sum(1, keepdim=True)\n        best = torch.where(e < error, q, best)\n        error = torch.minimum(e, error)\n    return best.view_as(weight)",
+    ], {
+        "lambda weight, group_size=64, bits=4: rounded": "keep the best scale",
+        "lambda weight, group_size=64, bits=4: weight": "more levels",
+        "lambda weight, group_size=64, bits=4: min((to_grid(weight.view(-1, 64), group_scale(weight.view(-1, 64), 4)[:, None] * s, 4).view_as(weight) "
+        "for s in (1, .99)), key=weight_error)": "chosen per row and group|keep the best",
+    }),
+    ("06", "tokens_used"): (dict, [
+        "lambda samples, n=512: sum(len(s) for s in samples if len(s) <= n) // n * n",
+        "def tokens_used(samples, n=512):\n    joined = []\n    for sample in samples:\n        if len(sample) <= n:\n            joined += sample\n"
+        "    return len([joined[i:i + n] for i in range(0, len(joined) - n + 1, n)]) * n",
+    ], {
+        "lambda samples, n=512: sum(map(len, samples))": "one block",
+        "lambda samples, n=512: sum(min(len(s), n) for s in samples) // n * n": "dropped, not cut",
+        "lambda samples, n=512: max(n, sum(len(s) for s in samples if len(s) <= n) // n * n)": "is nothing",
+    }),
+    ("06", "fold_values"): (dict, [
+        "def fold_values(v_proj, o_proj, scales):\n    with torch.no_grad():\n        v_proj.weight.copy_((v_proj.weight.T / scales).T)\n"
+        "        v_proj.bias.copy_(v_proj.bias / scales)\n        o_proj.weight.copy_(o_proj.weight @ torch.diag(scales))",
+        "def fold_values(v_proj, o_proj, scales):\n    v_proj.weight.data = v_proj.weight.data / scales.unsqueeze(1)\n"
+        "    if v_proj.bias is not None:\n        v_proj.bias.data.div_(scales)\n    o_proj.weight.data.mul_(scales)",
+    ], {
+        "def fold_values(v_proj, o_proj, scales):\n    v_proj.weight.data /= scales[:, None]\n    o_proj.weight.data *= scales": "bias",
+        "def fold_values(v_proj, o_proj, scales):\n    v_proj.weight.data /= scales[:, None]\n    v_proj.bias.data /= scales": "o_proj is unchanged",
+        "def fold_values(v_proj, o_proj, scales):\n    o_proj.weight.data /= scales": "multiplied by scale j",
+    }),
+    ("06", "output_error"): (for_06, [
+        "lambda weight, changed, gram: torch.einsum('oi,ij,oj->', changed - weight, gram, changed - weight) / weight.shape[0]",
+        "def output_error(weight, changed, gram):\n    d = weight - changed\n    return torch.stack([row @ gram @ row for row in d]).mean().item()",
+    ], {
+        "lambda weight, changed, gram: (changed - weight).square().mean()": "on the tokens",
+        "lambda weight, changed, gram: torch.trace((changed - weight) @ gram @ (changed - weight).T)": "on the tokens",
+    }),
+    ("07", "adapter_parameters"): (dict, [
+        "lambda shapes, r: sum(r * out + r * in_ for out, in_ in shapes)",
+        "def adapter_parameters(shapes, r):\n    total = 0\n    for shape in shapes:\n        total += r * sum(shape)\n    return total",
+    ], {
+        "lambda shapes, r: sum(r * columns for rows, columns in shapes)": "two matrices",
+        "lambda shapes, r: r * sum(shapes[0])": "sum over all layers",
+        "lambda shapes, r: sum(rows * columns for rows, columns in shapes)": "131,072",
+    }),
+    ("07", "lora_gradients"): (dict, [
+        "def lora_gradients(x, g, A, B, scale):\n    A, B = A.clone().requires_grad_(), B.clone().requires_grad_()\n"
+        "    (scale * x @ A.T @ B.T * g).sum().backward()\n    return A.grad, B.grad",
+        "lambda x, g, A, B, scale: (B.T @ (scale * g).T @ x, torch.einsum('no,nr->or', g, x @ A.T) * scale)",
+    ], {
+        "lambda x, g, A, B, scale: ((g @ B).T @ x, g.T @ (x @ A.T))": "the scale is missing",
+        "lambda x, g, A, B, scale: (scale * x.T @ (g @ B), scale * (x @ A.T).T @ g)": "has shape",
+        "lambda x, g, A, B, scale: (0 * A, scale * g.T @ (x @ A.T))": "gradient of A is not right",
+    }),
+    ("07", "longest_sequence"): (dict, [
+        "def longest_sequence(config, gib):\n    low, high = 0, 10**6\n    size = lambda n: sum(budget(config, n).values())\n"
+        "    if size(1) > gib * 2**30:\n        return 0\n    while high - low > 1:\n        middle = (low + high) // 2\n"
+        "        low, high = (middle, high) if size(middle) <= gib * 2**30 else (low, middle)\n    return low",
+        "def longest_sequence(config, gib):\n    a, b = (sum(budget(config, n).values()) for n in (1000, 2000))\n    slope = (b - a) / 1000\n"
+        "    return max(int((gib * 2**30 - (a - 1000 * slope)) / slope), 0)",
+    ], {
+        "lambda config, gib: int((gib * 2**30 - sum(budget(config, 0).values())) / (sum(budget(config, 1).values()) - sum(budget(config, 0).values())))": "return 0",
+        "lambda config, gib: 0": "one more",
+        "lambda config, gib: 100000 if gib == 8 else 0": "more than 8",
+    }),
+    ("09", "bytes_per_gpu"): (dict, [
+        "lambda base, adapters, n, sharded: (base + adapters * (4 + 4 + 4)) / (n if sharded else 1)",
+        "def bytes_per_gpu(base_bytes, adapter_parameters, n, sharded):\n    total = base_bytes + 4 * adapter_parameters\n    total += 2 * 4 * adapter_parameters\n"
+        "    if sharded:\n        total /= n\n    return total",
+    ], {
+        "lambda base, adapters, n, sharded: (base + 4 * adapters) / (n if sharded else 1)": "two averages",
+        "lambda base, adapters, n, sharded: base + 12 * adapters": "FSDP cuts",
+        "lambda base, adapters, n, sharded: base / (n if sharded else 1) + 12 * adapters": "FSDP cuts",
+    }),
+    ("09", "accumulation_steps"): (dict, [
+        "def accumulation_steps(global_batch, per_device_batch, n):\n    if global_batch % (per_device_batch * n):\n        raise ValueError('uneven')\n"
+        "    return global_batch // per_device_batch // n",
+        "def accumulation_steps(g, p, n):\n    steps = g / (p * n)\n    if not steps.is_integer():\n        raise ValueError(steps)\n    return int(steps)",
+    ], {
+        "lambda g, p, n: g // (p * n)": "raise ValueError",
+        "lambda g, p, n: g // p": "4 times",
+    }),
+    ("09", "split_mlp"): (dict, [
+        "def split_mlp(x, gate, up, down, n):\n    size = len(gate) // n\n    parts = []\n    for k in range(n):\n        at = slice(k * size, (k + 1) * size)\n"
+        "        h = x @ gate[at].T\n        parts.append((h * torch.sigmoid(h) * (x @ up[at].T)) @ down[:, at].T)\n    return parts",
+        "lambda x, gate, up, down, n: [(torch.nn.functional.silu(x @ gate[k::n].T) * (x @ up[k::n].T)) @ down[:, k::n].T for k in range(n)]",
+    ], {
+        "lambda x, gate, up, down, n: [(torch.nn.functional.silu(x @ gate[k::n].T) * (x @ up.roll(1, 0)[k::n].T)) @ down[:, k::n].T for k in range(n)]": "do not add up",
+        "lambda x, gate, up, down, n: [(torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T] + [torch.zeros(5, 16)] * (n - 1)": "first slice did all",
+        "lambda x, gate, up, down, n: []": "one partial result for each",
+    }),
+    ("10", "last_error"): (for_10, [
+        "def last_error(text):\n    line = text.strip().splitlines()[-1]\n    kind, _, message = line.partition(': ')\n    return kind.split('.')[-1], message",
+        "lambda text: (lambda line: (line.split(':')[0].split('.')[-1], line.split(': ', 1)[1] if ': ' in line else ''))(text.rstrip().split('\\n')[-1])",
+    ], {
+        "lambda text: None": r"return \(type, message\)",
+        "def last_error(text):\n    found = re.findall(r'^(\\w+): (.*)$', text, re.M) or [('', '')]\n    return found[0]": "",
+        "lambda text: text.strip().splitlines()[-1]": "expected",
+    }),
+    ("10", "cast_or_move_pattern"): (for_10, [
+        "lambda: r'(cannot cast a bitsandbytes)|(is not supported for `[48]-bit`)'",
+        "def cast_or_move_pattern():\n    return '(?i)(cast|`cuda\\\\(\\\\)`|`.to`).*(bitsandbytes|-bit`)'",
+    ], {
+        "lambda: 'supported for'": "does not find",
+        "lambda: 'ValueError'": "finds this too",
+        "lambda: ''": "regular expression as text",
+    }),
+    ("10", "holders"): (for_10, [
+        "def holders(namespace, target):\n    def reaches(value):\n        if value is target:\n            return True\n        if isinstance(value, (list, tuple)):\n"
+        "            return any(item is target for item in value)\n        step = getattr(value, '__traceback__', None)\n        while step is not None:\n"
+        "            if any(v is target for v in step.tb_frame.f_locals.values()):\n                return True\n            step = step.tb_next\n        return False\n"
+        "    return [name for name, value in namespace.items() if reaches(value)]",
+        "def holders(namespace, target):\n    def inside(value):\n        yield value\n        yield from value if isinstance(value, (list, tuple)) else ()\n"
+        "        trace = value.__traceback__ if isinstance(value, BaseException) else None\n        while trace:\n"
+        "            yield from trace.tb_frame.f_locals.values()\n            trace = trace.tb_next\n"
+        "    return {name for name, value in namespace.items() if any(found is target for found in inside(value))}",
+    ], {
+        "lambda namespace, target: [name for name, value in namespace.items() if value is target]": "element of a list",
+        "lambda namespace, target: list(namespace)": "nothing to do with it",
+        "lambda namespace, target: [name for name, value in namespace.items() if value is target or isinstance(value, list)]": "__traceback__",
+    }),
+}  # fmt: skip
+HERE = {path.name[:2]: path for path in notebooks.paths()}
+each_case = pytest.mark.parametrize("key", [key for key in CASES if key[0] in HERE], ids="-".join)
+
+
+def answer(source, space):
+    """The reader's function from its source text."""
+    if source.startswith("def "):
+        exec(source, space)  # noqa: S102
+        return space[re.match(r"def (\w+)", source)[1]]
+    return eval(source, space)  # noqa: S307
+
+
+def prepared(key):
+    """(test function, namespace for answers) of a case."""
+    given, right, wrong = CASES[key]
+    test, space = load_check(nbformat.read(HERE[key[0]], as_version=4), key[1], given(), [*right, *wrong])
+    return test, {"re": re} | space
+
+
+@each_case
+def test_right_answers_pass_however_they_are_written(key, capsys):
+    test, space = prepared(key)
+    assert len(CASES[key][1]) >= 2
+    for source in CASES[key][1]:
+        assert exercises.check(answer(source, dict(space)), test) is True, f"{source}\n{capsys.readouterr().out}"
+
+
+@each_case
+def test_wrong_answers_are_told_what_is_wrong(key, capsys):
+    test, space = prepared(key)
+    assert len(CASES[key][2]) >= 2
+    for source, hint in CASES[key][2].items():
+        capsys.readouterr()
+        assert exercises.check(answer(source, dict(space)), test) is False, f"taken as right: {source}"
+        said = capsys.readouterr().out
+        assert re.search(hint, said) and "stopped with" not in said, f"{source}\n{said}"
+
+
+def test_every_exercise_of_the_course_is_here():
+    there = {(path.name[:2], name) for path in HERE.values() if path.stem not in ELSEWHERE for name in exercises_of(path)}
+    assert there <= set(CASES)
+
+
+def exercises_of(path):
+    return re.findall(r"exercises\.check\((\w+),", "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells))

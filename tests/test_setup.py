@@ -1,0 +1,218 @@
+"""The bootstrap cell where other packages are installed already, as on Colab: what is replaced, and when a restart is asked for."""
+
+import importlib
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+
+import nbformat
+import pytest
+
+from conftest import ROOT
+from helpers import notebooks, setup
+
+
+class Site:
+    """A folder of installed packages, and a `pip` that installs into it what the test prepared."""
+
+    def __init__(self, folder):
+        self.folder, self.offers, self.commands, self.refuses_numpy = folder, {}, [], False
+
+    def put(self, name, version, module=None):
+        for old in self.folder.glob(f"{name}-*.dist-info"):
+            for file in old.iterdir():
+                file.unlink()
+            old.rmdir()
+        info = self.folder / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (info / "top_level.txt").write_text(f"{module or name}\n")
+        (self.folder / f"{module or name}.py").write_text(f"version = {version!r}\n")
+        importlib.invalidate_caches()
+
+    def pip(self, command, **_):
+        self.commands.append(command)
+        if self.refuses_numpy and any(word.startswith("numpy==") for word in command):
+            return subprocess.CompletedProcess(command, 1, "", "ResolutionImpossible")
+        for name, version in self.offers.items():
+            self.put(name, version)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """course_a in version 1 and course_dep in version 1 are there; course_a is pinned at 2."""
+    site = Site(tmp_path / "site")
+    site.put("course_a", "1.0")
+    site.put("course_dep", "1.0")
+    monkeypatch.syspath_prepend(str(site.folder))
+    monkeypatch.setattr(setup, "BASE", ())
+    monkeypatch.setattr(setup, "_replaced", set())
+    monkeypatch.setattr(setup, "OLDEST", {"course_a": "2"})
+    monkeypatch.setattr(setup, "pins", lambda: {"course_a": "2.1", "course_new": "3.0"})
+    monkeypatch.setattr(setup.subprocess, "run", site.pip)
+    site.offers = {"course_a": "2.1"}
+    yield site
+    for name in ("course_a", "course_dep", "course_new"):
+        sys.modules.pop(name, None)
+
+
+def test_an_old_package_that_nobody_imported_is_replaced_without_a_restart(site):
+    setup.require("course_a")
+    (command,) = site.commands
+    assert "course_a==2.1" in command and any(word.startswith("torch==") for word in command)
+    import course_a
+
+    assert course_a.version == "2.1"
+    setup.require("course_a")
+    assert len(site.commands) == 1, "installed twice"
+
+
+def test_an_old_package_in_use_asks_for_a_restart_until_there_was_one(site, monkeypatch):
+    import course_a  # noqa: F401
+
+    for _ in range(2):  # the reader runs the cell again without a restart
+        with pytest.raises(setup.RestartNeeded, match="course_a: .*Restart session.*run all cells again"):
+            setup.require("course_a")
+    assert len(site.commands) == 1
+    del sys.modules["course_a"]  # what a restart does
+    monkeypatch.setattr(setup, "_replaced", set())
+    setup.require("course_a")
+
+
+def test_a_replaced_dependency_counts_only_if_it_is_in_use(site, monkeypatch):
+    site.offers = {"course_a": "2.1", "course_dep": "2.0"}
+    setup.require("course_a")
+    site.put("course_a", "1.0")
+    site.put("course_dep", "1.0")
+    import course_dep  # noqa: F401
+
+    with pytest.raises(setup.RestartNeeded, match="^course_dep: "):
+        setup.require("course_a")
+
+
+def test_new_enough_and_newer_than_the_pin_stay(site):
+    for version in ("2", "2.0.1+cu128", "3.0"):
+        site.put("course_a", version)
+        setup.require("course_a")
+    assert site.commands == []
+
+
+def test_a_missing_package_needs_no_restart(site):
+    site.offers = {"course_new": "3.0"}
+    import course_dep  # noqa: F401
+
+    setup.require("course_new")
+    assert "course_new==3.0" in site.commands[0]
+
+
+def test_numpy_gives_way_only_where_it_must(site, monkeypatch):
+    site.refuses_numpy = True
+    setup.require("course_a")
+    first, second = site.commands
+    assert any(word.startswith("numpy==") for word in first) and not any(word.startswith("numpy==") for word in second)
+    assert any(word.startswith("torch==") for word in second)
+
+
+def test_somebody_ran_pip_after_the_import(site, monkeypatch):
+    import types
+
+    monkeypatch.setitem(sys.modules, "course_a", types.SimpleNamespace(__version__="2.5"))
+    site.put("course_a", "2.6")
+    with pytest.raises(setup.RestartNeeded, match="course_a"):
+        setup.require("course_a")
+    site.put("course_a", "2.5.0+cpu")
+    setup.require("course_a")
+
+
+def test_pip_fails(site, monkeypatch):
+    monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "a\nno network"))
+    with pytest.raises(ImportError, match="could not install course_a==2.1: no network") as caught:
+        setup.require("course_a")
+    assert not isinstance(caught.value, setup.RestartNeeded)
+
+
+def test_what_is_pinned_is_new_enough_and_asks_for_nothing_here(monkeypatch):
+    assert all(setup._numbers(setup.pins()[name]) >= setup._numbers(oldest) for name, oldest in setup.OLDEST.items())
+    monkeypatch.setattr(setup.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
+    setup.require(*setup.OLDEST)
+
+
+CELL = """
+import sys
+{first}
+for attempt in range({attempts}):
+    try:
+        exec(open("cell.py").read())
+        import peft
+        print("ready", peft.__version__, flush=True)
+    except ImportError as error:
+        print(type(error).__name__, error, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def colab(tmp_path_factory):
+    """Python of an environment that has the course's packages, but an old peft; pip finds the pinned one in a folder of wheels."""
+    home = tmp_path_factory.mktemp("colab")
+    venv.create(home / "venv", with_pip=False, symlinks=os.name != "nt")
+    scripts = "Scripts" if os.name == "nt" else "bin"
+    python = str(home / "venv" / scripts / ("python.exe" if os.name == "nt" else "python"))
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    with open(os.path.join(site, "packages.pth"), "w") as file:  # the packages, without the .pth that makes the checkout importable
+        file.write(sysconfig.get_path("purelib") + "\n")
+    wheels = home / "wheels"
+    wheels.mkdir()
+    stub(wheels, setup.pins()["peft"])
+    with zipfile.ZipFile(stub(home, "0.17.1")) as old:
+        old.extractall(site)
+    return home, python, os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "COURSE_SOURCE": str(ROOT)}
+
+
+def stub(folder, version):
+    """A wheel of a peft that only knows its version."""
+    path, info = folder / f"peft-{version}-py3-none-any.whl", f"peft-{version}.dist-info"
+    files = {
+        "peft/__init__.py": f"__version__ = {version!r}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: peft\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: course\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/top_level.txt": "peft\n",
+    }
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(name, text)
+        wheel.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"]))
+    return path
+
+
+def test_the_bootstrap_cell_itself_with_an_old_package(colab, tmp_path):
+    """In an empty folder, with pip itself: restart asked for where peft was in use, twice; after the restart ready, without pip."""
+    home, python, env = colab
+    env = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+    (notebook,) = [path for path in notebooks.paths() if path.name.startswith("07")]
+    (cell,) = notebooks.tagged(nbformat.read(notebook, as_version=4), "bootstrap")
+    (tmp_path / "cell.py").write_text(cell.source)
+
+    def process(first, attempts):
+        program = CELL.format(first=first, attempts=attempts)
+        done = subprocess.run([python, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-1500:]
+        return done.stdout.splitlines()
+
+    in_use = process("import peft", 2)
+    assert [line.split()[0] for line in in_use] == ["Installing", "RestartNeeded", "RestartNeeded"], in_use
+    assert in_use[1].startswith("RestartNeeded peft: ")
+    assert process("", 1) == [f"ready {setup.pins()['peft']}"]
+    with zipfile.ZipFile(home / "peft-0.17.1-py3-none-any.whl") as old:  # back to the old one
+        site = next((home / "venv").rglob("peft")).parent
+        for folder in site.glob("peft*"):
+            for file in sorted(folder.rglob("*"), reverse=True):
+                file.rmdir() if file.is_dir() else file.unlink()
+            folder.rmdir()
+        old.extractall(site)
+    unused = process("", 1)
+    assert unused[0].startswith("Installing peft") and unused[1] == f"ready {setup.pins()['peft']}" and len(unused) == 2
