@@ -4,7 +4,7 @@ import functools
 import html
 from dataclasses import dataclass
 
-from helpers import batch, memory, reference
+from helpers import batch, memory, reference, widgets
 
 SIZES = ("SmolLM2-135M", "Mistral-7B")
 HARDWARE = ("CPU", "NVIDIA GPU")
@@ -165,7 +165,7 @@ class Guide:
                        for question, advice in self.examples())  # fmt: skip
         page = f"<table><caption>Decision guide: some answers</caption><thead><tr><th scope='col'>you have, you need</th><th scope='col'>take</th></tr></thead><tbody>{rows}</tbody></table>"
         static = {"text/plain": repr(self), "text/html": page}
-        return static if batch() else {**static, **self.widget._repr_mimebundle_()}
+        return static if batch() else {**static, **widgets.view(self.widget)}
 
 
 def _question(memory_gb, hardware="CPU", fine_tune=False, need="quality", size="Mistral-7B"):

@@ -41,7 +41,7 @@ def plot(found, against="weight_bytes"):
     points = [(record[against] * factor, max(record["kl_divergence"], FLOOR)) for record in shown]
     best = frontier(points, more)
     fig, ax = plt.subplots(figsize=(8, max(3.2, 0.3 * len(points))))
-    ax.plot(*zip(*(points[n] for n in best)), color="#1a1a1a", linewidth=1, drawstyle="steps-pre" if more else "steps-post", zorder=2)
+    ax.plot(*zip(*(points[n] for n in best)), color="#1a1a1a", linewidth=1, drawstyle="steps-post", zorder=2)
     for number, (record, point) in enumerate(zip(shown, points)):
         color = figures.PALETTE[number % len(figures.PALETTE)]
         ax.scatter(*point, edgecolor=color, facecolor=color if number in best else "white", linewidth=1.5, zorder=3)

@@ -13,11 +13,11 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Quantization course: this run</title><link rel="icon" href="data:,">
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; color: #1a1a1a; background: #fff }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1rem; color: #1a1a1a; background: #fff }
 div.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 caption { text-align: left; font-weight: 600; padding: .3rem 0 }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap }
-th:first-child, td:first-child, td.text { text-align: left } td.text { white-space: normal; min-width: 9rem }
+th:first-child, td:first-child, td.text { text-align: left } td.text { white-space: normal; min-width: 5rem } .claims th { text-align: left } td.claim { min-width: 14rem }
 img { max-width: 100%; height: auto } .failed { color: #a40000; font-weight: 600 } a { color: #0b4f8a }
 </style></head><body>
 <h1>Quantization course: this run</h1>
@@ -36,9 +36,9 @@ img { max-width: 100%; height: auto } .failed { color: #a40000; font-weight: 600
 <h2 id="claims">What the guides claim</h2>
 <p>{{ counts }}. Each claim is held against a number of this run, or else of the run that comes with the course.</p>
 <ul>{% for key, title in sources.items() %}<li>{{ key }}: {{ title }}</li>{% endfor %}</ul>
-<div class="wide" tabindex="0" role="region" aria-label="Claims"><table><thead><tr>{% for head in ("claim", "guide", "found", "verdict", "measured in", "whose run") %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
-<tbody>{% for f in findings %}<tr><td class="text">{{ f.claim.claim }}</td><td>{{ f.claim.source }}</td><td class="text">{{ f.found }}</td><td class="text">{{ f.verdict }}</td>
-<td>{{ notebook(f.claim) }}</td><td class="text">{{ f.where }}</td></tr>{% endfor %}</tbody></table></div>
+<div class="wide" tabindex="0" role="region" aria-label="Claims"><table class="claims"><thead><tr>{% for head in ("claim", "guide", "found", "verdict", "measured in", "whose run") %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
+<tbody>{% for f in findings %}<tr><td class="text claim">{{ f.claim.claim }}</td><td class="text">{{ f.claim.source }}</td><td class="text claim">{{ f.found }}</td><td class="text">{{ f.verdict }}</td>
+<td class="text">{{ notebook(f.claim) }}</td><td class="text">{{ f.where }}</td></tr>{% endfor %}</tbody></table></div>
 <h2 id="notebooks">Notebooks</h2>
 <div class="wide" tabindex="0" role="region" aria-label="Notebooks"><table><thead><tr><th scope="col">notebook</th><th scope="col">seconds</th><th scope="col">peak GB</th><th scope="col">verdict</th></tr></thead>
 <tbody>{% for r in results %}<tr><td>{{ r.notebook }}</td><td>{{ "%.0f"|format(r.seconds) }}</td><td>{{ "%.2f"|format(r.peak_ram_bytes / 1e9) }}</td>
@@ -80,9 +80,9 @@ def expected(references):
 
 
 def counts(findings):
-    """How many claims have which verdict, as a sentence without its full stop."""
+    """How many claims have which verdict, in one line."""
     numbers = {word: sum(finding.verdict == word for finding in findings) for word in (*claims.VERDICTS, claims.NOT_RUN)}
-    return f"{len(findings)} claims: " + ", ".join(f"{number} {word}" for word, number in numbers.items() if number)
+    return f"{len(findings)} claims: " + ", ".join(f"{word} {number}" for word, number in numbers.items() if number)
 
 
 def picture(found):
