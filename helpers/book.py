@@ -161,14 +161,14 @@ def _front(pages, scratch):
     import jinja2
 
     costs = [page.notebook.metadata.get("course", {}).get("cost", {}).get("cpu") for page in pages]
-    rows = [(page, f"{cost['seconds'] / 60:.1f} min" if cost else "–") for page, cost in zip(pages, costs)]
+    rows = [(page, f"{cost['seconds'] / 60:.1f} min" if cost else "") for page, cost in zip(pages, costs)]
     picture = re.search(r"<!-- picture -->\s*!\[(.*?)\]", (notebooks.ROOT / "README.md").read_text(encoding="utf-8"))
     if picture and notebooks.PICTURE.is_file():
         shutil.copy(notebooks.PICTURE, scratch)
     template = """<h1>{{ course }}</h1>
 <p>Run and fine-tune language models in less memory. Every number on these pages comes from a run that you can repeat.</p>
-<div class="wide" role="region" aria-label="Notebooks"><table class="front"><thead><tr><th scope="col">Notebook</th><th scope="col">What it shows</th><th scope="col">Time on 2 cores</th></tr></thead>
-<tbody>{% for page, time in rows %}<tr><td><a href="{{ page.name }}.html">{{ page.title }}</a></td><td>{{ page.promise }}</td><td>{{ time }}</td></tr>{% endfor %}</tbody></table></div>
+<ul class="front">{% for page, time in rows %}<li><a href="{{ page.name }}.html">{{ page.title }}</a>{% if time %} <span>{{ time }} on 2 cores</span>{% endif %}<br>{{ page.promise }}</li>
+{% endfor %}</ul>
 {% if alt %}<p><img src="{{ picture }}" alt="{{ alt }}"></p><p><em>{{ alt }}</em></p>{% endif %}
 <p><a href="{{ repository }}">Source, installation and licence</a></p>"""
     body = jinja2.Environment(autoescape=True).from_string(template).render(
