@@ -198,13 +198,17 @@ def test_twice_the_same_id(tmp_path):
 
 
 def test_filling_writes_what_is_measured(tmp_path):
-    data = json.loads(claims.PATH.read_text(encoding="utf-8"))
-    data["claims"][0] |= {"verdict": "does not hold", "value": None}
     path = tmp_path / "claims.json"
-    path.write_text(claims.dumps(data))
-    changed = claims.fill(path)
-    assert changed == [f"{CLAIMS[0]['id']}: does not hold -> {CLAIMS[0]['verdict']}"]
-    assert path.read_text(encoding="utf-8") == claims.PATH.read_text(encoding="utf-8")
+    path.write_text(claims.PATH.read_text(encoding="utf-8"), encoding="utf-8")
+    claims.fill(path)
+    filled = path.read_text(encoding="utf-8")
+    data = json.loads(filled)
+    verdict = data["claims"][0]["verdict"]
+    data["claims"][0] |= {"verdict": "not run here", "value": None}
+    path.write_text(claims.dumps(data), encoding="utf-8")
+    assert claims.fill(path) == [f"{CLAIMS[0]['id']}: not run here -> {verdict}"]
+    assert path.read_text(encoding="utf-8") == filled
+    assert claims.fill(path) == []
 
 
 def test_ledger_of_an_empty_build_has_every_claim(tmp_path):
