@@ -1,4 +1,4 @@
-"""Command line of the course: `python -m helpers doctor | explain | chat | run | book | links`."""
+"""Command line of the course: `python -m helpers doctor | explain | chat | run | book | reference | links`."""
 
 import argparse
 import json
@@ -29,10 +29,14 @@ def main(argv=None):
     run.add_argument("--output", default="build", help="build folder")
     run.add_argument("--timeout", type=int, default=1800, help="seconds one cell may take")
     run.add_argument("-p", "--parameter", action="append", metavar="NAME=VALUE", help="parameter for every notebook")
+    run.add_argument("--cap", metavar="SIZE", help='GPU memory that notebooks may take, e.g. 24GB: tries a smaller card')
     run.add_argument("--in-place", action="store_true", help="store outputs and cost cards in notebooks/ (for authors)")
 
     book = commands.add_parser("book", help="build a static site of the executed notebooks")
     book.add_argument("--output", default="build", help="build folder")
+
+    reference = commands.add_parser("reference", help="store this build's records and the claims' verdicts in notebooks/data (for authors)")
+    reference.add_argument("--output", default="build", help="build folder")
 
     commands.add_parser("links", help="regenerate badges, cost cards, bootstrap cells and navigation")
 
@@ -77,6 +81,12 @@ def _book(arguments):
     from helpers import book
 
     print(book.build(arguments.output))
+
+
+def _reference(arguments):
+    from helpers import reference
+
+    return reference.main(arguments)
 
 
 def _links(arguments):
@@ -126,7 +136,9 @@ def _say(session, text):
     print()
 
 
-COMMANDS = {"doctor": _doctor, "explain": _explain, "chat": _chat, "run": _run, "book": _book, "links": _links}
+COMMANDS = {
+    "doctor": _doctor, "explain": _explain, "chat": _chat, "run": _run, "book": _book, "reference": _reference, "links": _links
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import os
+import re
 import sys
 import threading
 import time
@@ -274,6 +276,37 @@ def release():
         libc.malloc_trim(0)
     if cuda := _cuda():
         cuda.empty_cache()
+
+
+CAP = "COURSE_VRAM_CAP"  # environment variable by which `python -m helpers run --cap 24GB` reaches every notebook's kernel
+UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text):
+    """Bytes of a size such as "24GB", "16 GiB" or "500MB" (decimal and binary units, as they are written)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B)\s*", str(text).upper())
+    if not match or match[2] not in UNITS or not float(match[1]):
+        raise ValueError(f'a size is a number and one of MB, GB, MiB, GiB, such as "24GB"; got {text!r}')
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def cap_vram(limit=None):
+    """Let torch take at most `limit` bytes of each GPU from now on, as if the card were smaller; the cap in bytes, or None.
+
+    Without an argument, the cap is what `--cap` asked for. What does not fit raises torch.OutOfMemoryError, as on the smaller
+    card. A real card also holds the driver's context, some 0.5 GB, which torch does not count. Nothing happens without a GPU.
+    """
+    limit = limit if limit is not None else os.environ.get(CAP) and parse_size(os.environ[CAP])
+    if not limit:
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    for index in range(torch.cuda.device_count()):
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), index)
+    return limit
 
 
 def free_ram():

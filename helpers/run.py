@@ -116,12 +116,15 @@ def unexecuted(notebook):
     return [number for number, cell in enumerate(cells, 1) if cell.execution_count is None]
 
 
-def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=False):
+def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=False, cap=None):
     """Execute the chosen notebooks, print a line for each and a table at the end, write the report; list of `Result`.
 
     only      beginnings of notebook names, such as ["00", "04"]; None for all
     in_place  also store outputs and measured cost in notebooks/, each from an empty cache as on a reader's first run
+    cap       GPU memory that a notebook may take, such as "24GB": `models.find` applies it in the notebook's kernel
     """
+    if cap is not None:
+        memory.parse_size(cap)  # a wrong one is said now, not by every notebook
     chosen = [path for path in notebooks.paths() if not only or any(path.name.startswith(prefix) for prefix in only)]
     if not chosen:
         raise ValueError(f"no notebook begins with {', '.join(only or ['?'])}; there are {', '.join(path.stem[:2] for path in notebooks.paths())}")
@@ -131,7 +134,7 @@ def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=F
     results = []
     for path in chosen:
         print(f"{path.stem} ...", flush=True)
-        env, cache = {}, None
+        env, cache = ({memory.CAP: cap} if cap is not None else {}), None
         if in_place:
             cache = build / "fresh-cache"
             shutil.rmtree(cache, ignore_errors=True)
@@ -225,5 +228,5 @@ def main(arguments):
         parameters[name] = {"True": True, "False": False}.get(value, int(value) if value.lstrip("-").isdigit() else value)
     if arguments.model != "auto":
         parameters["model"] = arguments.model
-    results = run(arguments.only, arguments.output, parameters, arguments.timeout, arguments.in_place)
+    results = run(arguments.only, arguments.output, parameters, arguments.timeout, arguments.in_place, arguments.cap)
     return 0 if all(result.ok for result in results) else 1

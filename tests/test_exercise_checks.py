@@ -16,7 +16,7 @@ import pytest
 from helpers import exercises, notebooks
 
 # Exercises whose check needs the whole notebook's run, and are therefore judged there alone.
-ELSEWHERE = {"08_compare_methods"}
+ELSEWHERE = set()
 
 
 def names(node, kinds):
@@ -97,6 +97,11 @@ def for_03():
     measured = {"4-bit weights": {unit: 0.01 + 0.07 * (7 * n % 11) for n, unit in enumerate(units)}}
     guide = {unit: "bf16" if unit[0] == "q_proj" else "int8" for unit in units}
     return {"units": units, "layer_bytes": layer_bytes, "rest": 100, "measured": measured, "plans": {"int8, attention bf16 (guide)": guide}}
+
+
+def for_08():
+    sizes = {"fp32": (500, 0.0), "bf16": (250, 0.001), "int8": (260, 0.03), "nf4": (110, 0.3), "awq": (115, 0.13), "worse": (115, 0.2)}
+    return {"shown": {name: {"weight_bytes": size, "kl_divergence": kl} for name, (size, kl) in sizes.items()}}
 
 
 def for_10():
@@ -371,6 +376,29 @@ CASES = {
         "lambda: 'supported for'": "does not find",
         "lambda: 'ValueError'": "finds this too",
         "lambda: ''": "regular expression as text",
+    }),
+    ("08", "tokens_that_fit"): (dict, [
+        "lambda free, layers, heads, dim, bits=16: int(free // (2 * layers * heads * dim * bits / 8))",
+        "def tokens_that_fit(free_bytes, layers, kv_heads, head_dim, cache_bits=16):\n    one = layers * kv_heads * head_dim * cache_bits\n"
+        "    tokens = 0\n    while 2 * one * (tokens + 1) <= 8 * free_bytes:\n        tokens += 1\n    return tokens",
+    ], {
+        "lambda free, layers, heads, dim, bits=16: int(free * 8 // (layers * heads * dim * bits))": "two tensors per layer",
+        "lambda free, layers, heads, dim, bits=16: int(free * 8 * 8 // (2 * layers * heads * dim * bits))": "16 bits are 2 bytes",
+        "lambda free, layers, heads, dim, bits=16: int(free // (4 * layers * heads * dim))": "cache_bits is not used",
+        "lambda free, layers, heads, dim, bits=16: free * 8 / (2 * layers * heads * dim * bits)": "whole tokens",
+        "lambda *_: None": "return a number",
+    }),
+    ("08", "best_of"): (for_08, [
+        "def best_of(points):\n    kept = []\n    for name, (size, kl) in sorted(points.items(), key=lambda item: item[1]):\n"
+        "        if not kept or kl < points[kept[-1]][1]:\n            kept.append(name)\n    return kept",
+        "def best_of(points):\n    def beaten(name):\n        a = points[name]\n"
+        "        return any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points.values())\n"
+        "    return sorted((name for name in points if not beaten(name)), key=points.get)",
+    ], {
+        "lambda points: list(points)": "b beats it",
+        "lambda points: [name for name in points if not any(b[0] < points[name][0] and b[1] < points[name][1] for b in points.values())]": "y is larger and no better",
+        "lambda points: [name for name in sorted(points, key=points.get, reverse=True) if name != 'c']": "in this order",
+        "lambda points: None": "return a list",
     }),
     ("10", "holders"): (for_10, [
         "def holders(namespace, target):\n    def reaches(value):\n        if value is target:\n            return True\n        if isinstance(value, (list, tuple)):\n"

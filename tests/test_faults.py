@@ -399,7 +399,7 @@ def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsy
     (build / "notebooks").mkdir(parents=True)
     (build / "notebooks" / "06_damaged.ipynb").write_text("an earlier run's")
     monkeypatch.setattr(notebooks, "paths", lambda: [*broken, tmp_path / "06_damaged.ipynb"])
-    arguments = argparse.Namespace(only=None, output=str(build), timeout=4, parameter=None, in_place=False, model="auto")
+    arguments = argparse.Namespace(only=None, output=str(build), timeout=4, parameter=None, in_place=False, model="auto", cap=None)
     started = time.monotonic()
     assert run.main(arguments) == 1
     assert time.monotonic() - started < 60, "a fault turned into a hang"

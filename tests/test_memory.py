@@ -95,6 +95,56 @@ def test_negative_context():
         memory.predict(LlamaConfig(**SMALL), context=-1)
 
 
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24 * 10**9), ("16 GiB", 16 * 2**30), ("1.5gb", 1_500_000_000), ("500MB", 500 * 10**6)]
+)
+def test_sizes(text, size):
+    assert memory.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "GB", "-1GB", "0GB", "24TB", "2 4GB", "", None])
+def test_what_is_no_size(text):
+    with pytest.raises(ValueError, match="a size is a number and one of MB, GB, MiB, GiB"):
+        memory.parse_size(text)
+
+
+class Gpus:
+    """Stands for torch.cuda on a machine with two GPUs of 80 GB, where no GPU is."""
+
+    def __init__(self):
+        self.fractions = {}
+
+    def is_available(self):
+        return True
+
+    def device_count(self):
+        return 2
+
+    def get_device_properties(self, index):
+        return type("Properties", (), {"total_memory": 80 * 10**9})
+
+    def set_per_process_memory_fraction(self, fraction, index):
+        self.fractions[index] = fraction
+
+
+def test_cap_holds_every_gpu_to_it(monkeypatch):
+    gpus = Gpus()
+    monkeypatch.setattr(torch, "cuda", gpus)
+    monkeypatch.delenv(memory.CAP, raising=False)
+    assert memory.cap_vram() is None and not gpus.fractions
+    monkeypatch.setenv(memory.CAP, "24GB")
+    assert memory.cap_vram() == 24 * 10**9 and gpus.fractions == {0: 0.3, 1: 0.3}
+    assert memory.cap_vram(160 * 10**9) and gpus.fractions == {0: 1.0, 1: 1.0}, "no more than there is"
+
+
+def test_finding_a_model_applies_the_cap(monkeypatch, tmp_path):
+    from helpers import models
+
+    monkeypatch.setenv(memory.CAP, "much")
+    with pytest.raises(ValueError, match="got 'much'"):
+        models.find(str(tmp_path))
+
+
 def test_monitor_reads_and_degrades_to_text(monkeypatch):
     monitor = memory.Monitor(interval=0.01).start()
     time.sleep(0.05)

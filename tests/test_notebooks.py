@@ -180,9 +180,16 @@ def check_qlora_ddp(record, ratio):
     assert record["weight_bytes"] <= 0.66 * BF16_BYTES
 
 
+def check_kv4(record, ratio):
+    """Weights in 16 bits, keys and values in 4: as large as bf16, and close to it."""
+    assert 0.003 < record["kl_divergence"] < 0.03 and ratio < 1.05 and record["top1_agreement"] > 0.93
+    assert record["weight_bytes"] == pytest.approx(BF16_BYTES, rel=0.01) and record["decode_tokens_per_s"] > 0
+
+
 CHECKS = {
     "fp32": check_fp32,
     "bf16": check_bf16,
+    "bf16-kv4": check_kv4,
     "int8-dynamic": check_int8_dynamic,
     "int8-dynamic-rescued": check_int8_rescued,
     "int8-dynamic-torchao": check_int8_torchao,

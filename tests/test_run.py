@@ -5,7 +5,7 @@ import signal
 import nbformat
 import pytest
 
-from helpers import records, report, run
+from helpers import memory, records, report, run
 
 
 def notebook(tmp_path, *sources, name="99_test.ipynb"):
@@ -65,6 +65,24 @@ def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     assert [result.ok for result in results] == [False, True]
     printed = capsys.readouterr().out
     assert "ZeroDivisionError" in printed and "1 of 2 ok" in printed and printed.rstrip().endswith("report.html")
+
+
+def test_cap_reaches_the_kernel(tmp_path, monkeypatch, capsys):
+    from helpers import notebooks
+
+    source = f"import os; assert os.environ['{memory.CAP}'] == '24GB'"
+    path = notebook(tmp_path, source, name="01_capped.ipynb")
+    monkeypatch.setattr(notebooks, "paths", lambda: [path])
+    capped = run.run(output_dir=str(tmp_path / "build"), cap="24GB")
+    plain = run.run(output_dir=str(tmp_path / "build"))
+    assert capped[0].ok and "KeyError" in plain[0].verdict, (capped, plain)
+    capsys.readouterr()
+
+
+def test_a_cap_that_is_no_size_stops_before_any_notebook(monkeypatch):
+    monkeypatch.setattr(run, "execute", lambda *_, **__: pytest.fail("a notebook ran"))
+    with pytest.raises(ValueError, match='such as "24GB"; got \'24\''):
+        run.run(only=["00"], cap="24")
 
 
 def test_no_such_notebook():

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -17,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from helpers import chat, models, notebooks, records, redact, report, run, setup
+from helpers import chat, models, notebooks, records, redact, report, run, setup, tables
 
 PLANTED = "hf_" + "PlantedToken" * 3
 ODD = "pass-phrase without any form"  # known only by the name of its variable
@@ -37,7 +36,7 @@ def sources():
 LOADS_CODE = {
     "torch.load without weights_only": r"torch\.load\((?!(?:[^()]|\([^()]*\))*weights_only=True)",
     "a pickle": r"(?<![\w.])(?:import|from)\s+(?:pickle|cloudpickle|dill|joblib|shelve|marshal)\b|\b(?:read_pickle|allow_pickle=True)\b",
-    "remote code": r"trust_remote_code\s*=\s*(?!False)",
+    "remote code": r"trust_remote_code\s*=(?!\s*False)",
     "safetensors off": r"use_safetensors\s*=\s*False",
 }
 RUNS_TEXT = {
@@ -46,10 +45,26 @@ RUNS_TEXT = {
 }
 
 
+# What looks like it and is not: (file, the line), why.
+EXHIBITS = {
+    ("reproductions.py", "torch.load(file)"): "shows that torch refuses a pickle unless it is told otherwise",
+    ("reproductions.py", "exec(\"tokenizer('hi')\", {})  # a fresh kernel"): "a fixed text, in an empty namespace: a cell that was not run",
+    ("reproductions.py", "exec(\"tokenizer('hi')\", {\"tokenizer\": tiny_tokenizer()})"): "the same, repaired",
+    ("catalogue.py", "trust_remote_code=True, revision="): "the text of a remedy, which asks to read the code first",
+    ("explain.py", "exec(compile(shell.transform_cell(cell), "): "runs the reader's own cell under %%explain, as the cell itself would",
+}
+
+
 @pytest.mark.parametrize("what", [*LOADS_CODE, *RUNS_TEXT])
 def test_no_source_of_the_course_uses(what):
     pattern = re.compile((LOADS_CODE | RUNS_TEXT)[what], re.M)
-    assert [f"{name}: {match[0]!r}" for name, code in sources() for match in pattern.finditer(code)] == []
+    found = []
+    for name, code in sources():
+        for match in pattern.finditer(code):
+            line = code[code.rfind("\n", 0, match.start()) + 1 :].partition("\n")[0]
+            if not any(name == file and text in line for file, text in EXHIBITS):
+                found.append(f"{name}: {line.strip()}")
+    assert found == []
 
 
 @pytest.mark.parametrize(
@@ -67,7 +82,7 @@ def test_no_source_of_the_course_uses(what):
 )
 def test_the_search_finds_what_it_looks_for(what, code):
     assert re.search((LOADS_CODE | RUNS_TEXT)[what], code, re.M)
-    assert not re.search((LOADS_CODE | RUNS_TEXT)[what], "x = torch.load(path(p), weights_only=True); model.eval(); a != b", re.M)
+    assert not re.search((LOADS_CODE | RUNS_TEXT)[what], "x = torch.load(path(p), weights_only=True); model.eval(); a != b; f(trust_remote_code = False)", re.M)
 
 
 # Every way the course loads something: a model, a 4-bit checkpoint, an adapter, a training run that goes on. Python announces each
@@ -244,12 +259,13 @@ ANSWER = "Sure: <script>document.title='RUN'</script><img src=x onerror=\"docume
 class Elements(HTMLParser):
     def __init__(self, page):
         super().__init__()
-        self.names, self.attributes, self.text = [], [], []
+        self.names, self.handlers, self.pictures, self.text = [], [], [], []
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
         self.names.append(tag)
-        self.attributes += [name for name, _ in attributes]
+        self.handlers += [value for name, value in attributes if name.startswith("on")]
+        self.pictures += [value for name, value in attributes if tag == "img" and name == "src"]
 
     def handle_data(self, data):
         self.text.append(data)
@@ -278,9 +294,9 @@ class Windows:
 def test_a_hostile_answer_is_text(page, tmp_path):
     shown = Elements(pages(tmp_path)[page])
     assert not {"script", "svg", "iframe", "object"} & set(shown.names)
-    assert [name for name in shown.attributes if name.startswith("on")] == []
+    assert set(shown.handlers) <= {tables.SORT}, "only the table's own sorting may run"
     assert ANSWER in "".join(shown.text), "the answer is not shown as it was said"
-    assert shown.names.count("img") == (page == "report"), "only the report's own picture"
+    assert bool(shown.pictures) == (page == "report") and all(source.startswith("data:image/png;base64,") for source in shown.pictures)
 
 
 @pytest.mark.parametrize("page", ["chat", "report"])

@@ -1,0 +1,65 @@
+"""One table of all methods as plain HTML: readable without a front end, sorted by a click or by the keyboard where scripts run."""
+
+import html
+
+# field of a record: (heading, format, factor)
+COLUMNS = {
+    "bits_per_weight": ("bits per weight", "{:.2f}", 1),
+    "weight_bytes": ("weights, MB", "{:.0f}", 1e-6),
+    "perplexity": ("perplexity", "{:.2f}", 1),
+    "kl_divergence": ("KL", "{:.4f}", 1),
+    "top1_agreement": ("same top-1", "{:.3f}", 1),
+    "decode_tokens_per_s": ("decode tok/s", "{:.1f}", 1),
+    "quantize_seconds": ("quantize s", "{:.1f}", 1),
+    "peak_memory_bytes": ("peak GB", "{:.2f}", 1e-9),
+}
+NOT_MEASURED = "–"
+NOT_RUN = "not run here"
+
+# In the attribute itself, so that the table needs no script element: cells without a number stay at the end.
+SORT = """
+const h=this.parentNode,t=h.closest('table'),b=t.tBodies[0],n=[...h.parentNode.children].indexOf(h),
+up=h.getAttribute('aria-sort')!=='ascending';
+for(const o of h.parentNode.children)o.removeAttribute('aria-sort');
+h.setAttribute('aria-sort',up?'ascending':'descending');
+const k=r=>{const c=r.children[n];return c.hasAttribute('data-v')?(c.dataset.v===''?null:Number(c.dataset.v)):c.textContent};
+[...b.rows].sort((x,y)=>{const p=k(x),q=k(y);if(p===null||q===null)return (p===null)-(q===null);
+return (p>q?1:p<q?-1:0)*(up?1:-1)}).forEach(r=>b.append(r));
+""".replace("\n", "")
+BUTTON = "font:inherit;font-weight:600;color:inherit;background:none;border:0;padding:0;cursor:pointer;text-decoration:underline dotted"
+
+
+def methods(found, expected=(), sort_by="weight_bytes", caption="All methods of this run"):
+    """HTML table of records ({method: record}), one row each, sorted by a field; those without it come last.
+
+    expected  {method: notebook} of what could have been run: a method without a record gets a row that says so, and no numbers
+    """
+    if sort_by != "method" and sort_by not in COLUMNS:
+        raise ValueError(f"sort_by must be method or one of {', '.join(COLUMNS)}, not {sort_by!r}")
+    rows = [[(method, None), (record["notebook"][:2], None), *(_cell(record[name], *COLUMNS[name]) for name in COLUMNS)] for method, record in found.items()]
+    at = 0 if sort_by == "method" else 2 + list(COLUMNS).index(sort_by)
+    rows.sort(key=lambda row: (row[at][1] == "", row[at][0] if at == 0 else row[at][1] or 0))
+    for method, notebook in dict(expected).items():
+        if method not in found:
+            rows.append([(method, None), (notebook[:2], None), (NOT_RUN, ""), *[("", "")] * (len(COLUMNS) - 1)])
+    return table(["method", "notebook", *(head for head, _, _ in COLUMNS.values())], rows, caption)
+
+
+def table(heads, rows, caption):
+    """A sortable HTML table; each cell is (text, sort key): a number, "" for none, or None to sort by the text. All is escaped."""
+    head = "".join(f'<th scope="col"><button type="button" style="{BUTTON}" onclick="{html.escape(SORT)}">{html.escape(text)}</button></th>' for text in heads)
+    body = []
+    for row in rows:
+        cells = []
+        for text, key in row:
+            mark = ' style="text-align:left"' if key is None else f' data-v="{html.escape(str(key))}"'
+            cells.append(f"<td{mark}>{html.escape(str(text))}</td>")
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        f'<div style="overflow-x:auto" tabindex="0" role="region" aria-label="{html.escape(caption)}"><table><caption>{html.escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _cell(value, _, form, factor):
+    return (NOT_MEASURED, "") if value is None else (form.format(value * factor), value)

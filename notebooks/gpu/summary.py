@@ -1,0 +1,162 @@
+"""What reference.json says, as rows, as a picture, and as README's section on GPUs: `python notebooks/gpu/summary.py` writes both."""
+
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT))
+
+PICTURE = HERE / "decode.png"
+CARDS = {"RTX A5000": 24 * 10**9, "T4": 16 * 10**9}  # a gigabyte is 10^9 bytes: a little less than the cards hold
+LADDER = (  # label, step of reference.py, variant
+    ("fp16, eager", "decode_fp16", "eager"),
+    ("int4 (torchao), eager", "decode_int4", "eager"),
+    ("fp16, a CUDA graph of eager kernels", "decode_fp16", "graph"),
+    ("fp16, compiled `generate`, static cache", "generate_fp16", None),
+    ("fp16, lean", "decode_fp16", "lean"),
+    ("fp16, lean, products tuned by torch.compile", "decode_fp16", "lean, tuned products"),
+    ("NF4 (bitsandbytes), lean", "decode_nf4", "lean"),
+    ("int4 (torchao, tinygemm), lean", "decode_int4", "lean"),
+    ("GPTQ format (gptqmodel, Marlin), lean", "decode_marlin", "lean"),
+)
+
+
+def read(path=HERE / "reference.json"):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def ladder(record):
+    """Each way of decoding: tokens a second at batch 1 and 8, the weight bytes a token reads, and what bandwidth alone allows."""
+    rate = record["bandwidth"]["copy_bytes_per_s"]
+    rows = []
+    for label, step, variant in LADDER:
+        found = record[step][variant] if variant else record[step]
+        weights = record.get(step, {}).get("bytes") or record["decode_fp16"]["bytes"]
+        one, eight = found["1"], found.get("8", {})
+        rows.append({"what": label, "bytes": weights, "batch 1": one["tokens_per_s"], "batch 8": eight.get("tokens_per_s"),
+                     "limit": rate / weights, "share": one["tokens_per_s"] * weights / rate, "prefill_s": one.get("prefill_s"),
+                     "profile": one.get("profile")})  # fmt: skip
+    return rows
+
+
+def budget(record):
+    """Peak bytes of each thing done with the 7B shape, largest first: [(what, bytes)]."""
+    rows = []
+    for name, row in record["memory"].items():
+        rows += [(f"{name}: load", row["loading_peak_bytes"]), (f"{name}: answer 512 + 32 tokens", row["answering_peak_bytes"])]
+    rows += [(f"QLoRA step of {tokens} tokens", record["qlora"][tokens]["peak_bytes"]) for tokens in ("512", "2048")]
+    for step, name in (("gptq", "GPTQ of 32 x 512 tokens"), ("autoawq", "AWQ (autoawq)"), ("auto_gptq", "GPTQ (auto-gptq)")):
+        if "peak_bytes" in record.get(step, {}):
+            rows.append((name, record[step]["peak_bytes"]))
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def gap(record, label=LADDER[-1][0]):
+    """Where the time of a token goes beyond what its bytes need, as {part: seconds}; the parts add up to the profiled token."""
+    row = next(row for row in ladder(record) if row["what"] == label)
+    profile, kinds = row["profile"], row["profile"]["kinds"]
+    needed = row["bytes"] / record["bandwidth"]["copy_bytes_per_s"]
+    return {
+        "the weights at full bandwidth": needed,
+        "the matrix kernels beyond that": kinds["matrices"] - needed,
+        "norms, rotary, attention, gates": kinds["fused by torch.compile"] + kinds["attention"] + kinds["other"],
+        "no kernel running": profile["idle_s"],
+    }
+
+
+def plot(record):
+    """Bars of tokens a second at batch 1, each with a mark at its own bandwidth limit: a matplotlib figure."""
+    import matplotlib.pyplot as plt
+
+    from helpers import figures
+
+    figures.style()
+    rows = ladder(record)[::-1]
+    fig, ax = plt.subplots(figsize=(8, 3.8))
+    four_bit = [row["bytes"] < 5e9 for row in rows]
+    ax.barh([row["what"].replace("`", "") for row in rows], [row["batch 1"] for row in rows],
+            color=[figures.PALETTE[small] for small in four_bit])  # fmt: skip
+    for y, row in enumerate(rows):
+        ax.plot([row["limit"]] * 2, [y - 0.4, y + 0.4], color="black", lw=2)
+        ax.annotate(f"{row['batch 1']:.0f}", (row["batch 1"], y), (3, 0), textcoords="offset points", va="center")
+    ax.set(xlabel="tokens a second at batch 1; black: what the weights' bytes allow at this GPU's bandwidth")
+    ax.grid(axis="y", visible=False)
+    return fig
+
+
+def alt(record):
+    rows = {row["what"]: row for row in ladder(record)}
+    first, fp16, best = rows[LADDER[0][0]], rows["fp16, lean"], rows[LADDER[-1][0]]
+    return (f"Decode speed of a 7B shape on one {record['device']}: from {first['batch 1']:.0f} tokens a second (fp16, eager) over "
+            f"{fp16['batch 1']:.0f} (fp16, lean) to {best['batch 1']:.0f} (4 bits, Marlin, lean), which is {best['share']:.0%} of what "
+            "its bytes allow.")  # fmt: skip
+
+
+def section(record):
+    """README's section, in Markdown."""
+    rows, parts = ladder(record), gap(record)
+    fp16 = next(row for row in rows if row["what"] == "fp16, lean")
+    compiled = next(row for row in rows if row["what"].startswith("fp16, compiled"))
+    best, versions, cache = rows[-1], record["versions"], record["decode_nf4"].get("cache_tokens")
+    lines = [
+        "## Speed and memory on a GPU",
+        "",
+        f"Mistral-7B's shape with random weights on one {record['device']} (driver {record['driver']}, torch {versions['torch']}, CUDA "
+        f"{versions['cuda']}), {record['date']}. Absolute times move with the machine; the ratios are the point. All of it comes from "
+        "[reference.json](notebooks/gpu/reference.json); [reference.py](notebooks/gpu/reference.py) repeats it.",
+        "",
+        f"![{alt(record)}](notebooks/gpu/{PICTURE.name})",
+        "",
+        "| way of decoding | weights read a token | batch 1, tok/s | share of the bandwidth limit | batch 8, tok/s | prompt of "
+        f"{record['protocol']['prompt_tokens']}, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        eight = f"{row['batch 8']:.0f}" if row["batch 8"] else ""
+        prompt = f"{1e3 * row['prefill_s']:.0f}" if row["prefill_s"] else ""
+        lines.append(f"| {row['what']} | {row['bytes'] / 1e9:.2f} GB | {row['batch 1']:.0f} | {row['share']:.0%} | {eight} | {prompt} |")
+    lines += [
+        "",
+        f"Four bits are {best['batch 1'] / fp16['batch 1']:.1f} times as fast as fp16 in the same lean loop, and "
+        f"{best['batch 1'] / compiled['batch 1']:.1f} times as fast as compiled `generate`. In eager mode they are at "
+        f"{rows[1]['share']:.0%} of what their bytes allow: there a token's time is Python's, not the weights'. The lean loop ([lean_decode.py](notebooks/gpu/lean_decode.py), one screen) keeps "
+        "positions and cache in fixed tensors, lets torch.compile fuse what lies between the matrices, and replays each token as one CUDA "
+        f"graph. Of a token's {1e3 * sum(parts.values()):.2f} ms there, "
+        + ", ".join(f"{1e3 * value:.2f} ms are {name}" for name, value in parts.items())
+        + ". At batch 8 the kernels of tinygemm and bitsandbytes, made for one row, lose their lead; Marlin keeps it."
+        + (f" (NF4: with a cache of {cache} tokens instead of {record['protocol']['cache_tokens']}.)" if cache else ""),
+        "",
+        "| peak of GPU memory | GB | " + " | ".join(f"fits {size // 10**9} GB ({card})" for card, size in CARDS.items()) + " |",
+        "|---|---|" + "---|" * len(CARDS),
+    ]
+    for name, peak in budget(record):
+        lines.append(f"| {name} | {peak / 1e9:.2f} | " + " | ".join("yes" if fits(record, peak, size) else "no" for size in CARDS.values()) + " |")
+    lines += [
+        "",
+        "All of it ran with torch held to 16 GB, fp16 to 24 GB. QLoRA: r=16 on q and v, checkpointing, paged 8-bit AdamW. \"Fits\" adds "
+        f"the driver's context ({record['bandwidth']['context_bytes'] / 1e9:.2f} GB here) to the peak. A cap makes your card a smaller one:",
+        "",
+        "```bash",
+        "python -m helpers run --cap 24GB           # every notebook, as if the GPU had 24 GB",
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def fits(record, peak, size):
+    return peak + record["bandwidth"]["context_bytes"] <= size
+
+
+def main():
+    from helpers import figures, notebooks, records
+
+    record = read()
+    PICTURE.write_bytes(figures.to_png(plot(record)))
+    readme = ROOT / "README.md"
+    records.write_text(readme, notebooks.replace_part(readme.read_text(encoding="utf-8"), "gpu", section(record)))
+
+
+if __name__ == "__main__":
+    main()

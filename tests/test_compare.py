@@ -1,0 +1,224 @@
+"""What notebook 08 and the report stand on: the frontier, the table, the decision guide, the report, the harness's task."""
+
+import json
+from collections import Counter
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import ROOT
+from helpers import guide, pareto, records, reference, report, run, tables
+from test_claims import record
+
+# The frontier
+
+
+@pytest.mark.parametrize(
+    ("points", "more", "expected"),
+    [
+        ([(1, 3.0), (2, 1.0), (3, 2.0), (4, 0.5)], False, [0, 1, 3]),
+        ([(1, 3.0), (2, 1.0), (3, 2.0), (4, 0.5)], True, [3]),
+        ([(1, 1.0), (1, 1.0)], False, [0]),
+        ([(1, 2.0), (1, 1.0)], False, [1]),
+        ([(2, 1.0), (1, 1.0)], True, [0]),
+        ([], False, []),
+    ],
+)
+def test_frontier(points, more, expected):
+    assert pareto.frontier(points, more) == expected
+
+
+POINTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12)
+
+
+@given(POINTS, st.booleans())
+def test_frontier_is_what_nothing_beats(points, more):
+    def beats(a, b):
+        first = a[0] >= b[0] if more else a[0] <= b[0]
+        return first and a[1] <= b[1] and a != b
+
+    kept = {points[n] for n in pareto.frontier(points, more)}
+    assert kept == {point for point in points if not any(beats(other, point) for other in points)}
+
+
+def test_plot_says_what_it_shows():
+    shown = [record(method, weight_bytes=size * 1e6, kl_divergence=kl) for method, size, kl in (("fp32", 500, 0.0), ("nf4", 100, 0.3), ("bad", 200, 1.5))]
+    fig, alt, table = pareto.plot(shown)
+    assert alt.endswith("no other method beats: nf4, fp32.") and "3 methods" in alt
+    assert table.set_index("method")["on the frontier"].to_dict() == {"fp32": "yes", "nf4": "yes", "bad": "no"}
+    assert pareto.plot(shown[:1]) is None
+    assert pareto.plot([record("a", decode_tokens_per_s=None), record("b")], "decode_tokens_per_s") is None
+
+
+# The table of all methods
+
+
+class Cells(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.rows, self.open = [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([])
+        self.open = tag in ("td", "th", "button")
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        if self.open:
+            self.rows[-1][-1] += data
+
+
+def test_a_method_that_was_not_run_has_no_numbers():
+    found = {"nf4": record("nf4", weight_bytes=1e8, perplexity=None), "bf16": record("bf16", weight_bytes=2e8)}
+    heads, *rows = Cells(tables.methods(found, {"gptq": "05_gptq", "nf4": "04"}, sort_by="weight_bytes")).rows
+    assert [row[0] for row in rows] == ["nf4", "bf16", "gptq"] and all(len(row) == len(heads) for row in rows)
+    assert rows[2][2] == "not run here" and set(rows[2][3:]) == {""}, "never a zero"
+    assert rows[0][heads.index("perplexity")] == "–"
+
+
+@pytest.mark.parametrize(("sort_by", "expected"), [("kl_divergence", ["b", "a", "c"]), ("method", ["a", "b", "c"])])
+def test_table_is_sorted_without_a_script(sort_by, expected):
+    found = {"a": record("a", kl_divergence=0.5), "b": record("b", kl_divergence=0.0), "c": record("c", kl_divergence=None)}
+    assert [row[0] for row in Cells(tables.methods(found, sort_by=sort_by)).rows[1:]] == expected
+    with pytest.raises(ValueError, match="sort_by must be"):
+        tables.methods(found, sort_by="beauty")
+
+
+def test_table_escapes_and_is_labelled():
+    page = tables.table(["<b>"], [[("<script>alert(1)</script>", '"><img>')]], 'a "title"')
+    assert "<script" not in page and "<img" not in page and "<b>" not in page
+    assert 'aria-label="a &quot;title&quot;"' in page and 'scope="col"' in page and "<caption>" in page
+
+
+# The decision guide
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return reference.read()[0].records
+
+
+def test_guide_prefers_quality_where_everything_fits(measured):
+    assert guide.choose(measured, 64).method == "fp32"
+    assert guide.choose(measured, 24).method == "bf16"
+
+
+def test_guide_never_offers_what_does_not_fit_or_ruins_the_model(measured):
+    for memory_gb in (6, 8, 10, 16, 24, 40, 64):
+        for need in guide.NEEDS:
+            for hardware in guide.HARDWARE:
+                advice = guide.choose(measured, memory_gb, hardware, need=need)
+                assert guide.bytes_needed(advice.method, "Mistral-7B") <= memory_gb * 1e9
+                assert measured[advice.method]["kl_divergence"] < guide.USABLE and advice.method != "int8-dynamic"
+                assert advice.notebook == measured[advice.method]["notebook"][:2] and f"{memory_gb:g} GB" in advice.reason
+
+
+def test_guide_says_when_nothing_fits(measured):
+    advice = guide.choose(measured, 3)
+    assert advice.method is None and advice.notebook == "09" and "you have 3" in advice.reason
+    assert guide.choose(measured, 3, size="SmolLM2-135M").method
+
+
+@pytest.mark.parametrize(("memory_gb", "method"), [(200, "fp32"), (24, "qlora"), (2, None)])
+def test_guide_for_fine_tuning(measured, memory_gb, method):
+    advice = guide.choose(measured, memory_gb, "NVIDIA GPU", fine_tune=True)
+    assert advice.method == method and "GB" in advice.reason
+
+
+def test_guide_does_not_sell_a_cpus_speed_to_a_gpu(measured):
+    advice = guide.choose(measured, 24, "NVIDIA GPU", need="speed")
+    assert "tokens/s" not in advice.reason and "no speed was measured on such hardware" in advice.reason
+    assert "tokens/s on 2 CPU cores" in guide.choose(measured, 24, "CPU", need="speed").reason
+
+
+@pytest.mark.parametrize("wrong", [{"hardware": "TPU"}, {"need": "beauty"}, {"size": "GPT-4"}, {"memory_gb": 0}, {"memory_gb": float("nan")}])
+def test_guide_refuses_what_is_no_choice(measured, wrong):
+    with pytest.raises(ValueError, match="must be"):
+        guide.choose(measured, **{"memory_gb": 8, **wrong})
+    with pytest.raises(ValueError, match="no record of a method"):
+        guide.choose({}, 8)
+
+
+def test_guide_widget_answers_and_is_labelled(measured, monkeypatch):
+    monkeypatch.delenv("COURSE_BATCH", raising=False)
+    widget = guide.Guide(measured)
+    before = widget.answer.value
+    widget.memory.value = 64
+    assert "bf16" in before or "int8" in before
+    assert "<b>fp32</b>" in widget.answer.value and 'aria-live="polite"' in widget.answer.value
+    assert all(control.description for control in (widget.size, widget.memory, widget.hardware, widget.need, widget.fine_tune))
+    assert "application/vnd.jupyter.widget-view+json" in widget._repr_mimebundle_()
+
+
+def test_guide_without_a_front_end(measured, monkeypatch):
+    monkeypatch.setenv("COURSE_BATCH", "1")
+    bundle = guide.Guide(measured)._repr_mimebundle_()
+    assert set(bundle) == {"text/plain", "text/html"} and bundle["text/plain"].count("\n") == len(guide.Guide.EXAMPLES) - 1
+    assert "Mistral-7B in 8 GB" in bundle["text/html"]
+
+
+def test_guide_without_records_says_what_to_run(monkeypatch):
+    monkeypatch.delenv("COURSE_BATCH", raising=False)
+    with pytest.raises(ValueError, match="run notebooks"):
+        repr(guide.Guide({}))
+    assert "run notebooks 00 to 06" in guide.Guide({}).answer.value
+
+
+# The report
+
+
+def test_report_of_a_full_run(tmp_path, measured):
+    for method, facts in measured.items():
+        records.write_text(tmp_path / "records" / f"{method}.json", json.dumps(facts))
+    path = report.write(tmp_path, [run.Result("04_nf4_bitsandbytes", 61.0, 10**9, "ok"), run.Result("05_gptq", 9.0, 10**9, "cell 1: <b>")])
+    page = path.read_text(encoding="utf-8")
+    assert path.stat().st_size < 3_000_000 and page.count("data:image/png;base64,") == 2
+    assert "src=" not in page.replace('src="data:', "") and "http" not in page, "one page, readable without a network"
+    assert "cell 1: &lt;b&gt;" in page and "1 of 2 ok" in page and "<td>70</td>" in page
+    for claim in ("a 4-bit model has fewer parameters to load", "needs hardware not present"):
+        assert claim in page
+    assert all(f'<td style="text-align:left">{method}</td>' in page for method in measured)
+    assert "not run here</td>" not in page.split("<h3>")[0]
+
+
+def test_report_of_an_empty_run_shows_what_was_not_run(tmp_path):
+    page = report.write(tmp_path, [run.Result("04", 1.0, 10**9, "ok")]).read_text(encoding="utf-8")
+    table = page.split("<h3>")[0]
+    assert "nf4" in table and "not run here" in table and "data:image/png" not in page
+    assert "Reference: 2 CPU cores" in page and "committed run" in page
+
+
+# The harness's task
+
+TASK = ROOT / "notebooks" / "data" / "course_questions"
+
+
+def test_questions_are_fair():
+    questions = [json.loads(line) for line in (TASK / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(questions) >= 60 and len({q["question"] for q in questions}) == len(questions)
+    assert all(len(set(q["choices"])) == 4 and q["answer"] in range(4) and q["question"].endswith("?") for q in questions)
+    assert set(Counter(q["answer"] for q in questions).values()) == {len(questions) // 4}, "every position is right equally often"
+    for subject in ("quantization", "general"):
+        part = [q for q in questions if q["subject"] == subject]
+        right = sum(len(q["choices"][q["answer"]]) for q in part) / len(part)
+        wrong = sum(len(choice) for q in part for n, choice in enumerate(q["choices"]) if n != q["answer"]) / (3 * len(part))
+        assert len(part) >= 30 and 0.85 < right / wrong < 1.18, "the length of an answer must not give it away"
+
+
+def test_the_harness_takes_the_task():
+    from lm_eval.tasks import TaskManager
+
+    task = yaml.safe_load((TASK / "course_questions.yaml").read_text(encoding="utf-8"))
+    files = task["dataset_kwargs"]["data_files"]
+    files.update({split: str(TASK / name) for split, name in files.items()})
+    loaded = TaskManager().load(task)["tasks"]["course_questions"]
+    docs = list(loaded.test_docs())
+    assert len(docs) >= 60
+    assert loaded.doc_to_text(docs[0]).startswith("Question: ") and loaded.doc_to_text(docs[0]).endswith("?\nAnswer:")
+    assert loaded.doc_to_choice(docs[0]) == docs[0]["choices"] and loaded.doc_to_target(docs[0]) == docs[0]["answer"]

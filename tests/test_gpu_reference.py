@@ -1,0 +1,114 @@
+"""The committed results of the GPU: their form, that they agree with each other, what they must show, and that README tells just them."""
+
+import json
+import re
+import sys
+from datetime import date
+
+import pytest
+import torch
+
+from conftest import ROOT
+from helpers import memory
+
+FOLDER = ROOT / "notebooks" / "gpu"
+sys.path.insert(0, str(FOLDER))
+import reference  # noqa: E402
+import summary  # noqa: E402
+
+RECORD = summary.read()
+LADDER = {row["what"]: row for row in summary.ladder(RECORD)}
+BEST = LADDER[summary.LADDER[-1][0]]
+
+
+@pytest.fixture(scope="module")
+def config():
+    from transformers import MistralConfig
+
+    return MistralConfig(
+        vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def numbers(value, path=""):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from numbers(inner, f"{path}/{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from numbers(inner, f"{path}/{index}")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield path, value
+
+
+def test_form():
+    facts = {"device", "vram_bytes", "driver", "date", "command", "model", "versions", "protocol"}
+    assert facts <= RECORD.keys() <= facts | reference.STEPS.keys()
+    assert date.fromisoformat(RECORD["date"]) and re.fullmatch(r"[\d.]+", RECORD["driver"]) and RECORD["device"].startswith("NVIDIA")
+    assert RECORD["command"].startswith("python notebooks/gpu/reference.py")
+    assert all(re.match(r"\d+\.\d+", version) for version in RECORD["versions"].values())
+    assert not re.search(r"/(home|root|work|tmp|usr)/", json.dumps(RECORD)), "a machine's path"
+    values = list(numbers({step: RECORD[step] for step in RECORD.keys() & reference.STEPS.keys()}))
+    assert len(values) > 100 and all(value >= 0 for _, value in values) and "failed" not in json.dumps(RECORD)
+
+
+def test_bytes_are_bits_times_weights(config):
+    sizes = memory.predict(config, bits=16)
+    table = config.vocab_size * config.hidden_size
+    head, linear = table, sizes.weights // 2
+    expected = {
+        "fp16, lean": 2 * (sizes.parameters - table),
+        "int4 (torchao, tinygemm), lean": (linear + head) * (4 + 2 * 16 / 128) / 8,  # a scale and a zero for each 128
+        "GPTQ format (gptqmodel, Marlin), lean": (linear + head) * (4 + 16 / 128) / 8,
+        "NF4 (bitsandbytes), lean": linear * (4 + (8 + 32 / 256) / 64) / 8 + 2 * head,
+    }
+    for what, size in expected.items():
+        assert LADDER[what]["bytes"] == pytest.approx(size, rel=0.003), what
+    for name, row in RECORD["memory"].items():
+        assert row["weight_bytes"] == pytest.approx(row["computed_bytes"], rel=0.03), name
+        assert row["weight_bytes"] <= row["loading_peak_bytes"] <= row["under"] and row["answering_peak_bytes"] <= row["under"]
+
+
+def test_speeds_stay_under_the_bandwidth_limit_and_agree_with_the_profile():
+    assert 1e11 < RECORD["bandwidth"]["copy_bytes_per_s"] < 1e13
+    for what, row in LADDER.items():
+        assert 0 < row["share"] < 1 and row["batch 1"] < row["limit"], what
+        assert row["batch 8"] is None or row["batch 1"] < row["batch 8"] < 8 * row["limit"], what
+        if row["profile"]:
+            profile = row["profile"]
+            assert sum(profile["kinds"].values()) + profile["idle_s"] == pytest.approx(profile["token_s"], rel=0.02), what
+        if "lean" in what:
+            assert profile["token_s"] == pytest.approx(1 / row["batch 1"], rel=0.06), what
+    gap = summary.gap(RECORD)
+    assert all(value > 0 for value in gap.values()) and sum(gap.values()) == pytest.approx(BEST["profile"]["token_s"], rel=0.02)
+
+
+def test_four_bits_pay():
+    for fp16 in ("fp16, lean", "fp16, compiled `generate`, static cache"):
+        assert BEST["batch 1"] >= 2 * LADDER[fp16]["batch 1"], fp16
+    assert BEST["share"] >= 0.35 and LADDER["int4 (torchao, tinygemm), lean"]["share"] >= 0.35
+
+
+def test_memory_stays_in_its_bounds():
+    nf4 = RECORD["memory"]["nf4, double quantization"]
+    assert nf4["loading_peak_bytes"] <= 1.15 * nf4["weight_bytes"]
+    assert RECORD["qlora"]["512"]["peak_bytes"] < 6 * 2**30 and RECORD["qlora"]["2048"]["peak_bytes"] < 8 * 2**30
+    losses = RECORD["qlora"]["512"]["losses"]
+    assert losses == sorted(losses, reverse=True), "it trains"
+    for name, peak in summary.budget(RECORD):
+        assert summary.fits(RECORD, peak, 24 * 10**9), name
+        assert name.startswith("fp16") or summary.fits(RECORD, peak, 16 * 10**9), name
+
+
+def test_readme_says_what_the_record_says():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert summary.section(RECORD) in readme, "run `python notebooks/gpu/summary.py`"
+    assert f"![{summary.alt(RECORD)}](notebooks/gpu/decode.png)" in readme
+    assert 5_000 < summary.PICTURE.stat().st_size < 100_000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is what happens without a GPU")
+def test_a_step_that_fails_is_written_down(tmp_path):
+    result = reference.run("bandwidth", timeout=120, log=tmp_path / "log")
+    assert re.search("CUDA|NVIDIA", result["failed"]), result
