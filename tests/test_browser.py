@@ -293,10 +293,14 @@ def run_all(tab, lab, notebook, name, seconds):
     tab.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
     tab.locator(".jp-NotebookPanel-toolbar [data-status=idle]").wait_for(timeout=60_000)  # the kernel is up
     prompts = "[...document.querySelectorAll('.jp-CodeCell')].map((e) => e.querySelector('.jp-InputPrompt').innerText)"
-    for _ in range(4):  # JupyterLab may show its menu before it knows which notebook is in front
-        tab.get_by_role("menuitem", name="Run", exact=True).click()
-        tab.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    asked = []
+    for _ in range(6):  # freshly started, JupyterLab may show its menu too early, or ask something first: take what it proposes
         try:
+            if (dialog := tab.locator(".jp-Dialog")).count():
+                asked += dialog.all_inner_texts()
+                dialog.first.locator(".jp-mod-accept").click(timeout=5000)
+            tab.get_by_role("menuitem", name="Run", exact=True).click(timeout=5000)
+            tab.get_by_role("menuitem", name="Run All Cells", exact=True).click(timeout=5000)
             tab.wait_for_function(f"/\\[[*\\d]+\\]/.test({prompts}[0])", timeout=5000)
             break
         except playwright.sync_api.TimeoutError:
@@ -305,8 +309,8 @@ def run_all(tab, lab, notebook, name, seconds):
     try:
         tab.wait_for_function(f"{error} || /\\[\\d+\\]/.test({prompts}.at(-1))", timeout=1000 * seconds)
     except playwright.sync_api.TimeoutError:
-        dialogs = tab.locator(".jp-Dialog").all_inner_texts()
-        pytest.fail(f"{name} has not run after {seconds} s: {tab.evaluate(prompts)}, dialogs {dialogs}, console {tab.wrong}")
+        asked += tab.locator(".jp-Dialog").all_inner_texts()
+        pytest.fail(f"{name} has not run after {seconds} s: {tab.evaluate(prompts)}, asked {asked}, console {tab.wrong}")
     assert tab.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts() == []
 
 
