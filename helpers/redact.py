@@ -10,7 +10,7 @@ from pathlib import Path
 
 SECRET = "[secret]"
 FORMS = re.compile(
-    r"\b(?:hf|hf_oauth|hf_jwt|api_org)_[A-Za-z0-9]{10,}"
+    r"(?:hf|hf_oauth|hf_jwt|api_org)_[A-Za-z0-9]{10,}"
     r"|\b(?:gh[pousr]_|github_pat_|glpat-|pypi-|sk-)[A-Za-z0-9_-]{16,}"
     r"|\bAKIA[0-9A-Z]{16}\b"
     r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+"
