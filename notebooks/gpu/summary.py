@@ -80,7 +80,9 @@ def plot(record):
             color=[figures.PALETTE[small] for small in four_bit])  # fmt: skip
     for y, row in enumerate(rows):
         ax.plot([row["limit"]] * 2, [y - 0.4, y + 0.4], color="black", lw=2)
-        ax.annotate(f"{row['batch 1']:.0f}", (row["batch 1"], y), (3, 0), textcoords="offset points", va="center")
+        inside = row["batch 1"] > 60  # a number beside a long bar could run into the black mark
+        ax.annotate(f"{row['batch 1']:.0f}", (row["batch 1"], y), (-4 if inside else 4, 0), textcoords="offset points", va="center",
+                    ha="right" if inside else "left", color="white" if inside else "black")  # fmt: skip
     ax.set(xlabel="tokens a second at batch 1; black: what the weights' bytes allow at this GPU's bandwidth")
     ax.grid(axis="y", visible=False)
     return fig
