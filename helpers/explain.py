@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import catalogue
-from helpers.redact import FORMS, SECRET
+from helpers import redact as secrets
 
 KNOWN, UNKNOWN, UNREADABLE = 0, 1, 2  # exit codes
 CERTAIN, LIKELY, POSSIBLE = "certain", "likely", "possible"
@@ -28,12 +28,13 @@ BECAUSE = {
 }
 LONGEST = 300_000  # characters read, from the end: a traceback stands at the end of a log
 
-# Beside the forms that helpers.redact knows: what a pasted text calls a token, key, secret or password, and what looks like one
-# (pad_token=tokenizer.eos_token does not). In the course's own outputs that would take out hashes; here nothing depends on them.
-_CALLED = re.compile(
-    r"(?:token|key|secret)['\"]?[ \t]*[=:][ \t]*['\"]?(?=[^\s'\"]*\d)[\w+/.~-]{16,}"
-    r"|passw(?:or)?d['\"]?[ \t]*[=:][ \t]*['\"]?[^\s'\"]{4,}"
-    r"|(?<=bearer )[ \t]*[^\s'\"]{8,}",
+# Beside what helpers.redact knows, in a pasted text: a hub token inside a word, and whatever is called a token, key, secret or password
+# and looks like one (pad_token=tokenizer.eos_token does not).
+_NAMED = re.compile(
+    r"(?:hf_oauth|hf_jwt|hf|api_org)_[a-z0-9]{10,}"
+    r"|(?<=bearer )[ \t]*[^\s'\"]{8,}"
+    r"|(?:token|key|secret)['\"]?[ \t]*[=:][ \t]*['\"]?(?=[^\s'\"]*\d)[\w+/.~-]{16,}"
+    r"|passw(?:or)?d['\"]?[ \t]*[=:][ \t]*['\"]?[^\s'\"]{4,}",
     re.I,
 )
 
@@ -81,8 +82,8 @@ class Answer:
 
 
 def redact(text):
-    """`text` with everything that looks like a token, key or password replaced by [secret]."""
-    return _CALLED.sub(SECRET, FORMS.sub(SECRET, text))
+    """`text` with everything that looks like a token, key or password, or is one of this process, replaced by [secret]."""
+    return _NAMED.sub(secrets.SECRET, secrets.redact(text))
 
 
 def clean(text):

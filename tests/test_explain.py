@@ -316,6 +316,11 @@ def test_secrets_are_not_printed(name):
             assert part not in printed, printed
 
 
+def test_secrets_of_this_machine_are_known_by_value(monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "an-ordinary-word")
+    assert explain.redact("OSError: an-ordinary-word was refused") == "OSError: [secret] was refused"
+
+
 def test_a_token_at_the_place_where_a_long_text_is_cut(monkeypatch):
     monkeypatch.setattr(explain, "LONGEST", 2000)
     for inside in range(len(TOKEN)):
