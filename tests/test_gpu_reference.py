@@ -8,6 +8,7 @@ from datetime import date
 import pytest
 import torch
 
+import helpers.reference
 from conftest import ROOT
 from helpers import memory
 
@@ -99,6 +100,22 @@ def test_memory_stays_in_its_bounds():
     for name, peak in summary.budget(RECORD):
         assert summary.fits(RECORD, peak, 24 * 10**9), name
         assert name.startswith("fp16") or summary.fits(RECORD, peak, 16 * 10**9), name
+
+
+def test_gptq_of_the_7b_shape():
+    """32 samples of 512 tokens: under 4 minutes and under 8 GiB."""
+    run = RECORD["gptq"]
+    assert (run["samples"], run["tokens"]) == (32, 512) and run["seconds"] < 240 and run["peak_bytes"] < 8 * 2**30
+
+
+def test_quality_on_the_gpu_is_the_cpus():
+    (cpu,) = [each.records for each in helpers.reference.read() if each.on_cpu]
+    shared = RECORD["quality"].keys() & cpu.keys()
+    assert {"fp32", "bf16", "nf4", "gptq"} <= shared
+    for method in shared:
+        gpu = RECORD["quality"][method]
+        assert gpu["perplexity"] == pytest.approx(cpu[method]["perplexity"], rel=0.005), method
+        assert gpu["kl_divergence"] == pytest.approx(cpu[method]["kl_divergence"], rel=0.02, abs=1e-6), method
 
 
 def test_readme_says_what_the_record_says():

@@ -123,7 +123,7 @@ def section(record):
         "",
         f"Four bits are {best['batch 1'] / fp16['batch 1']:.1f} times as fast as fp16 in the same lean loop, and "
         f"{best['batch 1'] / compiled['batch 1']:.1f} times as fast as compiled `generate`. In eager mode they are at "
-        f"{rows[1]['share']:.0%} of what their bytes allow: there a token's time is Python's, not the weights'. The lean loop ([lean_decode.py](notebooks/gpu/lean_decode.py), one screen) keeps "
+        f"{rows[1]['share']:.0%} of what their bytes allow: there a token's time is Python's, not the weights'. The lean loop ([lean_decode.py](notebooks/gpu/lean_decode.py)) keeps "
         "positions and cache in fixed tensors, lets torch.compile fuse what lies between the matrices, and replays each token as one CUDA "
         f"graph. Of a token's {1e3 * sum(parts.values()):.2f} ms there, "
         + ", ".join(f"{1e3 * value:.2f} ms are {name}" for name, value in parts.items())
@@ -138,13 +138,28 @@ def section(record):
     lines += [
         "",
         "All of it ran with torch held to 16 GB, fp16 to 24 GB. QLoRA: r=16 on q and v, checkpointing, paged 8-bit AdamW. \"Fits\" adds "
-        f"the driver's context ({record['bandwidth']['context_bytes'] / 1e9:.2f} GB here) to the peak. A cap makes your card a smaller one:",
+        f"the driver's context ({record['bandwidth']['context_bytes'] / 1e9:.2f} GB here) to the peak. GPTQ took {record['gptq']['seconds']:.0f} s.",
+        "",
+        f"Quality was measured on {record['quality']['model']}, with the CPU's {record['quality']['eval_tokens']:,} tokens. The GPU says the same: KL "
+        + ", ".join(f"{scores['kl_divergence']:.4f} for {name} (CPU {on_cpu:.4f})" for name, scores, on_cpu in both(record))
+        + ".",
+        "",
+        "A cap makes your card a smaller one:",
         "",
         "```bash",
         "python -m helpers run --cap 24GB           # every notebook, as if the GPU had 24 GB",
         "```",
     ]
     return "\n".join(lines)
+
+
+def both(record):
+    """[(method, its scores on the GPU, its KL divergence on the CPU)] of the methods measured on both."""
+    from helpers import reference
+
+    (cpu,) = [each.records for each in reference.read() if each.on_cpu]
+    names = [name for name in record["quality"] if name in cpu and name != "fp32"]
+    return [(name, record["quality"][name], cpu[name]["kl_divergence"]) for name in names]
 
 
 def fits(record, peak, size):
