@@ -166,31 +166,16 @@ def needs(cost, config=None, gpu=False):
     measured = Need(cpu["peak_ram_bytes"], 0, cpu["disk_bytes"], False)
     if config is None:
         return measured
-    if gpu and cost.get("gpu") and _parameters(config) == _parameters(mistral_config()):
+    if gpu and cost.get("gpu") and _parameters(config) == _parameters(models.mistral_config()):
         run = cost["gpu"]
         return Need(run["peak_ram_bytes"], run["peak_vram_bytes"], run["disk_bytes"], False)
     bits = 16 if gpu else 32
-    asked, small = (memory.predict(each, bits=bits, rest_bits=bits, context=CONTEXT, cache_bits=bits) for each in (config, small_config()))
+    asked, small = (memory.predict(each, bits=bits, rest_bits=bits, context=CONTEXT, cache_bits=bits) for each in (config, models.smollm2_config()))
     scale = asked.total / small.total
     disk = int(measured.disk * scale)
     if gpu:
         return Need(measured.ram, int(asked.total + GPU_EXTRA), disk, True)
     return Need(int(EMPTY_KERNEL + max(0, measured.ram - EMPTY_KERNEL) * scale), 0, disk, True)
-
-
-def small_config():
-    """The default model's shape."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-
-
-def mistral_config():
-    """Mistral-7B-Instruct-v0.3's shape."""
-    return models.mistral_config(32)
 
 
 def _parameters(config):
@@ -210,7 +195,7 @@ def _advise(name, course, machine, model, config):
     why, command = "", ""
     if wants_large:
         label = models.MISTRAL if model == "auto" else model
-        shape = mistral_config() if model == "auto" else config
+        shape = models.mistral_config() if model == "auto" else config
         need = needs(cost, shape, gpu=bool(machine.gpu)) if shape is not None else None
         short = machine.large or _short(need, machine, run, model)
         if not short:
@@ -646,7 +631,7 @@ class _Network(threading.Thread):
     def config(self):
         """The config of the model asked for, or None where "auto" needs none or it cannot be had."""
         if self.model == models.GEOMETRY:
-            return mistral_config()
+            return models.mistral_config()
         folder = Path(self.model).expanduser()
         if self._config is None and self.model not in ("auto", models.OFFLINE, models.SMOLLM2):
             folder = folder if folder.is_dir() else models.in_hub_cache(self.model)

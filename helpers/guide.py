@@ -4,7 +4,7 @@ import functools
 import html
 from dataclasses import dataclass
 
-from helpers import batch, memory, reference, widgets
+from helpers import batch, memory, models, reference, widgets
 
 SIZES = ("SmolLM2-135M", "Mistral-7B")
 HARDWARE = ("CPU", "NVIDIA GPU")
@@ -105,13 +105,7 @@ def _training(found, memory_gb, size):
 
 @functools.cache
 def _config(size):
-    from transformers import LlamaConfig, MistralConfig
-
-    if size == "Mistral-7B":
-        return MistralConfig(vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                             num_key_value_heads=8, head_dim=128, tie_word_embeddings=False)  # fmt: skip
-    return LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                       num_key_value_heads=3, tie_word_embeddings=True)  # fmt: skip
+    return models.mistral_config() if size == "Mistral-7B" else models.smollm2_config()
 
 
 class Guide:

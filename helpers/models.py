@@ -336,6 +336,16 @@ def _dequantize(folder, target):
     tokenizer.save_pretrained(target)
 
 
+def smollm2_config():
+    """The transformers config of SmolLM2-135M: its shape, for memory formulas that must not wait for the model."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
 def mistral_config(layers=32):
     """The transformers config of Mistral-7B-Instruct-v0.3, with fewer layers for tests."""
     from transformers import MistralConfig

@@ -1,6 +1,7 @@
 """Fixtures: the default model (found once, loaded once) and small evaluation windows."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,19 @@ import helpers  # first: it sets thread counts before torch is imported
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 sys.path.insert(0, str(ROOT))
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def browser_path():
+    """The system's Chromium or Chrome, or COURSE_BROWSER; None where neither is there."""
+    return os.environ.get("COURSE_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def without_browser(why=""):
+    """Skip a test that needs a browser on a reader's machine; fail it in CI, where one is installed."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Chromium: install your system's package, or set COURSE_BROWSER {why}")
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +49,19 @@ def net(found):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a random model of two layers, for processes that are killed."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,11 +20,10 @@ import nbformat
 import playwright.sync_api
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, browser_path, without_browser
 from helpers import models, notebooks, progress
 
 WIDTHS = {"desktop": (1280, 800), "phone": (390, 844)}
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic"]
 
 # Contrast by WCAG 2.2 (relative luminance), of every visible text on the background that is painted behind it.
@@ -55,14 +53,14 @@ CONTRAST = """() => {
 
 @pytest.fixture(scope="module")
 def browser():
-    path = os.environ.get("COURSE_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    path = browser_path()
     where = {"executable_path": path} if path else {"channel": "chrome"}  # as installed on macOS and Windows
     with playwright.sync_api.sync_playwright() as driver:
         sandbox = not (hasattr(os, "geteuid") and os.geteuid() == 0)  # Chromium refuses a sandbox to root
         try:
             browser = driver.chromium.launch(**where, chromium_sandbox=sandbox, args=FLAGS)
         except playwright.sync_api.Error as error:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Chromium: install your system's package, or set COURSE_BROWSER ({error.message[:200]})")
+            without_browser(f"({error.message[:200]})")
         yield browser
         browser.close()
 

@@ -110,9 +110,9 @@ def test_the_formula_and_the_default_models_own_config_agree(found):
     from transformers import AutoConfig
 
     theirs = memory.predict(AutoConfig.from_pretrained(found.path), context=512)
-    assert memory.predict(doctor.small_config(), context=512) == theirs
+    assert memory.predict(models.smollm2_config(), context=512) == theirs
     cost = {"cpu": {"peak_ram_bytes": 3_000_000_000, "disk_bytes": 1_000_000_000}}
-    assert doctor.needs(cost, doctor.small_config()).ram == pytest.approx(3e9, rel=1e-6)
+    assert doctor.needs(cost, models.smollm2_config()).ram == pytest.approx(3e9, rel=1e-6)
 
 
 def test_a_measured_gpu_card_is_believed_before_the_formula():

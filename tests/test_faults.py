@@ -77,17 +77,6 @@ def quantize(base, build, stage):
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("base")
-    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
-    return folder
-
-
 @kills
 def test_killed_while_quantizing_saving_and_recording_then_run_again(base, tmp_path):
     for stage in ("quantizing", "saving", "saved"):

@@ -10,7 +10,7 @@ import torch
 
 import helpers.reference
 from conftest import ROOT
-from helpers import memory
+from helpers import memory, models
 
 FOLDER = ROOT / "notebooks" / "gpu"
 sys.path.insert(0, str(FOLDER))
@@ -24,12 +24,7 @@ BEST = LADDER[summary.LADDER[-1][0]]
 
 @pytest.fixture(scope="module")
 def config():
-    from transformers import MistralConfig
-
-    return MistralConfig(
-        vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
-    )  # fmt: skip
+    return models.mistral_config()
 
 
 def numbers(value, path=""):

@@ -52,18 +52,6 @@ Path(folder, "losses.json").write_text(json.dumps(losses))
 """
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("base")
-    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
-    return folder
-
-
 def start(base, folder):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", TRAIN, str(base), str(folder)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

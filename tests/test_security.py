@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ROOT
+from conftest import ROOT, browser_path, without_browser
 from helpers import chat, models, notebooks, records, redact, report, run, setup, tables
 
 PLANTED = "hf_" + "PlantedToken" * 3
@@ -301,9 +301,7 @@ def test_a_hostile_answer_is_text(page, tmp_path):
 
 @pytest.mark.parametrize("page", ["chat", "report"])
 def test_a_hostile_answer_does_nothing_in_a_browser(page, tmp_path):
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if not browser:
-        pytest.skip("there is no Chromium on this machine")
+    browser = browser_path() or without_browser()
     file = tmp_path / "page.html"
 
     def title(text):
