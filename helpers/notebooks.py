@@ -75,7 +75,6 @@ def tagged(notebook, tag):
 def cost_card(notebook):
     """Markdown table of what the notebook cost in its measured runs (metadata `course.cost`)."""
     cost = notebook.metadata.get("course", {}).get("cost", {})
-    cpu, gpu = cost.get("cpu"), cost.get("gpu")
 
     def column(run):
         if not run:
@@ -84,13 +83,15 @@ def cost_card(notebook):
             f"{run['seconds'] / 60:.1f} min",
             f"{run['peak_ram_bytes'] / 1e9:.1f} GB",
             f"{run['peak_vram_bytes'] / 1e9:.1f} GB" if run.get("peak_vram_bytes") else "none",
-            f"{run['disk_bytes'] / 1e9:.1f} GB",
-            f"{run['download_bytes'] / 1e6:.0f} MB",
+            f"{run['disk_bytes'] / 1e9:.1f} GB" if run.get("disk_bytes") else "–",
+            f"{run['download_bytes'] / 1e6:.0f} MB" if run.get("download_bytes") else "–",
         ]
 
-    names = [(run or {}).get("machine", default) for run, default in ((cpu, "CPU, SmolLM2-135M"), (gpu, "24 GB GPU, Mistral-7B"))]
-    rows = zip(("Time, first run", "RAM, peak", "VRAM, peak", "Disk", "Download"), column(cpu), column(gpu))
-    lines = [f"| Cost | {names[0]} | {names[1]} |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
+    shown = [(cost.get("cpu"), "CPU, SmolLM2-135M")]
+    shown += [(cost[name], None) for name in ("gpu", "gpu_7b") if name in cost] or [(None, "24 GB GPU, Mistral-7B")]
+    rows = zip(("Time, first run", "RAM, peak", "VRAM, peak", "Disk", "Download"), *(column(run) for run, _ in shown))
+    names = " | ".join(run["machine"] if run else default for run, default in shown)
+    lines = [f"| Cost | {names} |", "|---|" + "---|" * len(shown), *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)
 
 

@@ -5,6 +5,8 @@ import re
 import time
 from dataclasses import dataclass
 
+import nbformat
+
 from helpers import notebooks, records
 
 FOLDER = notebooks.FOLDER / "data" / "reference"
@@ -106,10 +108,45 @@ def _giga(value):
     return None if value is None else value / 1e9
 
 
+def costs(output_dir="build"):
+    """Put what a build's notebooks cost on a GPU into their cost cards; the names of those notebooks.
+
+    A CPU's costs are stored by `run --in-place`, each from an empty cache; a GPU's are those of one run through all notebooks.
+    """
+    build = records.folder(output_dir)
+    if not (build / "runs.json").is_file():
+        return []
+    runs = json.loads((build / "runs.json").read_text(encoding="utf-8"))
+    places = {(record["device"], record["model"].split()[0]) for record in records.read(build).values()}
+    if len(places) != 1 or on_cpu(next(iter(places))[0]):
+        return []
+    ((device, model),) = places
+    name = "gpu_7b" if "7b" in model.lower() else "gpu"
+    told = []
+    for result in runs["results"]:
+        if result["verdict"] != "ok":
+            continue
+        path = notebooks.FOLDER / f"{result['notebook']}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        notebook.metadata.setdefault("course", {}).setdefault("cost", {})[name] = {
+            "machine": f"{device}, {model}",
+            "seconds": round(result["seconds"]),
+            "peak_ram_bytes": result["peak_ram_bytes"],
+            "peak_vram_bytes": result["peak_vram_bytes"],
+            "date": runs["date"],
+        }
+        nbformat.write(notebook, path)
+        told.append(path.stem)
+    notebooks.refresh_all()
+    return told
+
+
 def main(arguments):
     """Command line of `python -m helpers reference`: the reference file, then the claims ledger from it and the notebooks."""
     from helpers import claims
 
+    for name in costs(arguments.output):
+        print("cost on a GPU:", name)
     for path in write(arguments.output):
         print(path.relative_to(notebooks.ROOT))
     for line in claims.fill():

@@ -5,8 +5,11 @@ import json
 import keyword
 import os
 import shutil
+import subprocess
+import threading
 import time
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import nbformat
@@ -48,12 +51,13 @@ def _register_output():
 
 @dataclass
 class Result:
-    """How one notebook's execution ended. verdict is "ok" or a one-line cause."""
+    """How one notebook's execution ended. verdict is "ok" or a one-line cause; peak_vram_bytes is 0 without an NVIDIA GPU."""
 
     notebook: str
     seconds: float
     peak_ram_bytes: int
     verdict: str
+    peak_vram_bytes: int = 0
 
     @property
     def ok(self):
@@ -77,7 +81,7 @@ def execute(path, output, parameters=None, cwd=None, timeout=1800, kernel_name="
     os.environ.update(BATCH | (env or {}))
     verdict = "ok"
     try:
-        with memory.track(interval=0.05, children=True) as used:
+        with gpu_memory() as vram, memory.track(interval=0.05, children=True) as used:
             try:
                 output.parent.mkdir(parents=True, exist_ok=True)
                 output.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
@@ -100,7 +104,33 @@ def execute(path, output, parameters=None, cwd=None, timeout=1800, kernel_name="
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return Result(Path(path).stem, used.seconds, used.peak_ram, redact.redact(verdict))
+    return Result(Path(path).stem, used.seconds, used.peak_ram, redact.redact(verdict), max(vram, default=0))
+
+
+@contextmanager
+def gpu_memory(interval=0.5):
+    """Yield a list that grows by the bytes in use on the first NVIDIA GPU, as its driver counts them; empty without one.
+
+    Asked of nvidia-smi and not of torch: the notebooks compute in other processes, and asking torch here would itself take memory there.
+    """
+    samples, done = [], threading.Event()
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+
+    def sample():
+        while not done.wait(interval):
+            answer = subprocess.run(query, capture_output=True, text=True)
+            if answer.returncode == 0 and answer.stdout.strip().isdigit():
+                samples.append(int(answer.stdout) * 2**20)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    if shutil.which("nvidia-smi"):
+        thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        if thread.ident:
+            thread.join()
 
 
 def check_names(parameters):
@@ -147,6 +177,8 @@ def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=F
             commit_outputs(path, output, result, disk=_size(cache) + _checkpoint_bytes(build, path.stem))
         if cache:
             shutil.rmtree(cache, ignore_errors=True)
+    runs = {"date": time.strftime("%Y-%m-%d"), "cap": cap, "results": [asdict(result) for result in results]}
+    records.write_text(build / "runs.json", json.dumps(runs, indent=1) + "\n")
     if in_place:
         png, alt = report.picture(list(records.read(build).values()))
         if png:
