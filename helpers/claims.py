@@ -268,7 +268,7 @@ def _from_gpu(claim, gpu):
 
 
 def _from_output(claim, folders):
-    measure = claim["measure"]
+    measure, problem = claim["measure"], NotRun(f"{claim['id']}: notebook {claim['measure']['notebook']} has not been run")
     for name, folder in folders:
         paths = sorted(folder.glob(f"{measure['notebook']}_*.ipynb"))
         try:
@@ -280,14 +280,16 @@ def _from_output(claim, folders):
         starts = [(line, n) for line in lines for n, cell in enumerate(line) if cell.startswith(measure["row"])]
         texts = [" | ".join(line[n + 1 :]) for line, n in starts]
         if not texts:
-            raise ClaimError(f"{claim['id']}: notebook {measure['notebook']} has no cell that begins with {measure['row']!r}")
+            problem = ClaimError(f"{claim['id']}: notebook {measure['notebook']} has no cell that begins with {measure['row']!r}")
+            continue
         match = re.search(measure["find"], texts[0])
-        if not match:
-            raise ClaimError(f"{claim['id']}: {measure['find']!r} does not match {texts[0]!r}")
+        if not match:  # on another machine a row may say that it could not be measured: then the next folder is asked
+            problem = ClaimError(f"{claim['id']}: {measure['find']!r} does not match {texts[0]!r}")
+            continue
         names = {key: _number(text) for key, text in match.groupdict().items()}
         names["value"] = _calculate(measure["value"], names, claim)
         return names, name
-    raise NotRun(f"{claim['id']}: notebook {measure['notebook']} has not been run")
+    raise problem
 
 
 def _number(text):

@@ -381,8 +381,10 @@ def _():
 
 @works("pip-finds-no-version")
 def _():
-    pip("install", "--no-index", "--dry-run", f"torch=={torch.__version__}").check_returncode()
-    return f"torch {torch.__version__} satisfies pip"
+    from importlib.metadata import version
+
+    pip("install", "--no-index", "--dry-run", f"torch=={version('torch')}").check_returncode()
+    return f"torch {version('torch')} satisfies pip"
 
 
 @fails("pip-conflict")

@@ -153,6 +153,13 @@ def test_a_changed_notebook_is_noticed(tmp_path):
         claims.evaluate(claim(SPEED), {}, folders=notebook(tmp_path, [], executed=False))
 
 
+def test_a_row_that_was_not_measured_here_falls_back_to_the_committed_run(tmp_path):
+    for name in ("run", "committed"):
+        (tmp_path / name).mkdir()
+    folders = [("this run", notebook(tmp_path / "run", ["2-3x faster", "not run here"])[0][1]), ("committed run", notebook(tmp_path / "committed", ["2-3x faster", "2x of bf16"])[0][1])]
+    assert claims.evaluate(claim(SPEED), {}, folders=folders).where == "committed run"
+
+
 def test_unexecuted_run_falls_back_to_the_committed_one(tmp_path):
     for name in ("run", "committed"):
         (tmp_path / name).mkdir()
