@@ -1,6 +1,7 @@
 """The claims ledger: each claim has a measurement, and the verdict that its numbers bear out."""
 
 import json
+import shutil
 
 import nbformat
 import pytest
@@ -249,6 +250,24 @@ def test_reference_is_written_per_device_and_keeps_what_a_run_lacks(tmp_path):
         reference.write(build, tmp_path / "reference")
     cpu, gpu = reference.read(tmp_path / "reference")
     assert cpu.on_cpu and set(cpu.records) == {"bf16", "nf4"} and not gpu.on_cpu and set(gpu.records) == {"bf16"}
+
+
+@pytest.mark.parametrize(("device", "model", "column"), [("NVIDIA H100", "SmolLM2-135M-Instruct (x)", "gpu"), ("NVIDIA H100", "mistral-7b-geometry (x)", "gpu_7b"), ("2 CPU cores, x86_64", "SmolLM2-135M-Instruct (x)", None)])
+def test_what_a_gpu_run_cost_goes_into_the_cost_cards(tmp_path, monkeypatch, device, model, column):
+    folder = tmp_path / "notebooks"
+    shutil.copytree(ROOT / "notebooks", folder, ignore=shutil.ignore_patterns("data", "gpu"))
+    monkeypatch.setattr(notebooks, "FOLDER", folder)
+    monkeypatch.setattr(notebooks, "refresh_all", lambda: None)
+    records.write_text(tmp_path / "records" / "bf16.json", json.dumps(record("bf16", device=device, model=model)))
+    results = [{"notebook": "04_nf4_bitsandbytes", "seconds": 61.2, "peak_ram_bytes": 3e9, "peak_vram_bytes": 17e9, "verdict": "ok"},
+               {"notebook": "05_gptq", "seconds": 5.0, "peak_ram_bytes": 1e9, "peak_vram_bytes": 1e9, "verdict": "the kernel died"}]  # fmt: skip
+    records.write_text(tmp_path / "runs.json", json.dumps({"date": "2026-11-22", "results": results}))
+    assert reference.costs(tmp_path) == (["04_nf4_bitsandbytes"] if column else [])
+    cost = nbformat.read(folder / "04_nf4_bitsandbytes.ipynb", 4).metadata["course"]["cost"]
+    if column:
+        assert cost[column]["seconds"] == 61 and cost[column]["machine"] == f"{device}, {model.split()[0]}"
+        card = notebooks.cost_card(nbformat.read(folder / "04_nf4_bitsandbytes.ipynb", 4))
+        assert f"{device}, {model.split()[0]}" in card and "1.0 min" in card and "17.0 GB" in card
 
 
 def test_reference_of_two_protocols_is_refused(tmp_path):

@@ -107,3 +107,30 @@ def test_report_is_one_page_that_escapes_what_it_shows(tmp_path):
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert "nf4" in page and "–" in page and 'alt="KL divergence' in page
     assert "http" not in page, "the page must be readable without a network"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the stand-in for nvidia-smi is a shell script")
+def test_gpu_memory_is_what_the_driver_says(tmp_path, monkeypatch):
+    import time
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with run.gpu_memory(0.01) as before:
+        time.sleep(0.1)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 2048\n")
+    tool.chmod(0o755)
+    with run.gpu_memory(0.01) as samples:
+        time.sleep(0.3)
+    assert not before and max(samples) == 2048 * 2**20
+
+
+def test_what_a_run_cost_is_kept_beside_its_report(tmp_path, monkeypatch):
+    import json
+
+    from helpers import notebooks
+
+    path = notebook(tmp_path, "print(1)")
+    monkeypatch.setattr(notebooks, "paths", lambda: [path])
+    (result,) = run.run(output_dir=str(tmp_path / "build"))
+    kept = json.loads((tmp_path / "build" / "runs.json").read_text())
+    assert kept["results"][0]["seconds"] == result.seconds and kept["results"][0]["verdict"] == "ok"
