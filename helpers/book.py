@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 
-from helpers import checkpoints, notebooks, records, run
+from helpers import checkpoints, notebooks, records, run, tables
 
 COURSE = "Quantization course"
 SITE = Path(__file__).resolve().parent / "site"
@@ -24,6 +24,8 @@ CELLS = """{%- extends 'basic/index.html.j2' -%}
 {%- elif 'bootstrap' in cell.metadata.get('tags', []) -%}<details class="fold"><summary>Set-up</summary>{{ super() }}</details>
 {%- else -%}{{ super() }}{%- endif -%}
 {%- endblock -%}"""
+# Pages keep no script that an output brings, so the site's own one makes the tables' headings sort.
+SORTING = f"\nfor (const heading of document.querySelectorAll('th > button')) heading.onclick = function () {{{tables.SORT}}};\n"
 SHOWN = ["text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/plain"]
 
 
@@ -62,8 +64,8 @@ def build(output_dir="build"):
             )  # fmt: skip
             _write(scratch / f"{page.name}.html", pages, report, around)
         _write(scratch / "index.html", pages, report, _front(pages, scratch))
-        for asset in ("book.css", "book.js"):
-            shutil.copy(SITE / asset, scratch)
+        shutil.copy(SITE / "book.css", scratch)
+        records.write_text(scratch / "book.js", (SITE / "book.js").read_text(encoding="utf-8") + SORTING)
         if report.is_file():
             shutil.copy(report, scratch)
         words = [{"page": s["page"], "heading": s["heading"], "link": s["link"], "text": s["text"]} for s in index]
@@ -110,7 +112,7 @@ def _body(exporter, page, names):
     for cell in page.notebook.cells:
         if cell.cell_type == "markdown":  # these stand around the cells
             cell.source = re.sub(r"<!-- (badge|navigation) -->.*?<!-- /\1 -->", "", cell.source, flags=re.S)
-        cell.outputs = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+        cell.outputs = [output for output in cell.get("outputs", []) if output.get("name") != "stderr" and not _only_live(output)]
     html, _ = exporter.from_notebook_node(page.notebook)
     soup = bs4.BeautifulSoup(html, "html.parser")
     for element in soup(["style", "script"]):
@@ -128,6 +130,12 @@ def _body(exporter, page, names):
     for link in soup(class_="anchor-link"):
         link["aria-label"] = "Link to this section"
     return str(soup), _sections(soup, page.title)
+
+
+def _only_live(output):
+    """True for a widget without a static twin: of it, a page without a kernel could show only its Python name."""
+    data = output.get("data", {})
+    return "application/vnd.jupyter.widget-view+json" in data and "text/html" not in data
 
 
 def _address(href, names):

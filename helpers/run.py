@@ -49,6 +49,17 @@ def _register_output():
     papermill_io.register(SCHEME, _Output)
 
 
+@functools.cache
+def _kernel_config():
+    """Talk to kernels encrypted where zmq can, as the newer ones ask for: without it they complain in the terminal."""
+    import jupyter_client
+    import traitlets.config
+    import zmq
+
+    known = hasattr(jupyter_client.KernelManager, "transport_encryption") and zmq.has("curve")
+    return traitlets.config.Config({"KernelManager": {"transport_encryption": "auto"}} if known else {})
+
+
 @dataclass
 class Result:
     """How one notebook's execution ended. verdict is "ok" or a one-line cause; peak_vram_bytes is 0 without an NVIDIA GPU."""
@@ -88,7 +99,7 @@ def execute(path, output, parameters=None, cwd=None, timeout=1800, kernel_name="
                 source, target = (str(file).replace("{", "{{").replace("}", "}}") for file in (path, output))  # papermill formats them
                 papermill.execute_notebook(
                     source, SCHEME + target, parameters=parameters or {}, cwd=str(cwd or Path(path).parent), progress_bar=False,
-                    execution_timeout=timeout, kernel_name=kernel_name, log_output=False,
+                    execution_timeout=timeout, kernel_name=kernel_name, log_output=False, config=_kernel_config(),
                 )  # fmt: skip
                 skipped = unexecuted(nbformat.read(output, as_version=4))
                 if skipped:

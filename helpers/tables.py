@@ -16,7 +16,7 @@ COLUMNS = {
 NOT_MEASURED = "–"
 NOT_RUN = "not run here"
 
-# In the attribute itself, so that the table needs no script element: cells without a number stay at the end.
+# In the attribute itself, so that the table needs no script element. Cells without a number stay at the end, and so does a second body.
 SORT = """
 const h=this.parentNode,t=h.closest('table'),b=t.tBodies[0],n=[...h.parentNode.children].indexOf(h),
 up=h.getAttribute('aria-sort')!=='ascending';
@@ -39,26 +39,30 @@ def methods(found, expected=(), sort_by="weight_bytes", caption="All methods of 
     rows = [[(method, None), (record["notebook"][:2], None), *(_cell(record[name], *COLUMNS[name]) for name in COLUMNS)] for method, record in found.items()]
     at = 0 if sort_by == "method" else 2 + list(COLUMNS).index(sort_by)
     rows.sort(key=lambda row: (row[at][1] == "", row[at][0] if at == 0 else row[at][1] or 0))
-    for method, notebook in dict(expected).items():
-        if method not in found:
-            rows.append([(method, None), (notebook[:2], None), (NOT_RUN, ""), *[("", "")] * (len(COLUMNS) - 1)])
-    return table(["method", "notebook", *(head for head, _, _ in COLUMNS.values())], rows, caption)
+    missing = [[(method, None), (notebook[:2], None), (NOT_RUN, ""), *[("", "")] * (len(COLUMNS) - 1)]
+               for method, notebook in dict(expected).items() if method not in found]  # fmt: skip
+    return table(["method", "notebook", *(head for head, _, _ in COLUMNS.values())], rows, caption, missing)
 
 
-def table(heads, rows, caption):
-    """A sortable HTML table; each cell is (text, sort key): a number, "" for none, or None to sort by the text. All is escaped."""
+def table(heads, rows, caption, last=()):
+    """A sortable HTML table; each cell is (text, sort key): a number, "" for none, or None to sort by the text. All is escaped.
+
+    last  rows that stay at the end, whatever is sorted
+    """
     head = "".join(f'<th scope="col"><button type="button" style="{BUTTON}" onclick="{html.escape(SORT)}">{html.escape(text)}</button></th>' for text in heads)
-    body = []
-    for row in rows:
-        cells = []
-        for text, key in row:
-            mark = ' style="text-align:left"' if key is None else f' data-v="{html.escape(str(key))}"'
-            cells.append(f"<td{mark}>{html.escape(str(text))}</td>")
-        body.append(f"<tr>{''.join(cells)}</tr>")
+    bodies = "".join(f"<tbody>{''.join(map(_row, part))}</tbody>" for part in (rows, last) if part)
     return (
         f'<div style="overflow-x:auto" tabindex="0" role="region" aria-label="{html.escape(caption)}"><table><caption>{html.escape(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead>{bodies}</table></div>"
     )
+
+
+def _row(row):
+    cells = []
+    for text, key in row:
+        mark = ' style="text-align:left"' if key is None else f' data-v="{html.escape(str(key))}"'
+        cells.append(f"<td{mark}>{html.escape(str(text))}</td>")
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def _cell(value, _, form, factor):

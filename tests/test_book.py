@@ -100,6 +100,10 @@ def test_no_formula_is_left_as_tex(soups):
         assert not re.search(r"\$\$|\\(frac|sum|mathbf|text)\b", text), f"{name}: pages have no TeX renderer"
 
 
+def test_a_widget_without_a_static_twin_leaves_no_python_name(soups):
+    assert [name for name, soup in soups.items() if "VBox(" in "".join(output.get_text() for output in soup(class_="output"))] == []
+
+
 def executed(folder, change=lambda notebook: None):
     """A run of notebook 00 in a build folder, as `make run` leaves it, with one output of its own."""
     notebook = nbformat.read(notebooks.paths()[0], as_version=4)

@@ -1,12 +1,15 @@
 """The bootstrap cell where other packages are installed already, as on Colab: what is replaced, and when a restart is asked for."""
 
+import concurrent.futures
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
 import zipfile
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -142,21 +145,33 @@ def test_what_is_pinned_is_new_enough_and_asks_for_nothing_here(monkeypatch):
 
 
 CELL = """
-import sys
+import importlib, sys
 {first}
 for attempt in range({attempts}):
     try:
         exec(open("cell.py").read())
-        import peft
-        print("ready", peft.__version__, flush=True)
+        print("ready", *(importlib.import_module(name).__version__ for name in {names!r}), flush=True)
     except ImportError as error:
         print(type(error).__name__, error, flush=True)
+"""
+OLD = {"transformers": "4.57.6", "accelerate": "1.0.1", "peft": "0.17.1", "torchao": "0.10.0", "bitsandbytes": "0.45.5"}
+PIP = """
+import os, pathlib, shutil, sys, zipfile
+site = pathlib.Path(__file__).parent.parent
+with open(site / "pip.log", "a") as log:
+    print(*sys.argv[1:], file=log)
+for name, version in (word.split("==") for word in sys.argv if "==" in word):
+    wheel = pathlib.Path(os.environ["PIP_FIND_LINKS"], f"{name}-{version}-py3-none-any.whl")
+    if wheel.is_file():
+        for old in (site / name, *site.glob(f"{name}-*.dist-info")):
+            shutil.rmtree(old)
+        zipfile.ZipFile(wheel).extractall(site)
 """
 
 
 @pytest.fixture(scope="module")
 def colab(tmp_path_factory):
-    """Python of an environment that has the course's packages, but an old peft; pip finds the pinned one in a folder of wheels."""
+    """Python of an environment that has the course's packages, but an old peft; pip finds the pinned ones in a folder of wheels."""
     home = tmp_path_factory.mktemp("colab")
     venv.create(home / "venv", with_pip=False, symlinks=os.name != "nt")
     scripts = "Scripts" if os.name == "nt" else "bin"
@@ -167,52 +182,107 @@ def colab(tmp_path_factory):
         file.write(sysconfig.get_path("purelib") + "\n")
     wheels = home / "wheels"
     wheels.mkdir()
-    stub(wheels, setup.pins()["peft"])
-    with zipfile.ZipFile(stub(home, "0.17.1")) as old:
-        old.extractall(site)
-    return home, python, os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "COURSE_SOURCE": str(ROOT)}
+    for name in OLD:
+        stub(wheels, name, setup.pins()[name])
+        stub(home, name, OLD[name])
+    put_back(home, site, ["peft"])
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return home, python, env | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "COURSE_SOURCE": str(ROOT)}
 
 
-def stub(folder, version):
-    """A wheel of a peft that only knows its version."""
-    path, info = folder / f"peft-{version}-py3-none-any.whl", f"peft-{version}.dist-info"
+def stub(folder, name, version):
+    """A wheel of a package that only knows its version."""
+    path, info = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
     files = {
-        "peft/__init__.py": f"__version__ = {version!r}\n",
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: peft\nVersion: {version}\n",
+        f"{name}/__init__.py": f"__version__ = {version!r}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: course\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{info}/top_level.txt": "peft\n",
+        f"{info}/top_level.txt": f"{name}\n",
     }
     with zipfile.ZipFile(path, "w") as wheel:
-        for name, text in files.items():
-            wheel.writestr(name, text)
-        wheel.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"]))
-    return path
+        for file, text in files.items():
+            wheel.writestr(file, text)
+        wheel.writestr(f"{info}/RECORD", "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"]))
+
+
+def put_back(home, site, names):
+    """The old stubs of these packages into a folder of packages, in place of whatever is there."""
+    for name in names:
+        for there in (Path(site, name), *Path(site).glob(f"{name}-*.dist-info")):
+            shutil.rmtree(there, ignore_errors=True)
+        with zipfile.ZipFile(home / f"{name}-{OLD[name]}-py3-none-any.whl") as old:
+            old.extractall(site)
+
+
+def process(python, env, folder, names, first="", attempts=1):
+    """Lines that a new process prints in which the bootstrap cell runs, once or more often."""
+    program = CELL.format(first=first, attempts=attempts, names=list(names))
+    done = subprocess.run([python, "-c", program], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-1500:]
+    return done.stdout.splitlines()
+
+
+def write_bootstrap(path, folder):
+    (cell,) = notebooks.tagged(nbformat.read(path, as_version=4), "bootstrap")
+    (folder / "cell.py").write_text(cell.source, encoding="utf-8")
 
 
 def test_the_bootstrap_cell_itself_with_an_old_package(colab, tmp_path):
     """In an empty folder, with pip itself: restart asked for where peft was in use, twice; after the restart ready, without pip."""
     home, python, env = colab
-    env = {name: value for name, value in env.items() if name != "PYTHONPATH"}
     (notebook,) = [path for path in notebooks.paths() if path.name.startswith("07")]
-    (cell,) = notebooks.tagged(nbformat.read(notebook, as_version=4), "bootstrap")
-    (tmp_path / "cell.py").write_text(cell.source)
-
-    def process(first, attempts):
-        program = CELL.format(first=first, attempts=attempts)
-        done = subprocess.run([python, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-1500:]
-        return done.stdout.splitlines()
-
-    in_use = process("import peft", 2)
+    write_bootstrap(notebook, tmp_path)
+    ready = f"ready {setup.pins()['peft']}"
+    in_use = process(python, env, tmp_path, ["peft"], "import peft", 2)
     assert [line.split()[0] for line in in_use] == ["Installing", "RestartNeeded", "RestartNeeded"], in_use
     assert in_use[1].startswith("RestartNeeded peft: ")
-    assert process("", 1) == [f"ready {setup.pins()['peft']}"]
-    with zipfile.ZipFile(home / "peft-0.17.1-py3-none-any.whl") as old:  # back to the old one
-        site = next((home / "venv").rglob("peft")).parent
-        for folder in site.glob("peft*"):
-            for file in sorted(folder.rglob("*"), reverse=True):
-                file.rmdir() if file.is_dir() else file.unlink()
-            folder.rmdir()
-        old.extractall(site)
-    unused = process("", 1)
-    assert unused[0].startswith("Installing peft") and unused[1] == f"ready {setup.pins()['peft']}" and len(unused) == 2
+    assert process(python, env, tmp_path, ["peft"]) == [ready]
+    put_back(home, next((home / "venv").rglob("peft")).parent, ["peft"])
+    unused = process(python, env, tmp_path, ["peft"])
+    assert unused[0].startswith("Installing peft") and unused[1:] == [ready]
+
+
+def with_old_packages(path, folder, colab):
+    """What the bootstrap cell of a notebook prints alone in a folder where all of OLD are installed: in a process that has imported none
+    of them; in one that has imported all that the notebook needs but the last, run twice; in a third one. And what it asked of pip."""
+    home, python, env = colab
+    site = folder / "site"
+    (site / "pip").mkdir(parents=True)
+    (site / "pip" / "__init__.py").touch()
+    (site / "pip" / "__main__.py").write_text(PIP)
+    put_back(home, site, OLD)
+    (folder / "content").mkdir()
+    write_bootstrap(path, folder / "content")
+    arguments = python, env | {"PYTHONPATH": str(site)}, folder / "content", OLD
+    unused = process(*arguments)
+    put_back(home, site, OLD)
+    used = process(*arguments, first="".join(f"import {name}\n" for name in needed(path)[:-1]), attempts=2)
+    restarted = process(*arguments)
+    return unused, used, restarted, (site / "pip.log").read_text().splitlines()
+
+
+def needed(path):
+    """Those of OLD that a notebook uses."""
+    wanted = {*setup.BASE, *nbformat.read(path, as_version=4).metadata.course.packages}
+    return [name for name in OLD if name in wanted]
+
+
+@pytest.fixture(scope="module")
+def olds(colab, tmp_path_factory):
+    """{notebook: future of `with_old_packages`}, two at a time."""
+    home = tmp_path_factory.mktemp("olds")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        yield {path: pool.submit(with_old_packages, path, home / path.stem, colab) for path in notebooks.paths()}
+
+
+@pytest.mark.parametrize("path", notebooks.paths(), ids=lambda path: path.stem)
+def test_every_notebook_beside_old_packages_asks_for_a_restart_only_if_they_are_in_use(path, olds):
+    assert OLD.keys() == setup.OLDEST.keys()
+    names = needed(path)
+    unused, used, restarted, pip = olds[path].result()
+    ready = "ready " + " ".join(setup.pins()[name] if name in names else OLD[name] for name in OLD)
+    assert unused[0].startswith("Installing ") and unused[1:] == [ready], unused
+    assert [line.split(": ")[0] for line in used[1:]] == [f"RestartNeeded {', '.join(sorted(names[:-1]))}"] * 2, used
+    assert "Restart session" in used[1] and restarted == [ready], (used, restarted)
+    asked = [{word.partition("==")[0] for word in command.split() if "==" in word} for command in pip]
+    assert asked == [{*names, "torch", "numpy"}] * 2, asked

@@ -83,6 +83,10 @@ function reachable() {
   for (const box of document.querySelectorAll(".wide, pre")) {
     if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
+    if (box.matches("pre")) { // a name for what takes the focus; tables have theirs
+      box.role = "group";
+      box.ariaLabel = "Text that scrolls sideways";
+    }
   }
 }
 addEventListener("load", reachable);
