@@ -12,6 +12,7 @@ processes together, so that the loss curve does not depend on their number.
 """
 
 import argparse
+import gc
 import json
 import os
 from pathlib import Path
@@ -113,7 +114,7 @@ def main():
             max_steps=args.steps,
             learning_rate=args.learning_rate,
             lr_scheduler_type="constant",
-            activation_checkpointing=True,
+            activation_checkpointing=cuda,  # short rows: on a CPU it would only cost time
             activation_checkpointing_kwargs={"use_reentrant": False},
             ddp_find_unused_parameters=False,
             logging_steps=1,
@@ -139,6 +140,8 @@ def main():
         peak = torch.cuda.max_memory_allocated() if cuda else None
         report = {"processes": state.num_processes, "losses": losses, "peak_vram_bytes": peak}
         (args.output / "losses.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    del trainer
+    gc.collect()  # DDP has to be gone before its process group, or the process can hang at its end
     state.destroy_process_group()
 
 
