@@ -77,7 +77,7 @@ def execute(path, output, parameters=None, cwd=None, timeout=1800, kernel_name="
     os.environ.update(BATCH | (env or {}))
     verdict = "ok"
     try:
-        with memory.track(interval=0.05, children=True) as used:
+        with memory.track(interval=0.2, children=True) as used:
             try:
                 output.parent.mkdir(parents=True, exist_ok=True)
                 output.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
