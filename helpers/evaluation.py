@@ -99,7 +99,7 @@ def windows(tokenizer, split="evaluation", tokens=8192, context=512, source="pyd
 
 
 def score(model, windows, reference=None, batch_size=4):
-    """`Scores` of a causal language model on windows [n, context]; `reference` from `reference()` on the same windows."""
+    """`Scores` of a causal language model on windows [n, context]; `reference` from `reference()` on windows that begin with these."""
     nll = kl = agree = 0.0
     for targets, where, logits in _positions(model, windows, batch_size):
         scores = logits.float()

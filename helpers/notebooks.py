@@ -8,8 +8,6 @@ import re
 import tomllib
 from pathlib import Path
 
-import nbformat
-
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
 PICTURE = FOLDER / "results.png"  # quality against size, from the records of the committed run
@@ -35,6 +33,13 @@ setup.require({packages})'''
 def paths():
     """The course's notebooks in reading order."""
     return sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+
+
+def read(path):
+    """A notebook file as nbformat's object."""
+    import nbformat  # its import takes a second, and every notebook imports this module for its folders
+
+    return nbformat.read(path, as_version=4)
 
 
 def title(notebook):
@@ -103,7 +108,7 @@ def navigation(path):
     for step, word in ((-1, "Previous"), (1, "Next")):
         if 0 <= at + step < len(order):
             other = order[at + step]
-            links.append(f"{word}: [{title(nbformat.read(other, 4))}]({other.name})")
+            links.append(f"{word}: [{title(read(other))}]({other.name})")
     return " · ".join(links)
 
 
@@ -117,7 +122,7 @@ def replace_part(text, part, content):
 
 def refresh(path):
     """The notebook with its generated parts as they should be (nothing is written)."""
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
     first = notebook.cells[0]
     first.source = replace_part(first.source, "badge", badge(path.name))
     first.source = replace_part(first.source, "cost", cost_card(notebook))
@@ -134,7 +139,7 @@ def refresh(path):
 
 def contents():
     """Markdown list of all notebooks with their promises."""
-    items = ((path, nbformat.read(path, as_version=4)) for path in paths())
+    items = ((path, read(path)) for path in paths())
     return "\n".join(f"- [{title(notebook)}]({path.name}): {promise(notebook)}" for path, notebook in items)
 
 
@@ -142,7 +147,7 @@ def readme_table():
     """Markdown table of all notebooks with their cost on the CPU default, for the README."""
     lines = ["| | Notebook | What it shows | Time | RAM |", "|---|---|---|---|---|"]
     for path in paths():
-        notebook = nbformat.read(path, as_version=4)
+        notebook = read(path)
         cpu = notebook.metadata.get("course", {}).get("cost", {}).get("cpu")
         cost = f"{cpu['seconds'] / 60:.1f} min | {cpu['peak_ram_bytes'] / 1e9:.1f} GB" if cpu else "not measured yet | –"
         lines.append(f"| {badge(path.name)} | [{title(notebook)}](notebooks/{path.name}) | {promise(notebook)} | {cost} |")
@@ -151,6 +156,8 @@ def readme_table():
 
 def refresh_all(picture_alt=None):
     """Write the generated parts of every notebook and of the README; with `picture_alt` also the text of its picture."""
+    import nbformat
+
     for path in paths():
         nbformat.write(refresh(path), path)
     readme = ROOT / "README.md"

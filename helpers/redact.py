@@ -4,6 +4,7 @@ Two ways to know one: by its form (keys of the Hugging Face hub, GitHub, PyPI, O
 its value: what this process holds in an environment variable named as a secret, and the token that `hf auth login` stored.
 """
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -35,7 +36,12 @@ def known():
 
 def redact(text, values=None):
     """`text` with every secret in it replaced by "[secret]". values: as `known()` gave them, where many texts follow each other."""
-    for value in known() if values is None else values:
+    return _redacted(text, tuple(known() if values is None else values))
+
+
+@functools.lru_cache(maxsize=2**15)  # a notebook is written after each of its cells, and most of its lines are those of before
+def _redacted(text, values):
+    for value in values:
         text = text.replace(value, SECRET)
     return FORMS.sub(SECRET, text)
 

@@ -16,7 +16,7 @@ class Speed:
 
 
 @torch.inference_mode()
-def decode(model, prompt_tokens=64, new_tokens=32, batch=1, runs=3):
+def decode(model, prompt_tokens=64, new_tokens=20, batch=1, runs=3):
     """Time greedy decoding with a KV cache: one forward pass over the prompt, then `new_tokens` single-token passes.
 
     The prompt is random token ids (speed does not depend on them), the same in each run. One untimed run warms up caches and

@@ -35,6 +35,12 @@ def test_importing_helpers_is_light():
     assert float(seconds) < 1 and has_torch == "False"
 
 
+def test_what_every_notebook_imports_brings_no_slow_library():
+    code = ("import sys; from helpers import chat, exercises, figures, memory, models, progress, quiz, records; "
+            "print({'torch', 'transformers', 'nbformat'} & sys.modules.keys())")  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 def test_nothing_is_installed_when_everything_is_there(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(AssertionError("pip was called")))
     setup.require("bitsandbytes", "peft")

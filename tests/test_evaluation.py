@@ -48,6 +48,12 @@ def test_scores_equal_the_plain_computation(net, windows, reference):
     assert scores.top1_agreement == (expected.argmax(-1) == actual.argmax(-1)).double().mean().item()
 
 
+def test_the_first_windows_alone_take_the_same_reference(net, windows, reference):
+    scores = evaluation.score(net, windows[:2], reference)
+    assert abs(scores.kl_divergence) < 1e-5 and scores.top1_agreement == 1
+    assert evaluation.score(net, windows[2:], reference).kl_divergence > 1, "these are other predictions"
+
+
 def test_without_a_reference_only_perplexity(net, windows):
     scores = evaluation.score(net, windows)
     assert scores.kl_divergence is None and scores.top1_agreement is None and scores.perplexity > 1

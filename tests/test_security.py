@@ -232,6 +232,11 @@ def test_forms_of_secrets(secret):
     assert redact.redact("https://me:pass@host/x Bearer abcdefghijklmnop", []) == "https://[secret]@host/x Bearer [secret]"
 
 
+def test_a_text_is_redacted_anew_when_the_secrets_change():
+    secret = "q7" * 8
+    assert [redact.redact(f"key={secret}", values) for values in ([], [secret], [])] == [f"key={secret}", "key=[secret]", f"key={secret}"]
+
+
 def test_what_is_no_secret_stays():
     text = "hf_hub, sk-learn, https://huggingface.co/a/b, pad_token=tokenizer.eos_token, TOKENIZERS_PARALLELISM=false, user@host"
     assert redact.redact(text, []) == text
