@@ -92,7 +92,7 @@ def execute(path, output, parameters=None, cwd=None, timeout=1800, kernel_name="
     os.environ.update(BATCH | (env or {}))
     verdict = "ok"
     try:
-        with gpu_memory() as vram, memory.track(interval=0.05, children=True) as used:
+        with gpu_memory() as vram, memory.track(interval=0.1, children=True) as used:
             try:
                 output.parent.mkdir(parents=True, exist_ok=True)
                 output.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
