@@ -312,9 +312,13 @@ def _download_package(folder):
 def _convert(folder, target):
     """GGUF to bf16 safetensors, in this process: another one would spend most of its time on importing torch and transformers."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+    from transformers.utils import logging
 
     print("Preparing the default model (once, about 10 seconds) ...", flush=True)
+    level, bar = logging.get_verbosity(), modeling_gguf_pytorch_utils.tqdm
+    logging.set_verbosity_error()
+    modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors  # a notebook would keep its bar at 0 % for good
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=PACKAGE_GGUF, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=PACKAGE_GGUF)
@@ -330,6 +334,9 @@ def _convert(folder, target):
         tokenizer.save_pretrained(target)
     except Exception as error:
         raise ModelError(f"The default model could not be converted: {type(error).__name__}: {error}") from error
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
+        logging.set_verbosity(level)
     del loaded, model
     memory.release()
 
