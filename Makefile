@@ -8,7 +8,7 @@ export BUILD_CUDA_EXT := 0
 .PHONY: run test unit lab book bench outputs links doctor clean
 
 run: $(VENV)/.ready
-	$(BIN)/python -m helpers run --jobs 2
+	$(BIN)/python -m helpers run
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest

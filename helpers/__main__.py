@@ -30,7 +30,6 @@ def main(argv=None):
     run.add_argument("--timeout", type=int, default=1800, help="seconds one cell may take")
     run.add_argument("-p", "--parameter", action="append", metavar="NAME=VALUE", help="parameter for every notebook")
     run.add_argument("--cap", metavar="SIZE", help='GPU memory that notebooks may take, e.g. 24GB: tries a smaller card')
-    run.add_argument("--jobs", type=int, default=1, help="notebooks at a time (fewer where cores or memory do not reach)")
     run.add_argument("--in-place", action="store_true", help="store outputs and cost cards in notebooks/ (for authors)")
 
     book = commands.add_parser("book", help="build a static site of the executed notebooks")

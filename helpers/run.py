@@ -1,10 +1,8 @@
-"""Execute the notebooks with papermill, one after the other or side by side, and say what each one cost and how it ended."""
+"""Execute the notebooks with papermill, one after the other, and say what each one cost and how it ended."""
 
-import concurrent.futures
 import functools
 import json
 import keyword
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 
-from helpers import alone, cores, memory, notebooks, records, redact, report
+from helpers import cores, memory, notebooks, records, redact, report
 
 BATCH = {
     "COURSE_BATCH": "1",  # widgets show text instead
@@ -27,7 +25,6 @@ BATCH = {
     "PYTHONWARNINGS": "ignore::DeprecationWarning",
 }
 SCHEME = "course-output:"  # papermill writes a notebook through `_Output` where its path begins with this
-READ_RECORDS = ("08_compare_methods",)  # shows what the other notebooks have recorded
 PACKAGE_BYTES = 92_871_040  # the default model's wheel, the only thing a notebook downloads once the packages are there
 
 
@@ -160,14 +157,12 @@ def unexecuted(notebook):
     return [number for number, cell in enumerate(cells, 1) if cell.execution_count is None]
 
 
-def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=False, cap=None, jobs=1):
+def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=False, cap=None):
     """Execute the chosen notebooks, print a line for each and a table at the end, write the report; list of `Result`.
 
     only      beginnings of notebook names, such as ["00", "04"]; None for all
     in_place  also store outputs and measured cost in notebooks/, each from an empty cache as on a reader's first run
     cap       GPU memory that a notebook may take, such as "24GB": `models.find` applies it in the notebook's kernel
-    jobs      notebooks at a time, each with its share of the cores: `speed.decode` stops the others while it measures, all other
-              times are longer than those of a notebook alone; fewer where memory, a GPU or `in_place` ask for it
     """
     if cap is not None:
         memory.parse_size(cap)  # a wrong one is said now, not by every notebook
@@ -177,67 +172,32 @@ def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=F
     build = records.folder(output_dir)
     if output_dir != "build":
         parameters = {"output_dir": str(build), **(parameters or {})}
-    env = {memory.CAP: cap} if cap is not None else {}
-    jobs = 1 if in_place else at_a_time(jobs)
     results, started = [], time.perf_counter()
-    if jobs > 1:
-        results = side_by_side(chosen, build, parameters, timeout, env, jobs)
-    else:
-        for path in chosen:
-            print(f"{path.stem} ...", flush=True)
-            cache = build / "fresh-cache" if in_place else None
-            if in_place:
-                shutil.rmtree(cache, ignore_errors=True)
-                env["COURSE_CACHE"] = str(cache)
-            output = build / "notebooks" / path.name
-            result = execute(path, output, parameters, timeout=timeout, env=env)
-            results.append(result)
-            print(f"  {_said(result)}", flush=True)
-            if in_place and result.ok:
-                commit_outputs(path, output, result, disk=_size(cache) + _checkpoint_bytes(build, path.stem))
-            if cache:
-                shutil.rmtree(cache, ignore_errors=True)
-    runs = {"date": time.strftime("%Y-%m-%d"), "cap": cap, "jobs": jobs, "results": [asdict(result) for result in results]}
+    for path in chosen:
+        print(f"{path.stem} ...", flush=True)
+        env, cache = ({memory.CAP: cap} if cap is not None else {}), None
+        if in_place:
+            cache = build / "fresh-cache"
+            shutil.rmtree(cache, ignore_errors=True)
+            env["COURSE_CACHE"] = str(cache)
+        output = build / "notebooks" / path.name
+        result = execute(path, output, parameters, timeout=timeout, env=env)
+        results.append(result)
+        print(f"  {result.seconds:.0f} s, {result.peak_ram_bytes / 1e9:.2f} GB, {result.verdict}", flush=True)
+        if in_place and result.ok:
+            commit_outputs(path, output, result, disk=_size(cache) + _checkpoint_bytes(build, path.stem))
+        if cache:
+            shutil.rmtree(cache, ignore_errors=True)
+    runs = {"date": time.strftime("%Y-%m-%d"), "cap": cap, "results": [asdict(result) for result in results]}
     records.write_text(build / "runs.json", json.dumps(runs, indent=1) + "\n")
     if in_place:
         png, alt = report.picture(list(records.read(build).values()))
         if png:
             notebooks.PICTURE.write_bytes(png)
         notebooks.refresh_all(alt)
-    print(f"\n{table(results)}\n\n{time.perf_counter() - started:.0f} s in all, {jobs} at a time\n")
+    print(f"\n{table(results)}\n\n{time.perf_counter() - started:.0f} s in all\n")
     print(report.write(build, results))
     return results
-
-
-def at_a_time(jobs):
-    """How many notebooks can run side by side here: at most `jobs`, one to a core, 5 GB of RAM for each, and one on a GPU."""
-    return 1 if shutil.which("nvidia-smi") else max(1, min(jobs, cores(), int(memory.free_ram() / 5e9)))
-
-
-def side_by_side(paths, build, parameters, timeout, env, jobs):
-    """Execute notebooks `jobs` at a time; their `Result`s in the order of `paths`. Those that read the others' records come last, alone."""
-    env = {**env, alone.RUNNER: str(os.getpid())}
-    last = [path for path in paths if path.stem in READ_RECORDS]
-    rest = [path for path in paths if path not in last]
-    results = {}
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        share = env | {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
-        futures = {pool.submit(execute, path, build / "notebooks" / path.name, parameters, None, timeout, "python3", share): path for path in rest}
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                alone.wake()  # a kernel that was killed while it measured leaves its neighbours stopped
-                results[futures[future]] = future.result()
-                print(f"{futures[future].stem}: {_said(results[futures[future]])}", flush=True)
-        finally:
-            alone.wake()
-    for path in last:
-        results[path] = execute(path, build / "notebooks" / path.name, parameters, timeout=timeout, env=env)
-        print(f"{path.stem}: {_said(results[path])}", flush=True)
-    return [results[path] for path in paths]
-
-
-def _said(result):
-    return f"{result.seconds:.0f} s, {result.peak_ram_bytes / 1e9:.2f} GB, {result.verdict}"
 
 
 def table(results):
@@ -311,5 +271,5 @@ def main(arguments):
         parameters[name] = {"True": True, "False": False}.get(value, int(value) if value.lstrip("-").isdigit() else value)
     if arguments.model != "auto":
         parameters["model"] = arguments.model
-    results = run(arguments.only, arguments.output, parameters, arguments.timeout, arguments.in_place, arguments.cap, arguments.jobs)
+    results = run(arguments.only, arguments.output, parameters, arguments.timeout, arguments.in_place, arguments.cap)
     return 0 if all(result.ok for result in results) else 1

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from helpers.alone import alone
-
 
 @dataclass(frozen=True)
 class Speed:
@@ -40,9 +38,8 @@ def decode(model, prompt_tokens=64, new_tokens=20, batch=1, runs=3):
             output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
         return prefilled - start, _now(device) - prefilled
 
-    with alone():
-        once(min(4, new_tokens))
-        times = [once(new_tokens) for _ in range(runs)]
+    once(min(4, new_tokens))
+    times = [once(new_tokens) for _ in range(runs)]
     prefill, decoding = (statistics.median(part) for part in zip(*times))
     return Speed(batch * prompt_tokens / prefill, batch * new_tokens / decoding)
 

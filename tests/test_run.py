@@ -5,7 +5,7 @@ import signal
 import nbformat
 import pytest
 
-from helpers import alone, memory, records, report, run
+from helpers import memory, records, report, run
 
 
 def notebook(tmp_path, *sources, name="99_test.ipynb"):
@@ -135,45 +135,3 @@ def test_what_a_run_cost_is_kept_beside_its_report(tmp_path, monkeypatch):
     (result,) = run.run(output_dir=str(tmp_path / "build"))
     kept = json.loads((tmp_path / "build" / "runs.json").read_text())
     assert kept["results"][0]["seconds"] == result.seconds and kept["results"][0]["verdict"] == "ok"
-
-
-WRITES = """
-import pathlib, time
-for _ in range(400):
-    with open({file!r}, "a") as file:
-        file.write("x")
-    time.sleep(0.01)
-"""
-MEASURES = """
-import pathlib, time
-from helpers.alone import alone
-file = pathlib.Path({file!r})
-while not file.exists():
-    time.sleep(0.02)
-with alone():
-    before = file.stat().st_size
-    time.sleep(0.5)
-    assert file.stat().st_size == before, "the other notebook went on"
-time.sleep(0.5)
-assert file.stat().st_size > before, "the other notebook was left stopped"
-"""
-
-
-@pytest.mark.skipif(run.at_a_time(2) < 2, reason="two notebooks at a time need two cores and 10 GB of RAM")
-def test_side_by_side_one_measures_alone(tmp_path, monkeypatch, capsys):
-    from helpers import notebooks
-
-    file = str(tmp_path / "written")
-    sources = {"01_writes.ipynb": WRITES, "02_measures.ipynb": MEASURES, "03_fails.ipynb": "1/0"}
-    paths = [notebook(tmp_path, source.format(file=file), name=name) for name, source in sources.items()]
-    monkeypatch.setattr(notebooks, "paths", lambda: paths)
-    results = run.run(output_dir=str(tmp_path / "build"), jobs=2)
-    assert [(result.notebook, result.ok) for result in results] == [("01_writes", True), ("02_measures", True), ("03_fails", False)], results
-    assert "2 at a time" in capsys.readouterr().out
-
-
-def test_alone_without_a_runner_is_nothing(monkeypatch):
-    monkeypatch.delenv(alone.RUNNER, raising=False)
-    with alone.alone():
-        pass
-    assert alone.neighbours(-1) == []
