@@ -77,7 +77,7 @@ def test_doctor_names_what_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(setup, "pins", lambda: {"torch": "9.9", "nosuchpackage": "1"})
     assert doctor.main() == 1
     printed = capsys.readouterr().out
-    assert "[bad ] RAM" in printed and "missing: nosuchpackage" in printed and "Not ready: packages, RAM" in printed
+    assert "[bad ] RAM" in printed and "missing: nosuchpackage" in printed and "Not ready: RAM" in printed
 
 
 def test_chat_answers_in_english():
