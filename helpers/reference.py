@@ -5,8 +5,6 @@ import re
 import time
 from dataclasses import dataclass
 
-import nbformat
-
 from helpers import notebooks, records
 
 FOLDER = notebooks.FOLDER / "data" / "reference"
@@ -111,8 +109,10 @@ def _giga(value):
 def costs(output_dir="build"):
     """Put what a build's notebooks cost on a GPU into their cost cards; the names of those notebooks.
 
-    A CPU's costs are stored by `run --in-place`, each from an empty cache; a GPU's are those of one run through all notebooks.
+    A CPU's costs are stored by `run --in-place`, each from an empty cache; a GPU's are those that `runs.json` of the build holds.
     """
+    import nbformat  # takes a second, and only this function writes notebooks
+
     build = records.folder(output_dir)
     if not (build / "runs.json").is_file():
         return []
@@ -127,7 +127,7 @@ def costs(output_dir="build"):
         if result["verdict"] != "ok":
             continue
         path = notebooks.FOLDER / f"{result['notebook']}.ipynb"
-        notebook = nbformat.read(path, as_version=4)
+        notebook = notebooks.read(path)
         notebook.metadata.setdefault("course", {}).setdefault("cost", {})[name] = {
             "machine": f"{device}, {model}",
             "seconds": round(result["seconds"]),
