@@ -81,7 +81,7 @@ def text(split, source="pydoc"):
     return "\n\n".join(parts[split])
 
 
-def windows(tokenizer, split="evaluation", tokens=8192, context=512, source="pydoc"):
+def windows(tokenizer, split="evaluation", tokens=4096, context=512, source="pydoc"):
     """Token ids of one split, int64 [tokens // context, context], spread evenly over its text.
 
     Raises ValueError if the text holds fewer tokens than asked for, or not one window.
@@ -124,7 +124,7 @@ def reference(found, windows, batch_size=4):
     """The untouched model's predictions on the windows: computed once per model, device and windows, then read from the cache.
 
     found: `models.Found`; it is evaluated in `found.dtype` (float32 on a CPU, bfloat16 on a GPU). Takes 2 bytes of disk per
-    position and vocabulary entry: 0.8 GB for 8,192 tokens and 49,152 entries.
+    position and vocabulary entry: 0.4 GB for 4,096 tokens and 49,152 entries.
     """
     folder = models.cache() / "baselines" / _fingerprint(found, windows)
     with models.building(folder) as scratch:

@@ -265,10 +265,13 @@ def hub():
 
 
 def download(repository, endpoint, token=False):
-    """One file of a repository, as every loader fetches it first."""
-    from huggingface_hub import hf_hub_download
+    """One file of a repository, as every loader fetches it first; the local hub is asked also where HF_HUB_OFFLINE is set."""
+    from unittest import mock
 
-    return Path(hf_hub_download(repository, "config.json", endpoint=endpoint, token=token, cache_dir=scratch())).name
+    from huggingface_hub import constants, hf_hub_download
+
+    with mock.patch.object(constants, "HF_HUB_OFFLINE", False):
+        return Path(hf_hub_download(repository, "config.json", endpoint=endpoint, token=token, cache_dir=scratch())).name
 
 
 def other_python(code):

@@ -23,19 +23,33 @@ BATCH = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     "PYTHONWARNINGS": "ignore::DeprecationWarning",
+    # glibc gives freed memory back at once and asks for it again, page by page: training steps took up to half as long again
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000",
 }
 SCHEME = "course-output:"  # papermill writes a notebook through `_Output` where its path begins with this
 PACKAGE_BYTES = 92_871_040  # the default model's wheel, the only thing a notebook downloads once the packages are there
 
 
 class _Output:
-    """What papermill writes after every cell: without secrets, and either whole or not at all."""
+    """What papermill writes before and after every cell: without secrets, either whole or not at all, and not oftener than pays."""
+
+    EVERY = 2.0  # seconds; a notebook of 100 cells is handed over 200 times, and each writing takes up to a tenth of a second
+    waiting, written = {}, {}  # by path: the newest text that is not on disk, and when one was last written
 
     @staticmethod
     def write(text, path):
-        notebook = redact.notebook(json.loads(text))
-        notebook["metadata"]["papermill"]["output_path"] = _Output.pretty_path(path)
-        records.write_text(path.removeprefix(SCHEME), json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
+        _Output.waiting[path] = text
+        if time.monotonic() - _Output.written.get(path, -_Output.EVERY) >= _Output.EVERY:
+            _Output.flush(path)
+
+    @staticmethod
+    def flush(path):
+        """Write what waits for `path`, if anything does."""
+        if path in _Output.waiting:
+            notebook = redact.notebook(json.loads(_Output.waiting.pop(path)))
+            notebook["metadata"]["papermill"]["output_path"] = _Output.pretty_path(path)
+            records.write_text(path.removeprefix(SCHEME), json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
+            _Output.written[path] = time.monotonic()
 
     @staticmethod
     def pretty_path(path):
@@ -97,10 +111,13 @@ def execute(path, output, parameters=None, cwd=None, timeout=1800, kernel_name="
                 output.parent.mkdir(parents=True, exist_ok=True)
                 output.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
                 source, target = (str(file).replace("{", "{{").replace("}", "}}") for file in (path, output))  # papermill formats them
-                papermill.execute_notebook(
-                    source, SCHEME + target, parameters=parameters or {}, cwd=str(cwd or Path(path).parent), progress_bar=False,
-                    execution_timeout=timeout, kernel_name=kernel_name, log_output=False, config=_kernel_config(),
-                )  # fmt: skip
+                try:
+                    papermill.execute_notebook(
+                        source, SCHEME + target, parameters=parameters or {}, cwd=str(cwd or Path(path).parent), progress_bar=False,
+                        execution_timeout=timeout, kernel_name=kernel_name, log_output=False, config=_kernel_config(),
+                    )  # fmt: skip
+                finally:
+                    _Output.flush(SCHEME + str(output))
                 skipped = unexecuted(nbformat.read(output, as_version=4))
                 if skipped:
                     verdict = f"stopped early: {len(skipped)} code cells did not run (first: {skipped[0]})"
@@ -122,10 +139,12 @@ def execute(path, output, parameters=None, cwd=None, timeout=1800, kernel_name="
 def gpu_memory(interval=0.5):
     """Yield a list that grows by the bytes in use on the first NVIDIA GPU, as its driver counts them; empty without one.
 
-    Asked of nvidia-smi and not of torch: the notebooks compute in other processes, and asking torch here would itself take memory there.
+    "First" follows CUDA_VISIBLE_DEVICES, as torch does. Asked of nvidia-smi and not of torch: the notebooks compute in other
+    processes, and asking torch here would itself take memory there.
     """
     samples, done = [], threading.Event()
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={first}"]
 
     def sample():
         while not done.wait(interval):

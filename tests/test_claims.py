@@ -238,7 +238,7 @@ def test_each_claim_is_one_short_phrase():
 def test_reference_covers_the_methods_of_the_course():
     (cpu, *_) = reference.read()
     assert cpu.on_cpu and {"fp32", "bf16", "nf4", "gptq", "awq", "int8-dynamic", "int8-static", "hybrid", "qat-int4", "qlora"} <= cpu.records.keys()
-    assert all(record["eval_tokens"] in (8192, None) for record in cpu.records.values())
+    assert all(record["eval_tokens"] in (4096, None) for record in cpu.records.values())
     stems = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert len(stems & {record["notebook"] for record in cpu.records.values()}) >= 6
 

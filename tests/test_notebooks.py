@@ -94,7 +94,7 @@ def test_notebook(path, build, executions, found):
 
     perplexity = baseline(found)
     for method, record in written.items():
-        assert record["eval_tokens"] == 8192 and record["eval_context"] == 512
+        assert record["eval_tokens"] == 4096 and record["eval_context"] == 512
         assert 0.98 < record["perplexity"] / perplexity, f"{method} is better than the model it came from"
         check = CHECKS.get(method)
         assert check, f"no check for {method}"
