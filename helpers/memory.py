@@ -309,6 +309,14 @@ def cap_vram(limit=None):
     return limit
 
 
+def free_vram():
+    """Bytes torch may still take of the first GPU, under a cap those of the smaller card; 0 without a GPU."""
+    if not (cuda := _cuda()):
+        return 0
+    free, _ = cuda.mem_get_info()
+    return min(free, parse_size(os.environ[CAP]) - cuda.memory_allocated()) if os.environ.get(CAP) else free
+
+
 def free_ram():
     """Bytes this process may still take: what the system has available, or less where a container caps it."""
     available = psutil.virtual_memory().available

@@ -137,6 +137,18 @@ def test_cap_holds_every_gpu_to_it(monkeypatch):
     assert memory.cap_vram(160 * 10**9) and gpus.fractions == {0: 1.0, 1: 1.0}, "no more than there is"
 
 
+def test_free_vram_is_the_smaller_cards_under_a_cap(monkeypatch):
+    monkeypatch.delenv(memory.CAP, raising=False)
+    gpus = Gpus()
+    gpus.mem_get_info, gpus.memory_allocated = lambda: (70 * 10**9, 80 * 10**9), lambda: 5 * 10**9
+    monkeypatch.setattr(torch, "cuda", gpus)
+    assert memory.free_vram() == 70 * 10**9
+    monkeypatch.setenv(memory.CAP, "24GB")
+    assert memory.free_vram() == 19 * 10**9
+    gpus.is_available = lambda: False
+    assert memory.free_vram() == 0
+
+
 def test_finding_a_model_applies_the_cap(monkeypatch, tmp_path):
     from helpers import models
 

@@ -3,9 +3,10 @@
     python notebooks/gpu/reference.py --output reference.json                  # everything, about half an hour
     python notebooks/gpu/reference.py --output reference.json --only memory    # one step, added to what the file holds
 
-Weights are random in the 7B shape (memory and speed do not depend on their values); quality comes from SmolLM2-135M. Every step
-runs in a process of its own, so that no peak contains what an earlier step left; a failure is written down as what it is and does
-not stop the others. All sizes are bytes, all times seconds. Steps marked "under" hold torch to that many bytes of the GPU.
+Weights are random in the 7B shape (memory and speed do not depend on their values); quality is what the notebooks measure on
+SmolLM2-135M. Every step runs in a process of its own, so that no peak contains what an earlier step left; a failure is written down
+as what it is and does not stop the others. All sizes are bytes, all times seconds. Steps marked "under" hold torch to that many bytes
+of the GPU. A step that was measured on another device than the rest of the file carries its own "device" and "date".
 """
 
 import argparse
@@ -40,10 +41,15 @@ def main():
         print("RESULT " + json.dumps(STEPS[arguments.step]()), flush=True)
         return
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    results |= facts()
+    here = facts()
+    elsewhere = results.get("device", here["device"]) != here["device"]
+    if not elsewhere:
+        results |= here
     for step in arguments.only:
         started = time.perf_counter()
         results[step] = run(step, arguments.timeout, arguments.output.with_suffix(".log"))
+        if elsewhere:  # a step measured on another device than the file's says so itself
+            results[step] |= {"device": here["device"], "date": here["date"]}
         print(f"{step}: {time.perf_counter() - started:.0f} s  {json.dumps(results[step])[:900]}", flush=True)
         write(arguments.output, results)
 
@@ -82,7 +88,7 @@ def facts():
         "driver": driver.stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
         "command": "python notebooks/gpu/reference.py",
-        "model": "mistral-7b-geometry (random weights in Mistral-7B's shape); quality: SmolLM2-135M-Instruct",
+        "model": "mistral-7b-geometry (random weights in Mistral-7B's shape)",
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda} | {name: metadata.version(name) for name in names},
         "protocol": {"prompt_tokens": PROMPT, "new_tokens": NEW, "cache_tokens": LENGTH},
     }
@@ -572,114 +578,9 @@ def autoawq():
     }
 
 
-# --- quality --------------------------------------------------------------------------------------------------------------------
-
-
-def texts():
-    """The evaluation windows and calibration samples of the CPU's records: Python 3.11's documentation, whatever runs this."""
-    import torch
-
-    file = os.environ.get("REFERENCE_TOKENS")
-    if not file:
-        from transformers import AutoTokenizer
-
-        from helpers import evaluation, models
-
-        tokenizer = AutoTokenizer.from_pretrained(models.find(models.OFFLINE).path)
-        return evaluation.windows(tokenizer), evaluation.windows(tokenizer, "calibration", tokens=24 * 128, context=128)
-    tokens = json.loads(Path(file).read_text())
-    return torch.tensor(tokens["evaluation"]), torch.tensor(tokens["calibration"])
-
-
-def quality():
-    """SmolLM2 on the GPU against its own float32, by the protocol of the CPU's records; and the lean decoder against `generate`."""
-    from dataclasses import dataclass
-
-    import torch
-    from lean_decode import LeanDecoder
-
-    from helpers import archived, evaluation, models
-
-    @dataclass(frozen=True)
-    class Float32(models.Found):
-        @property
-        def dtype(self):
-            return torch.float32
-
-    found = models.find(models.OFFLINE)
-    windows, calibration = texts()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    reference = evaluation.reference(Float32(found.path, found.name, found.origin, "cuda"), windows)
-    rows = {"eval_tokens": windows.numel()}
-
-    def add(name, model):
-        scores = evaluation.score(model, windows, reference)
-        rows[name] = {"perplexity": scores.perplexity, "kl_divergence": scores.kl_divergence, "top1_agreement": scores.top1_agreement}
-        print(name, rows[name], file=sys.stderr, flush=True)
-
-    plain = load("float32", found.path).eval()
-    add("fp32", plain)
-    ids = windows[:1, :64].cuda()
-    theirs = plain.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None)[:, 64:]
-    ours = LeanDecoder(plain, 1, 128).generate(ids, 64)
-    rows["lean"] = {"tokens": 64, "same_as_generate": (ours == theirs).sum().item()}
-    del plain
-    add("bf16", load("bfloat16", found.path).eval())
-    for name, compute in (("nf4", torch.bfloat16), ("nf4, computed in float32", torch.float32)):
-        add(name, load("bfloat16", found.path, quantization_config=nf4(compute=compute)).eval())
-
-    def gptqmodel_():
-        from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-
-        config = QuantizeConfig(bits=4, group_size=64, desc_act=False, act_group_aware=False, damp_percent=0.01, offload_to_disk=False)
-        model = GPTQModel.load(found.path, config, dtype=torch.bfloat16, device="cuda")
-        model.quantize([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in calibration], batch_size=4)
-        folder = str(models.cache() / "reference-small-gptq")
-        model.save(folder)
-        return GPTQModel.load(folder, device="cuda", backend=BACKEND.GPTQ_TRITON, dtype=torch.bfloat16).model
-
-    def auto_gptq_():
-        archived.enable("auto-gptq")
-        from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
-
-        config = BaseQuantizeConfig(bits=4, group_size=64, desc_act=False, model_file_base_name="model")
-        model = AutoGPTQForCausalLM.from_pretrained(found.path, quantize_config=config, torch_dtype=torch.float16)
-        model.quantize([{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in calibration], batch_size=4)
-        folder = str(models.cache() / "reference-small-auto-gptq")
-        model.save_quantized(folder, use_safetensors=True)
-        return AutoGPTQForCausalLM.from_quantized(folder, device="cuda:0", torch_dtype=torch.float16).model
-
-    def autoawq_():
-        from transformers import AutoTokenizer
-
-        archived.enable("autoawq")
-        from awq import AutoAWQForCausalLM
-
-        model = AutoAWQForCausalLM.from_pretrained(found.path, low_cpu_mem_usage=True, use_cache=False)
-        config = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
-        tokenizer, samples = AutoTokenizer.from_pretrained(found.path), calibration.tolist()
-        model.quantize(tokenizer, quant_config=config, calib_data=samples, max_calib_seq_len=512, apply_clip=False)
-        folder = str(models.cache() / "reference-small-autoawq")
-        model.save_quantized(folder)
-        return AutoAWQForCausalLM.from_quantized(folder, fuse_layers=False).model
-
-    for name, make in (("gptq", gptqmodel_), ("autoawq", autoawq_), ("autogptq", auto_gptq_)):
-        started = time.perf_counter()
-        try:
-            model = make().eval()
-            add(name, model)
-            rows[name]["seconds"] = time.perf_counter() - started
-        except Exception as error:
-            import traceback
-
-            traceback.print_exc()  # to the log; the others go on
-            rows[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:250]}"}
-    return rows
-
-
 STEPS = {step.__name__: step for step in (
     bandwidth, decode_fp16, decode_int4, decode_marlin, decode_nf4, generate_fp16, generate_int4, memory, fp16_under_16gb, qlora,
-    gptq, gptq_kernels, autoawq, auto_gptq, quality,
+    gptq, gptq_kernels, autoawq, auto_gptq,
 )}  # fmt: skip
 
 if __name__ == "__main__":

@@ -49,7 +49,10 @@ def budget(record):
     rows += [(f"QLoRA step of {tokens} tokens", record["qlora"][tokens]["peak_bytes"]) for tokens in ("512", "2048")]
     for step, name in (("gptq", "GPTQ of 32 x 512 tokens"), ("autoawq", "AWQ (autoawq)"), ("auto_gptq", "GPTQ (auto-gptq)")):
         if "peak_bytes" in record.get(step, {}):
-            rows.append((name, record[step]["peak_bytes"]))
+            where = f", on an {record[step]['device']}" if "device" in record[step] else ""
+            rows.append((name + where, record[step]["peak_bytes"]))
+            if "answering_peak_bytes" in record[step]:
+                rows.append((f"{name}: load and answer{where}", record[step]["answering_peak_bytes"]))
     return sorted(rows, key=lambda row: -row[1])
 
 
@@ -140,9 +143,7 @@ def section(record):
         "All of it ran with torch held to 16 GB, fp16 to 24 GB. QLoRA: r=16 on q and v, checkpointing, paged 8-bit AdamW. \"Fits\" adds "
         f"the driver's context ({record['bandwidth']['context_bytes'] / 1e9:.2f} GB here) to the peak. GPTQ took {record['gptq']['seconds']:.0f} s.",
         "",
-        f"Quality was measured on {record['quality']['model']}, with the CPU's {record['quality']['eval_tokens']:,} tokens. The GPU says the same: KL "
-        + ", ".join(f"{scores['kl_divergence']:.4f} for {name} (CPU {on_cpu:.4f})" for name, scores, on_cpu in both(record))
-        + ".",
+        quality(),
         "",
         "A cap makes your card a smaller one:",
         "",
@@ -153,13 +154,29 @@ def section(record):
     return "\n".join(lines)
 
 
-def both(record):
-    """[(method, its scores on the GPU, its KL divergence on the CPU)] of the methods measured on both."""
+COMPARED = ("nf4", "gptq", "autogptq", "awq", "autoawq", "rtn-int4")
+APART = 0.02  # share by which a KL divergence may differ between CPU and GPU before it needs an explanation
+
+
+def both():
+    """[(method, its record on a GPU, its record on the CPU)]: what the notebooks measured on both, with one model and one text."""
     from helpers import reference
 
-    (cpu,) = [each.records for each in reference.read() if each.on_cpu]
-    names = [name for name in record["quality"] if name in cpu and name != "fp32"]
-    return [(name, record["quality"][name], cpu[name]["kl_divergence"]) for name in names]
+    every = reference.read()
+    (cpu,) = [each for each in every if each.on_cpu]
+    (gpu,) = [each for each in every if not each.on_cpu and each.model == cpu.model]
+    return [(name, gpu.records[name], cpu.records[name]) for name in COMPARED]
+
+
+def quality():
+    """README's paragraph on quality."""
+    rows = both()
+    _, gpu, cpu = rows[0]
+    said = [f"{gpu['kl_divergence']:.4f} for {name} (CPU {cpu['kl_divergence']:.4f})" for name, gpu, cpu in rows]
+    far = [name for name, gpu, cpu in rows if abs(gpu["kl_divergence"] / cpu["kl_divergence"] - 1) > APART]
+    text = (f"Quality: the notebooks themselves ran on an {gpu['device']} with SmolLM2-135M-Instruct and the CPU's {cpu['eval_tokens']:,} tokens of "
+            f"text. KL divergence: {', '.join(said)}.")  # fmt: skip
+    return text + (f" More than {APART:.0%} apart: {', '.join(far)}; [why](notebooks/gpu/README.md)." if far else "")
 
 
 def fits(record, peak, size):
