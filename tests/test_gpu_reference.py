@@ -7,9 +7,10 @@ from datetime import date
 
 import pytest
 import torch
-
 from conftest import ROOT
-from helpers import memory, models
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers import evaluation, memory, models
 
 FOLDER = ROOT / "notebooks" / "gpu"
 sys.path.insert(0, str(FOLDER))
@@ -117,6 +118,23 @@ def test_quality_on_the_gpu_is_the_cpus():
         assert agrees or f"`{method}`" in explained, method
         assert gpu["kl_divergence"] == pytest.approx(cpu["kl_divergence"], rel=0.2), f"{method} is another model there"
     assert {"nf4", "gptq"} <= set(near)
+
+
+def test_the_floor_differs_by_ties_at_half_a_step():
+    """Notebook 05's rounding on a CPU, its scales computed as a GPU does (times the reciprocal): the GPU's KL, not the CPU's."""
+    (gpu,) = [row for name, row, _ in summary.both() if name == "rtn-int4"]
+    found = models.find(models.OFFLINE)
+    windows = evaluation.windows(AutoTokenizer.from_pretrained(found.path), tokens=gpu["eval_tokens"])
+    net = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        for module in net.model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                groups = module.weight.float().unflatten(-1, (-1, 64))
+                scale = 2 * groups.abs().amax(-1, keepdim=True) * torch.tensor(1 / 15)
+                module.weight.copy_(((groups / scale).round().clamp(-8, 7) * scale).flatten(-2))
+    scores = evaluation.score(net, windows, evaluation.reference(found, windows))
+    assert scores.kl_divergence == pytest.approx(gpu["kl_divergence"], rel=0.02)
+    assert scores.perplexity == pytest.approx(gpu["perplexity"], rel=0.005)
 
 
 def test_readme_says_what_the_record_says():
