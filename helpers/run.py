@@ -34,22 +34,30 @@ class _Output:
     """What papermill writes before and after every cell: without secrets, either whole or not at all, and not oftener than pays."""
 
     EVERY = 2.0  # seconds; a notebook of 100 cells is handed over 200 times, and each writing takes up to a tenth of a second
-    waiting, written = {}, {}  # by path: the newest text that is not on disk, and when one was last written
+    waiting, due = {}, {}  # by path: the newest text that is not on disk, and when the next one may be
+    lock = threading.RLock()
 
     @staticmethod
     def write(text, path):
-        _Output.waiting[path] = text
-        if time.monotonic() - _Output.written.get(path, -_Output.EVERY) >= _Output.EVERY:
+        with _Output.lock:
+            late, _Output.waiting[path] = path in _Output.waiting, text
+        pause = _Output.due.get(path, 0) - time.monotonic()
+        if pause <= 0:
             _Output.flush(path)
+        elif not late:  # a long cell may follow, and a kill in it must not take the cell before it along
+            timer = threading.Timer(pause, _Output.flush, [path])
+            timer.daemon = True
+            timer.start()
 
     @staticmethod
     def flush(path):
         """Write what waits for `path`, if anything does."""
-        if path in _Output.waiting:
-            notebook = redact.notebook(json.loads(_Output.waiting.pop(path)))
-            notebook["metadata"]["papermill"]["output_path"] = _Output.pretty_path(path)
-            records.write_text(path.removeprefix(SCHEME), json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
-            _Output.written[path] = time.monotonic()
+        with _Output.lock:
+            if path in _Output.waiting:
+                notebook = redact.notebook(json.loads(_Output.waiting.pop(path)))
+                notebook["metadata"]["papermill"]["output_path"] = _Output.pretty_path(path)
+                records.write_text(path.removeprefix(SCHEME), json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
+                _Output.due[path] = time.monotonic() + _Output.EVERY
 
     @staticmethod
     def pretty_path(path):

@@ -71,8 +71,11 @@ def test_no_source_for_the_default_model():
 
 
 def test_a_24_gb_gpu_with_access_runs_mistral():
-    entry = verdicts(changed(**GPU))["04"]
-    assert entry.verdict == doctor.RUNS and entry.model == models.MISTRAL and 14.5e9 < entry.vram_bytes < 24e9 and entry.estimate
+    found = verdicts(changed(**GPU))
+    for number, estimate in (("04", False), ("07", True)):  # 04 was measured in the 7B shape
+        entry = found[number]
+        assert entry.verdict == doctor.RUNS and entry.model == models.MISTRAL and entry.vram_bytes < 24e9 and entry.estimate == estimate
+    assert found["04"].vram_bytes > 14.5e9
 
 
 def test_a_gpu_without_access_gets_the_small_model_and_the_login_command():
