@@ -23,7 +23,7 @@ BATCH = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     "PYTHONWARNINGS": "ignore::DeprecationWarning",
-    # glibc gives freed memory back at once and asks for it again, page by page: training steps took up to half as long again
+    # glibc gives freed memory back at once and asks for it again, page by page; in training that takes a good part of each step
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000",
 }
 SCHEME = "course-output:"  # papermill writes a notebook through `_Output` where its path begins with this
