@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class _Output:
 
     EVERY = 2.0  # seconds; a notebook of 100 cells is handed over 200 times, and each writing takes up to a tenth of a second
     waiting, due = {}, {}  # by path: the newest text that is not on disk, and when the next one may be
-    lock = threading.RLock()
+    lock = threading.Lock()
 
     @staticmethod
     def write(text, path):
@@ -45,7 +45,7 @@ class _Output:
         if pause <= 0:
             _Output.flush(path)
         elif not late:  # a long cell may follow, and a kill in it must not take the cell before it along
-            timer = threading.Timer(pause, _Output.flush, [path])
+            timer = threading.Timer(pause, _Output.flush_later, [path])
             timer.daemon = True
             timer.start()
 
@@ -54,10 +54,16 @@ class _Output:
         """Write what waits for `path`, if anything does."""
         with _Output.lock:
             if path in _Output.waiting:
-                notebook = redact.notebook(json.loads(_Output.waiting.pop(path)))
+                notebook = redact.notebook(json.loads(_Output.waiting[path]))
                 notebook["metadata"]["papermill"]["output_path"] = _Output.pretty_path(path)
                 records.write_text(path.removeprefix(SCHEME), json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
+                del _Output.waiting[path]  # only now: what could not be written keeps waiting
                 _Output.due[path] = time.monotonic() + _Output.EVERY
+
+    @staticmethod
+    def flush_later(path):
+        with suppress(OSError):  # a full disk, say: the text keeps waiting, and the end of the run reports it
+            _Output.flush(path)
 
     @staticmethod
     def pretty_path(path):

@@ -176,7 +176,7 @@ def quality():
     far = [name for name, gpu, cpu in rows if abs(gpu["kl_divergence"] / cpu["kl_divergence"] - 1) > APART]
     text = (f"Quality: the notebooks themselves ran on an {gpu['device']} with SmolLM2-135M-Instruct and the CPU's {cpu['eval_tokens']:,} tokens of "
             f"text. KL divergence: {', '.join(said)}.")  # fmt: skip
-    return text + (f" More than {APART:.0%} apart: {', '.join(far)}; [why](notebooks/gpu/README.md)." if far else "")
+    return text + (f" More than {APART:.0%} apart: {', '.join(far)}; [what is known of it](notebooks/gpu/README.md)." if far else "")
 
 
 def fits(record, peak, size):
