@@ -390,27 +390,19 @@ def run_all(tab, lab, notebook, name, seconds):
     nbformat.write(notebook, folder / f"{name}.ipynb")
     tab.goto(address.format(name, f"{name}.ipynb"))
     tab.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
-    tab.locator(".jp-NotebookPanel-toolbar [data-status=idle]").wait_for(timeout=60_000)  # the kernel is up
+    # Not the toolbar's circle: it is idle before the notebook has a kernel, and Run All would then ask for one and lose cells.
+    tab.locator("#jp-main-statusbar").get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
     prompts = "[...document.querySelectorAll('.jp-CodeCell')].map((e) => e.querySelector('.jp-InputPrompt').innerText)"
-    asked = []
-    for _ in range(6):  # freshly started, JupyterLab may show its menu too early, or ask something first: take what it proposes
-        try:
-            if (dialog := tab.locator(".jp-Dialog")).count():
-                asked += dialog.all_inner_texts()
-                dialog.first.locator(".jp-mod-accept").click(timeout=5000)
-            tab.get_by_role("menuitem", name="Run", exact=True).click(timeout=5000)
-            tab.get_by_role("menuitem", name="Run All Cells", exact=True).click(timeout=5000)
-            tab.wait_for_function(f"/\\[[*\\d]+\\]/.test({prompts}[0])", timeout=5000)
-            break
-        except playwright.sync_api.TimeoutError:
-            continue
+    tab.get_by_role("menuitem", name="Run", exact=True).click()
+    tab.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     error = "document.querySelectorAll(\"[data-mime-type='application/vnd.jupyter.error']\").length"
     try:
         tab.wait_for_function(f"{error} || /\\[\\d+\\]/.test({prompts}.at(-1))", timeout=1000 * seconds)
     except playwright.sync_api.TimeoutError:
-        asked += tab.locator(".jp-Dialog").all_inner_texts()
+        asked = tab.locator(".jp-Dialog").all_inner_texts()
         pytest.fail(f"{name} has not run after {seconds} s: {tab.evaluate(prompts)}, asked {asked}, console {tab.wrong}")
     assert tab.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts() == []
+    assert tab.evaluate(prompts) == [f"[{number}]:" for number in range(1, 1 + len(notebook.cells))], "each cell once, in order"
 
 
 @pytest.fixture(scope="module")
