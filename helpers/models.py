@@ -4,6 +4,7 @@ Every path ends in a folder with config, tokenizer and safetensors, so a noteboo
 `AutoModelForCausalLM.from_pretrained(found.path, ...)`, works offline from the second run on, and never loads a pickle or remote code.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -311,6 +312,7 @@ def _download_package(folder):
 
 def _convert(folder, target):
     """GGUF to bf16 safetensors, in this process: another one would spend most of its time on importing torch and transformers."""
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
     from transformers.utils import logging
@@ -319,6 +321,9 @@ def _convert(folder, target):
     level, bar = logging.get_verbosity(), modeling_gguf_pytorch_utils.tqdm
     logging.set_verbosity_error()
     modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors  # a notebook would keep its bar at 0 % for good
+    # transformers parses the file three times and makes the same table of names for each module: here both are made once.
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(reader), functools.cache(names)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=PACKAGE_GGUF, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=PACKAGE_GGUF)
@@ -335,6 +340,7 @@ def _convert(folder, target):
     except Exception as error:
         raise ModelError(f"The default model could not be converted: {type(error).__name__}: {error}") from error
     finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
         modeling_gguf_pytorch_utils.tqdm = bar
         logging.set_verbosity(level)
     del loaded, model
