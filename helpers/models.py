@@ -87,7 +87,8 @@ def find(model="auto"):
     "auto" takes Mistral-7B-Instruct-v0.3 where a CUDA GPU with 16 GB and access to it exist, else SmolLM2-135M-Instruct from the
     hub, else the same model from its PyPI package. Raises ModelError with a remedy, before anything large is downloaded.
     """
-    memory.cap_vram()  # before anything is loaded: every notebook comes here first
+    memory.cap_vram()  # before anything is loaded: every notebook comes here first, with its imports done
+    memory.freeze_imports()
     if not isinstance(model, str) or not model.strip():
         raise ModelError(f'model must be "auto", a hub id such as "{SMOLLM2}", or a folder; got {model!r}.')
     if model == "auto":
