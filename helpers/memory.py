@@ -1,5 +1,6 @@
 """Memory: what a block of code used, what a model weighs, and what it will need before it is loaded."""
 
+import atexit
 import ctypes
 import gc
 import os
@@ -287,6 +288,7 @@ def freeze_imports():
     if not gc.get_freeze_count():
         gc.collect()
         gc.freeze()
+        atexit.register(gc.unfreeze)  # or libraries that count their objects at the end report them as leaked
 
 
 CAP = "COURSE_VRAM_CAP"  # environment variable by which `python -m helpers run --cap 24GB` reaches every notebook's kernel
