@@ -347,7 +347,12 @@ def bare(path, folder, kernel, threads):
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-m", "papermill", path.name, "out.ipynb", "-k", "colab", "-p", "eval_tokens", "1024",
                "-p", "model", models.OFFLINE, "--no-progress-bar"]  # fmt: skip
-    return content, subprocess.run(command, cwd=content, env=environment, capture_output=True, text=True)
+    for _ in range(2):
+        done = subprocess.run(command, cwd=content, env=environment, capture_output=True, text=True)
+        # Jupyter picks a kernel's ports before the kernel takes them: of several kernels that start at once, one can come too late.
+        if "Kernel didn't respond" not in done.stderr:
+            break
+    return content, done
 
 
 @pytest.fixture(scope="session")
