@@ -282,8 +282,8 @@ def release():
 def freeze_imports():
     """Take what is alive now out of garbage collection, once per process: mostly modules that nobody will delete.
 
-    torch and transformers leave half a million objects, and each `gc.collect()` looks at all of them for 0.3 s; libraries call it
-    after every layer they quantize.
+    torch and transformers leave so many objects that each `gc.collect()`, which looks at all of them, is felt; `release` and some
+    libraries call it again and again.
     """
     if not gc.get_freeze_count():
         gc.collect()

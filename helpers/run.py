@@ -81,7 +81,7 @@ def _register_output():
 def _kernel_config():
     """Talk to kernels encrypted where zmq can, as the newer ones ask for (without it they complain in the terminal), and end them at once.
 
-    A kernel that is asked to end takes apart every module and array first, about 3 s; the notebooks leave nothing to be done then.
+    A kernel that is asked to end takes apart every module and array first, for seconds; the notebooks leave nothing to be done then.
     """
     import jupyter_client
     import traitlets.config
