@@ -40,7 +40,8 @@ def track(interval=0.01, process=None, children=False):
     """Measure the RAM and VRAM peak of a block: `with track() as used: ...; used.peak_ram`.
 
     RAM is sampled every `interval` seconds in a thread; VRAM is torch's own high-water mark. With `children`, the RAM of the
-    child processes is measured instead (a notebook's kernel is a child of the process that executes it).
+    child processes is measured instead (a notebook's kernel is a child of the process that executes it); a peak then counts if
+    two samples in a row saw it: a child that is about to start another program still has its parent's pages and would count twice.
     """
     process = process or psutil.Process()
     used = Usage(start_ram=resident(process, children))
@@ -48,8 +49,11 @@ def track(interval=0.01, process=None, children=False):
     done = threading.Event()
 
     def sample():
+        before = used.start_ram
         while not done.wait(interval):
-            used.peak_ram = max(used.peak_ram, resident(process, children))
+            now = resident(process, children)
+            used.peak_ram = max(used.peak_ram, min(before, now) if children else now)
+            before = now
 
     cuda = _cuda()
     if cuda:

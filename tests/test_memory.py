@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import threading
 import time
 import weakref
 
@@ -41,6 +42,22 @@ def test_track_reports_when_the_block_raises():
         with memory.track() as used:
             raise KeyError
     assert used.peak_ram > 0 and used.seconds > 0
+
+
+def test_a_child_that_is_about_to_start_another_program_does_not_count_twice(monkeypatch):
+    """Between fork and exec it has its parent's pages: one sample sees the double, the next does not."""
+    seen, done = iter([1, 3, 3, 6, 3, 1]), threading.Event()
+
+    def resident(process, children):
+        value = next(seen, None)
+        if value is None:
+            done.set()
+        return value or 1
+
+    monkeypatch.setattr(memory, "resident", resident)
+    with memory.track(interval=0.001, children=True) as used:
+        assert done.wait(10)
+    assert used.peak_ram == 3
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.bfloat16, 16)])
