@@ -290,7 +290,6 @@ def freeze_imports():
     libraries call it again and again.
     """
     if not gc.get_freeze_count():
-        gc.collect()
         gc.freeze()
         atexit.register(gc.unfreeze)  # or libraries that count their objects at the end report them as leaked
 
