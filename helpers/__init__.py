@@ -27,8 +27,8 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, cores())))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer warns in every forked process otherwise
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-# Garbage collection starts after so many new objects (Python's own 700 were a quarter of the time that importing transformers and
-# peft takes: they make half a million objects, and every full collection visits all of them).
+# Garbage collection starts after so many new objects. With Python's own 700 it runs again and again while transformers and peft are
+# imported, in the end over all that they brought.
 gc.set_threshold(20_000)
 
 # torchao announces at import which GPU libraries it could not load; on a CPU that is every one of them.

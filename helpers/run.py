@@ -23,6 +23,7 @@ BATCH = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     "PYTHONWARNINGS": "ignore::DeprecationWarning",
+    "KINETO_LOG_LEVEL": "6",  # torch's profiler reports its start and its end on the terminal
     # glibc gives freed memory back at once and asks for it again, page by page; in training that takes a good part of each step
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000",
 }
