@@ -284,7 +284,7 @@ def release():
 
 
 def freeze_imports():
-    """Take what is alive now out of garbage collection, once per process: mostly modules that nobody will delete.
+    """Take what is there now out of garbage collection, once per process: mostly modules that nobody will delete. Nothing is collected first.
 
     torch and transformers leave so many objects that each `gc.collect()`, which looks at all of them, is felt; `release` and some
     libraries call it again and again.
