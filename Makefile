@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # auto-gptq has no wheel for Python 3.12 and later; without its CUDA extension it builds as pure Python.
 export BUILD_CUDA_EXT := 0
 
-.PHONY: run test unit lab book bench outputs links doctor clean
+.PHONY: run test unit lab book bench notebooks outputs links doctor clean
 
 run: $(VENV)/.ready
 	$(BIN)/python -m helpers run
@@ -27,6 +27,10 @@ book: $(VENV)/.ready
 # Speed is measured here and never asserted in tests: run it on an idle machine.
 bench: $(VENV)/.ready
 	$(BIN)/python tests/bench.py
+
+# For authors: notebooks/source/*.py are what one edits; this makes the notebooks from them and keeps the outputs of unchanged cells.
+notebooks: $(VENV)/.ready
+	$(BIN)/python -m helpers notebooks
 
 # For authors: execute every notebook from an empty cache and store outputs and cost cards in notebooks/.
 outputs: $(VENV)/.ready

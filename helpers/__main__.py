@@ -1,4 +1,4 @@
-"""Command line of the course: `python -m helpers doctor | explain | chat | run | book | reference | links`."""
+"""Command line of the course: `python -m helpers doctor | explain | chat | run | book | reference | notebooks | links`."""
 
 import argparse
 import json
@@ -37,6 +37,8 @@ def main(argv=None):
 
     reference = commands.add_parser("reference", help="store this build's records and the claims' verdicts in notebooks/data (for authors)")
     reference.add_argument("--output", default="build", help="build folder")
+
+    commands.add_parser("notebooks", help="turn notebooks/source/*.py into notebooks, keeping the outputs of unchanged cells (for authors)")
 
     commands.add_parser("links", help="regenerate badges, cost cards, bootstrap cells and navigation")
 
@@ -89,6 +91,12 @@ def _reference(arguments):
     return reference.main(arguments)
 
 
+def _notebooks(arguments):
+    from helpers import sources
+
+    return sources.main(arguments)
+
+
 def _links(arguments):
     from helpers import notebooks
 
@@ -137,7 +145,8 @@ def _say(session, text):
 
 
 COMMANDS = {
-    "doctor": _doctor, "explain": _explain, "chat": _chat, "run": _run, "book": _book, "reference": _reference, "links": _links
+    "doctor": _doctor, "explain": _explain, "chat": _chat, "run": _run, "book": _book, "reference": _reference,
+    "notebooks": _notebooks, "links": _links,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Quality of a model under one fixed protocol: perplexity, and KL divergence and top-1 agreement against the untouched model.
 
-The protocol: held-out English text cut into windows of `context` tokens without overlap, each evaluated alone, every next token
-predicted from those before it in its window (so context - 1 predictions a window). Numbers are comparable only under one
-protocol, so token count, context length and text stand in every record.
+The protocol: English text cut into windows of `context` tokens without overlap, each evaluated alone, every next token predicted from
+those before it in its window (so context - 1 predictions a window). The text is the course's own: four genres, written for it, that
+no method is ever calibrated, trained or tuned on. `pydoc` is the second text, for what was calibrated on its other topics. Numbers
+are comparable only under one protocol, so token count, context length and text stand in every record.
 """
 
 import hashlib
@@ -18,19 +19,53 @@ import torch
 from helpers import models
 
 SPLITS = ("evaluation", "calibration", "training")
+GENRES = ("news", "story", "dialogue", "explainer")
+HELD_BACK = "letter"  # a fifth text: nothing was chosen by looking at it, so it can confirm an order of methods
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks" / "data" / "evaluation"
 CHUNK = 16  # positions scored at once on a CPU: 16 x 49,152 floats stay in the cache
 
 
 @dataclass(frozen=True)
 class Scores:
-    """perplexity; mean KL(reference || model) in nats per token; share of tokens with the same most likely next token.
+    """Quality on some windows.
 
-    The last two are None without a reference.
+    perplexity      of the model itself
+    kl_divergence   mean KL(reference || model) in nats per token; None without a reference, as all below
+    kl_low, kl_high its 95 % confidence interval (bootstrap over the windows)
+    top1_agreement  share of positions with the same most likely next token
+    kl_by_window    mean KL of each window, float64 [windows]
     """
 
     perplexity: float
-    kl_divergence: float | None
-    top1_agreement: float | None
+    kl_divergence: float | None = None
+    kl_low: float | None = None
+    kl_high: float | None = None
+    top1_agreement: float | None = None
+    kl_by_window: numpy.ndarray | None = None
+
+    def by_genre(self):
+        """{genre: mean KL} for windows of the course's texts."""
+        count = len(GENRES)
+        return {genre: float(self.kl_by_window[number::count].mean()) for number, genre in enumerate(GENRES)}
+
+
+def interval(values, draws=4000):
+    """95 % confidence interval (low, high) of a mean: percentile bootstrap over `values` [n] (Efron 1979), with a fixed seed."""
+    values = numpy.asarray(values, dtype=numpy.float64)
+    picks = numpy.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    low, high = numpy.quantile(values[picks].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def difference(first, second):
+    """(mean, low, high) of first's KL minus second's on the same windows: a paired bootstrap. first, second: `Scores`.
+
+    An interval that holds zero means that these windows do not tell the two apart.
+    """
+    if first.kl_by_window.shape != second.kl_by_window.shape:
+        raise ValueError(f"a paired difference needs the same windows: {len(first.kl_by_window)} and {len(second.kl_by_window)} were scored")
+    gaps = first.kl_by_window - second.kl_by_window
+    return (float(gaps.mean()), *interval(gaps))
 
 
 @dataclass(frozen=True)
@@ -53,19 +88,25 @@ class Reference:
         return numpy.fromfile(self.file, numpy.float16, count, offset=offset).reshape(-1, self.vocabulary)
 
 
-def text(split, source="pydoc"):
+def text(split="evaluation", source="pydoc"):
     """English text of one split: "evaluation", "calibration" or "training".
 
-    "pydoc" is Python's own documentation (`pydoc_data.topics`), there on every machine. Whole topics go to one split, by a hash
-    of their name, and a paragraph that several topics share goes only to the first split in the order above: so nothing that is
-    evaluated was calibrated or trained on. "wikitext-2" comes from the hub (test, validation and train parts).
+    "news", "story", "explainer" and "letter" are the course's own and exist for evaluation only ("dialogue" needs a chat template:
+    see `windows`). "pydoc" is Python's own documentation (`pydoc_data.topics`), there on every machine. Whole topics go to one
+    split, by a hash of their name, and a paragraph that several topics share goes only to the first split in the order above: so
+    nothing that is evaluated was calibrated or trained on. "wikitext-2" comes from the hub (test, validation and train parts).
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+    own = [genre for genre in (*GENRES, HELD_BACK) if genre != "dialogue"]
+    if source in own:
+        if split != "evaluation":
+            raise ValueError(f"{source!r} is for evaluation only: what a method has seen says nothing about it")
+        return (FOLDER / f"{source}.txt").read_text(encoding="utf-8").strip()
     if source == "wikitext-2":
         return _wikitext(split)
     if source != "pydoc":
-        raise ValueError(f'source must be "pydoc" or "wikitext-2", not {source!r}')
+        raise ValueError(f"source must be one of {', '.join([*own, 'pydoc', 'wikitext-2'])}, not {source!r}")
     from pydoc_data.topics import topics
 
     seen, parts = set(), {name: [] for name in SPLITS}
@@ -81,26 +122,54 @@ def text(split, source="pydoc"):
     return "\n\n".join(parts[split])
 
 
-def windows(tokenizer, split="evaluation", tokens=4096, context=512, source="pydoc"):
-    """Token ids of one split, int64 [tokens // context, context], spread evenly over its text.
+def windows(tokenizer, split="evaluation", tokens=8192, context=256, source="course"):
+    """Token ids of one text, int64 [tokens // context, context], spread evenly over it.
 
-    Raises ValueError if the text holds fewer tokens than asked for, or not one window.
+    source  "course" takes the four genres in turn (window i is of GENRES[i % 4], so any first few windows hold all four); one of
+            them, "letter", "pydoc" or "wikitext-2" takes that text alone
+    Raises ValueError if a text holds fewer tokens than asked for, or not one window.
     """
     if context < 2:
         raise ValueError(f"context must be at least 2 tokens (one to predict the next from), got {context}")
+    if source == "course":
+        if tokens < context * len(GENRES):
+            raise ValueError(f"tokens={tokens} is less than one window of context={context} for each of {', '.join(GENRES)}")
+        parts = [windows(tokenizer, split, tokens // len(GENRES), context, genre) for genre in GENRES]
+        return torch.stack(parts, 1).flatten(0, 1)
     if tokens < context:
         raise ValueError(f"tokens={tokens} is less than one window of context={context}")
-    ids = tokenizer(text(split, source), add_special_tokens=False, return_tensors="pt", truncation=False, verbose=False).input_ids[0]
+    ids = _dialogue_ids(tokenizer, split) if source == "dialogue" else _ids(tokenizer, text(split, source))
     have, want = len(ids) // context, tokens // context
     if have < want:
-        raise ValueError(f"the {split} text holds {have} windows of {context} tokens, but {want} were asked for: use tokens={have * context} or less")
+        raise ValueError(
+            f"the {split} text of {source} holds {have} windows of {context} tokens, but {want} were asked for: use tokens={have * context} or less"
+        )
     every = ids[: have * context].view(have, context)
     return every[torch.arange(want) * have // want].contiguous()
 
 
+def _ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt", truncation=False, verbose=False).input_ids[0]
+
+
+def _dialogue_ids(tokenizer, split):
+    """The course's conversations as the model's own chat template writes them, one after the other; int64 [tokens]."""
+    if split != "evaluation":
+        raise ValueError("'dialogue' is for evaluation only: what a method has seen says nothing about it")
+    conversations = json.loads((FOLDER / "dialogue.json").read_text(encoding="utf-8"))
+    if tokenizer.chat_template:
+        rows = [tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"] for messages in conversations]
+        return torch.tensor([token for row in rows for token in row])
+    # A base model has no template: then roles are names before a colon.
+    lines = ["\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages) for messages in conversations]
+    return _ids(tokenizer, "\n\n".join(lines))
+
+
 def score(model, windows, reference=None, batch_size=4):
     """`Scores` of a causal language model on windows [n, context]; `reference` from `reference()` on windows that begin with these."""
-    nll = kl = agree = 0.0
+    length = windows.shape[1] - 1
+    nll, agree = 0.0, 0.0
+    kl = numpy.zeros(len(windows))
     for targets, where, logits in _positions(model, windows, batch_size):
         scores = logits.float()
         norm = scores.logsumexp(-1, keepdim=True)
@@ -111,13 +180,16 @@ def score(model, windows, reference=None, batch_size=4):
         probability = expected.exp()
         # The generalized KL divergence, with its mass terms: the stored log-probabilities are rounded, and without them the
         # rounding would enter at first order. In place, because these are passes over the whole vocabulary.
-        kl -= probability.sum().item() - len(probability)
-        kl += expected.sub_(scores).add_(norm).mul_(probability).sum().item()
+        window = where.start // length
+        kl[window] -= probability.sum().item() - len(probability)
+        kl[window] += expected.sub_(scores).add_(norm).mul_(probability).sum().item()
         top1 = torch.from_numpy(reference.top1[where]).to(logits.device)[:, None]
         agree += (scores.gather(1, top1) == scores.amax(-1, keepdim=True)).sum().item()
-    count = windows.shape[0] * (windows.shape[1] - 1)
-    compared = reference is not None
-    return Scores(math.exp(nll / count), kl / count if compared else None, agree / count if compared else None)
+    count = len(windows) * length
+    perplexity = math.exp(nll / count)
+    if reference is None:
+        return Scores(perplexity)
+    return Scores(perplexity, float(kl.sum() / count), *interval(kl / length), agree / count, kl / length)
 
 
 def reference(found, windows, batch_size=4):

@@ -17,12 +17,16 @@ NUMBERS = (
     "peak_memory_bytes",
     "perplexity",
     "kl_divergence",
+    "kl_low",
+    "kl_high",
     "top1_agreement",
     "decode_tokens_per_s",
     "quantize_seconds",
 )
+QUALITY = ("perplexity", "kl_divergence", "kl_low", "kl_high", "top1_agreement")
+IN_DOMAIN = ("text", "tokens", "perplexity", "kl_divergence", "top1_agreement")
 PROTOCOL = ("eval_tokens", "eval_context", "eval_text")
-FIELDS = ("method", "notebook", "model", "device", "versions", *PROTOCOL, *NUMBERS)
+FIELDS = ("method", "notebook", "model", "device", "versions", *PROTOCOL, *NUMBERS, "in_domain")
 PACKAGES = ("torch", "torchao", "transformers", "bitsandbytes", "peft", "gptqmodel", "autoawq", "auto-gptq")
 
 
@@ -48,13 +52,16 @@ def folder(output_dir="build"):
     return path
 
 
-def write(output_dir, *, method, notebook, found, windows=None, eval_text="pydoc", **numbers):
+def write(output_dir, *, method, notebook, found, windows=None, eval_text="course", scores=None, in_domain=None, **numbers):
     """Write `records/<method>.json` under the build folder, atomically, and return the record.
 
-    found    the `models.Found` that was measured
-    windows  the evaluation windows [n, context], or None where nothing was evaluated
-    numbers  each of NUMBERS; None where it does not apply. Raises RecordError for a missing or unknown field, NaN or infinity.
+    found      the `models.Found` that was measured
+    windows    the evaluation windows [n, context], or None where nothing was evaluated
+    scores     `evaluation.Scores` on them, or None
+    in_domain  (windows, `evaluation.Scores`) on pydoc, which some methods are calibrated on, or None
+    numbers    the other NUMBERS; None where one does not apply. Raises RecordError for a missing or unknown field, NaN or infinity.
     """
+    numbers |= {name: getattr(scores, name) if scores else None for name in QUALITY}
     missing = [name for name in NUMBERS if name not in numbers]
     if missing:
         raise RecordError(f"{method}: {', '.join(missing)} not given; pass None where it does not apply")
@@ -68,12 +75,17 @@ def write(output_dir, *, method, notebook, found, windows=None, eval_text="pydoc
         "eval_context": None if windows is None else windows.shape[1],
         "eval_text": None if windows is None else eval_text,
         **{name: _plain(value) for name, value in numbers.items()},
+        "in_domain": None if in_domain is None else _in_domain(*in_domain),
     }
     record = redact.inside(record)
     check(record)
     target = folder(output_dir) / "records" / f"{method}.json"
     write_text(target, json.dumps(record, indent=2, allow_nan=False) + "\n")
     return record
+
+
+def _in_domain(windows, scores):
+    return {"text": "pydoc", "tokens": windows.numel(), **{name: _plain(getattr(scores, name)) for name in IN_DOMAIN[2:]}}
 
 
 def read(output_dir="build"):
@@ -111,8 +123,11 @@ def check(record):
             raise RecordError(f"{record['method']}: {name} must be a number or null, not {value!r}")
         if not math.isfinite(value):
             raise RecordError(f"{record['method']}: {name} is {value}; a measurement that failed is not a record")
-        if value < 0 and not (name == "kl_divergence" and value > -1e-4):  # rounding noise around zero
+        if value < 0 and not (name in ("kl_divergence", "kl_low", "kl_high") and value > -1e-4):  # rounding noise around zero
             raise RecordError(f"{record['method']}: {name} is negative ({value})")
+    second = record["in_domain"]
+    if second is not None and (not isinstance(second, dict) or set(second) != set(IN_DOMAIN)):
+        raise RecordError(f"{record['method']}: in_domain must hold {', '.join(IN_DOMAIN)}, not {second!r}")
     if record["top1_agreement"] is not None and record["top1_agreement"] > 1:
         raise RecordError(f"{record['method']}: top1_agreement is a share, at most 1, not {record['top1_agreement']}")
 

@@ -1,0 +1,748 @@
+# %% [markdown]
+# # 03 Hybrid precision
+#
+# Find out which layers quantization hurts, spend the bytes there, and compare with the usual rule at the same size.
+#
+# <!-- badge -->
+# <!-- /badge -->
+#
+# <!-- cost -->
+# <!-- /cost -->
+
+# %% [markdown]
+# ## Goals
+#
+# 1. Measure how sensitive each kind of layer is at each depth, for INT8 with quantized activations and for 4-bit weights.
+# 2. Turn the map into a plan of a given size, and test it against "feed-forward in INT8, attention in float".
+# 3. Apply a plan with torchao, save it without a pickle, and reload it in a fresh process.
+#
+# **Before you start:** [00](00_start_here.ipynb) for how quality is measured.
+
+# %% tags=["bootstrap"]
+# `make notebooks` fills in the bootstrap cell.
+
+# %% tags=["parameters"]
+model = "auto"
+output_dir = "build"
+solutions = False
+eval_tokens = 4096
+probe_tokens = 256
+calibration_text = None
+layers_per_block = 6
+group_size = 64
+
+# %%
+import copy, gc, inspect, json, subprocess, sys, tempfile, warnings
+from collections import OrderedDict
+from pathlib import Path
+
+from helpers import checkpoints, evaluation, exercises, figures, memory, models, records, speed
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from matplotlib.colors import LogNorm
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+figures.style()
+transformers_logging.disable_progress_bar()
+
+# %%
+found = models.find(model)
+tokenizer = AutoTokenizer.from_pretrained(found.path)
+net = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype).to(found.device).eval()
+parameters = sum(parameter.numel() for parameter in net.parameters())
+print(f"{found.name} on the {found.device.upper()}, {parameters / 1e6:.1f} M parameters")
+
+
+# %% [markdown]
+# ## Bad input fails here
+#
+# A wrong setting should stop now with a sentence, not after a minute with a stack trace. torchao itself would not stop: where a
+# group size does not divide a layer, it leaves that layer as it is and says nothing.
+
+# %%
+def check_model(net, group_size):
+    """Raise ValueError unless every Linear layer outside the output head can be quantized in groups."""
+    head = net.get_output_embeddings() if hasattr(net, "get_output_embeddings") else None
+    widths = {name: module.in_features for name, module in net.named_modules()
+              if isinstance(module, torch.nn.Linear) and module is not head}
+    if not widths:
+        raise ValueError(f"{type(net).__name__} has no Linear layers to quantize")
+    fitting = [size for size in (32, 64, 128) if all(width % size == 0 for width in widths.values())]
+    for name, width in widths.items():
+        if group_size not in fitting and (group_size < 1 or width % group_size):
+            raise ValueError(f"group_size={group_size} does not divide the {width} inputs of {name}; "
+                             f"these divide every layer: {fitting}")
+    if group_size not in fitting:
+        raise ValueError(f"the 4-bit kernel has no group_size={group_size}; these fit every layer: {fitting}")
+
+
+# %%
+def probe_windows(text, tokens, context=128):
+    """Token ids [n, context] to measure sensitivity on: the calibration split, or a text of your own."""
+    if text is None:
+        return evaluation.windows(tokenizer, "calibration", tokens=tokens, context=context)
+    if not text.strip():
+        raise ValueError("the calibration text is empty")
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    if min(len(ids), tokens) < context:
+        raise ValueError(f"{min(len(ids), tokens)} calibration tokens are less than one window of {context}")
+    count = min(len(ids), tokens) // context
+    return ids[: count * context].view(count, context)
+
+
+# %%
+mistakes = {
+    "group_size=100": lambda: check_model(net, 100),
+    "group_size=16": lambda: check_model(net, 16),
+    "no Linear layers": lambda: check_model(torch.nn.Sequential(torch.nn.ReLU()), group_size),
+    "empty text": lambda: probe_windows(" ", probe_tokens),
+    "short text": lambda: probe_windows("Too short.", probe_tokens),
+}
+for name, mistake in mistakes.items():
+    try:
+        mistake()
+        raise AssertionError(f"{name} went through")
+    except ValueError as problem:
+        print(f"{name:17} {problem}")
+
+# %%
+check_model(net, group_size)
+if not 1 <= layers_per_block <= net.config.num_hidden_layers:
+    raise ValueError(f"layers_per_block must be 1 to {net.config.num_hidden_layers}, not {layers_per_block}")
+probe = probe_windows(calibration_text, probe_tokens).to(found.device)
+windows = evaluation.windows(tokenizer, "evaluation", tokens=eval_tokens)
+judges = windows[: max(1, len(windows) // 2)]  # to compare plans; the two that are recorded get all of them
+reference = evaluation.reference(found, windows)
+print(f"{probe.numel():,} probe tokens; {judges.numel():,} of other topics judge the plans at the end")
+
+# %% [markdown]
+# ## The guide's call, and why it fails
+#
+# The guide writes `prepare_fx(model, {"": default_dynamic_qconfig})`. First as it stands, then with the argument it lacks:
+
+# %%
+from torch.ao.quantization import default_dynamic_qconfig
+from torch.ao.quantization.quantize_fx import prepare_fx
+
+fx_errors = []
+warnings.filterwarnings("ignore", category=DeprecationWarning)  # all of torch.ao.quantization is deprecated
+for extra in ((), (probe[:1],)):
+    try:
+        prepare_fx(net, {"": default_dynamic_qconfig}, *extra)
+    except Exception as problem:
+        fx_errors.append(f"{type(problem).__name__}: {problem}")
+        print(fx_errors[-1])
+
+# %% [markdown]
+# - FX records the model as a graph by calling `forward` with placeholders. It counts the arguments of the bare `forward`, but rewrites
+#   the decorator that transformers wraps around it, and that function has fewer variable names.
+# - It would not have been hybrid anyway: the key `""` means *every* layer.
+#
+# **What works: torchao's `quantize_`** swaps the weights of exactly the layers you name, and needs no graph. Either with a filter,
+# or with `FqnToConfig`: a dictionary from layer names to settings. Both on one decoder layer:
+
+# %%
+from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightConfig, quantize_
+
+layers = net.model.layers
+by_filter, by_name = copy.deepcopy(layers[0]), copy.deepcopy(layers[0])
+int8 = Int8DynamicActivationInt8WeightConfig()
+quantize_(by_filter, int8, filter_fn=lambda module, name: name.startswith("mlp.") and name.endswith("_proj"))
+quantize_(by_name, FqnToConfig(OrderedDict({r"re:mlp\..*_proj": int8})), filter_fn=None)
+for name, module in by_name.named_modules():
+    if isinstance(module, torch.nn.Linear):
+        assert type(module.weight) is type(by_filter.get_submodule(name).weight)
+        print(f"{name:17} {type(module.weight).__name__}")
+
+
+# %% [markdown]
+# ## The sensitivity map
+#
+# Quantize **one kind of layer in one block of depth**, leave the rest as it is, and measure the KL divergence from the untouched
+# model. Two methods:
+#
+# - **INT8 dynamic**: 8-bit weights per row *and* 8-bit activations per token;
+# - **4-bit weights**: groups of `group_size`, rounded to nearest, activations untouched.
+#
+# Everything before the block is unchanged, so each measurement starts from the hidden states that the untouched model has there.
+
+# %%
+@torch.inference_mode()
+def hidden_states(net, windows):
+    """The input of every decoder layer and the last one's output, and the rotary embeddings they share."""
+    states = [net.model.embed_tokens(windows)]
+    rope = net.model.rotary_emb(states[0], torch.arange(windows.shape[1], device=windows.device)[None])
+    for layer in net.model.layers:
+        states.append(layer(states[-1], position_embeddings=rope))
+    return states, rope
+
+states, rope = hidden_states(net, probe)
+
+
+# %% [markdown]
+# The output head over the whole vocabulary costs as much as a few layers, so every second position has to do.
+
+# %%
+@torch.inference_mode()
+def log_probs_from(first):
+    """Log-probabilities [n, context / 2, vocabulary] at every second position, from layer `first` on."""
+    hidden = states[first]
+    for layer in layers[first:]:
+        hidden = layer(hidden, position_embeddings=rope)
+    return net.lm_head(net.model.norm(hidden)[:, ::2]).float().log_softmax(-1)
+
+expected = log_probs_from(len(layers))
+probability = expected.exp()
+
+# %%
+with torch.inference_mode():
+    whole = net(probe, use_cache=False).logits[:, ::2].float().log_softmax(-1)
+tolerance = 1e-3 if found.dtype == torch.float32 else 0.1
+assert torch.allclose(expected, whole, atol=tolerance), "the short cut is not the model"
+del whole
+
+# %%
+from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup
+
+kinds = [name for name, module in layers[0].named_modules() if isinstance(module, torch.nn.Linear)]
+attention = [kind for kind in kinds if "attn" in kind]
+label = {kind: kind.split(".")[-1].removesuffix("_proj") for kind in kinds}
+blocks = [range(i, min(i + layers_per_block, len(layers))) for i in range(0, len(layers), layers_per_block)]
+units = [(kind, block) for kind in kinds for block in blocks]
+int4_for_map = IntxWeightOnlyConfig(torch.int4, PerGroup(group_size), MappingType.ASYMMETRIC)
+
+
+# %%
+def cost(config, kind, block):
+    """KL divergence (nats per token) with one kind of layer quantized in one block; weights are put back."""
+    modules, first = [layers[i].get_submodule(kind) for i in block], min(block, default=0)
+    originals = [module.weight for module in modules]
+    for module in modules:
+        quantize_(module, config)
+    try:
+        return ((expected - log_probs_from(first)) * probability).sum(-1).mean().item()
+    finally:
+        for module, original in zip(modules, originals):
+            module.weight = original
+
+
+# %%
+measured = {}
+for method, config in {"INT8 dynamic": int8, "4-bit weights": int4_for_map}.items():
+    measured[method] = {unit: cost(config, *unit) for unit in tqdm(units, method, disable=None)}
+assert abs(cost(int8, kinds[0], [])) < 1e-4, "a weight was not put back"
+
+
+# %%
+def as_table(costs):
+    """kind x block, in thousandths of a nat."""
+    rows = {label[kind]: {f"{b[0]}-{b[-1]}": 1000 * costs[kind, b] for b in blocks} for kind in kinds}
+    return pd.DataFrame(rows).T
+
+maps = {method: as_table(costs) for method, costs in measured.items()}
+both = pd.concat(maps).round(2)
+tops = {method: table.stack().idxmax() for method, table in maps.items()}
+
+# %%
+fig, axes = plt.subplots(2, 1, figsize=(8, 6), layout="constrained")
+for ax, (method, table) in zip(axes, maps.items()):
+    picture = ax.imshow(table.clip(lower=1e-2), norm=LogNorm(), aspect="auto", cmap="cividis")
+    ax.set(title=method, xlabel="decoder layers", xticks=range(len(blocks)), xticklabels=table.columns)
+    ax.set_yticks(range(len(kinds)), table.index)
+    ax.grid(False)
+    fig.colorbar(picture, label="KL, 1/1000 nat")
+alt = "Heat maps of the KL divergence by layer kind and depth, logarithmic colours. " + " ".join(
+    f"{method}: the most sensitive is {tops[method][0]} in layers {tops[method][1]} with "
+    f"{table.max().max():.1f} thousandths of a nat; the median is {table.stack().median():.2f}."
+    for method, table in maps.items())
+figures.show(fig, alt=alt, table=both)
+
+# %% [markdown]
+# ### Which kind is sensitive?
+#
+# Two ways to read it: the whole kind, and per million weights.
+
+# %%
+rows = []
+for method, costs in measured.items():
+    for kind in kinds:
+        weights = sum(layer.get_submodule(kind).weight.numel() for layer in layers)
+        rows.append([method, label[kind], weights / 1e6, sum(costs[kind, block] for block in blocks)])
+by_kind = pd.DataFrame(rows, columns=["method", "kind", "million weights", "sum of its blocks"])
+by_kind["per million weights"] = by_kind["sum of its blocks"] / by_kind["million weights"]
+by_kind.round(5)
+
+# %%
+share = {}
+for method, table in by_kind.groupby("method", sort=False):
+    in_attention = table.kind.isin([label[kind] for kind in attention])
+    sums = table.groupby(in_attention)[["sum of its blocks", "million weights"]].sum()
+    per_weight = sums["sum of its blocks"] / sums["million weights"]
+    share[method] = {"attention": per_weight[True], "feed-forward": per_weight[False],
+                     "worst": table.loc[table["sum of its blocks"].idxmax(), "kind"]}
+    more = "attention" if per_weight[True] > per_weight[False] else "feed-forward"
+    print(f"{method}: per weight, {more} is {max(per_weight) / min(per_weight):.1f} times as sensitive; "
+          f"the worst kind is {share[method]['worst']}")
+
+# %% [markdown]
+# ## Plans
+#
+# A **plan** gives each Linear layer a precision. The output head and the embeddings stay in bfloat16 and are counted.
+# What a layer weighs is not computed from the bits but measured on a quantized copy, scales included.
+#
+# For 8 bits beside 4 bits, activations stay in float as well (`Int8WeightOnlyConfig`).
+
+# %%
+from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+def settings(precision):
+    """The torchao config of a precision; None leaves the layer in bfloat16."""
+    if precision == "int4":  # packed two to a byte, in the order of this device's kernel
+        return (PrototypeInt4WeightOnlyConfig(group_size=group_size) if found.device == "cpu"
+                else Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d"))
+    return {"int8": int8, "int8 weights": Int8WeightOnlyConfig(), "bf16": None}[precision]
+
+
+# %%
+def bytes_of(kind, precision):
+    """Bytes of one layer of this kind, measured on a copy."""
+    layer = copy.deepcopy(layers[0].get_submodule(kind)).bfloat16()
+    if precision != "bf16":
+        quantize_(layer, settings(precision))
+    return memory.weight_bytes(layer)
+
+precisions = ("bf16", "int8", "int8 weights", "int4")
+layer_bytes = {(kind, precision): bytes_of(kind, precision) for kind in kinds for precision in precisions}
+rest = 2 * parameters - len(layers) * sum(layer_bytes[kind, "bf16"] for kind in kinds)
+pd.DataFrame({f"{p}, kB": {label[k]: layer_bytes[k, p] / 1e3 for k in kinds} for p in precisions}).round(1)
+
+
+# %%
+def plan_bytes(plan):
+    """Predicted bytes of the whole model under plan {(kind, block): precision}."""
+    return rest + sum(len(block) * layer_bytes[kind, precision] for (kind, block), precision in plan.items())
+
+def rule(for_attention, for_feed_forward):
+    return {unit: for_attention if unit[0] in attention else for_feed_forward for unit in units}
+
+
+# %% [markdown]
+# The plan from the map: start with everything in the low precision, then raise units to the high one in the order of **KL saved per
+# byte**, until the bytes of the guide's plan are spent.
+
+# %%
+def guided(low, high, saved, budget):
+    """Raise units from low to high, most KL saved per byte first, while the plan fits the budget in bytes."""
+    def extra(unit):
+        return len(unit[1]) * (layer_bytes[unit[0], high] - layer_bytes[unit[0], low])
+    plan = dict.fromkeys(units, low)
+    left = budget - plan_bytes(plan)
+    for unit in sorted(units, key=lambda unit: saved[unit] / extra(unit), reverse=True):
+        if extra(unit) <= left:
+            plan[unit], left = high, left - extra(unit)
+    return plan
+
+
+# %%
+guide8, guide4 = rule("bf16", "int8"), rule("int8 weights", "int4")
+ours8 = guided("int8", "bf16", measured["INT8 dynamic"], plan_bytes(guide8))
+ours4 = guided("int4", "int8 weights", measured["4-bit weights"], plan_bytes(guide4))
+plans = {
+    "bf16": rule("bf16", "bf16"),
+    "all int8": rule("int8", "int8"),
+    "int8, attention bf16 (guide)": guide8,
+    "int8 + bf16 by the map": ours8,
+    "all int8 weights": rule("int8 weights", "int8 weights"),
+    "all int4": rule("int4", "int4"),
+    "int4, attention int8 (guide)": guide4,
+    "int4 + int8 by the map": ours4,
+}
+for ours, theirs in ((ours8, guide8), (ours4, guide4)):
+    ratio = plan_bytes(ours) / plan_bytes(theirs)
+    assert 0.98 <= ratio <= 1, f"not the same size: {ratio:.3f}"
+
+
+# %% [markdown]
+# What the map keeps, as the share of each kind's layers that stays in the higher precision:
+
+# %%
+def kept(plan, high):
+    return {label[kind]: sum(len(b) for b in blocks if plan[kind, b] == high) / len(layers) for kind in kinds}
+
+share_kept = {"bf16 among int8": kept(ours8, "bf16"), "int8 among int4": kept(ours4, "int8 weights")}
+pd.DataFrame(share_kept).T.round(2)
+
+# %% [markdown]
+# ## The measurement
+#
+# Each plan becomes one `FqnToConfig` on a fresh bfloat16 model. Quality on the evaluation text, speed in the same run.
+
+# %%
+del states, expected, probability, net, layers
+gc.collect()
+
+def apply(plan):
+    """The model under a plan."""
+    net = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.bfloat16).to(found.device).eval()
+    chosen = OrderedDict((f"model.layers.{i}.{kind}", settings(precision))
+                         for (kind, block), precision in plan.items() for i in block if precision != "bf16")
+    if chosen:
+        quantize_(net, FqnToConfig(chosen), filter_fn=None)
+    return net
+
+
+# %%
+rows, scores, costs = {}, {}, {}
+recorded = {"int8 + bf16 by the map": "hybrid", "int4 + int8 by the map": "hybrid-int4"}
+for name, plan in tqdm(plans.items(), "plans", disable=None):
+    with memory.track() as costs[name]:
+        candidate = apply(plan)
+    size = memory.weight_bytes(candidate)
+    assert abs(size / plan_bytes(plan) - 1) < 0.002, f"{name}: {size:,} bytes, predicted {plan_bytes(plan):,}"
+    judged = evaluation.score(candidate, judges, reference)
+    if name in recorded:
+        scores[name] = evaluation.score(candidate, windows, reference)
+    rate = speed.decode(candidate, prompt_tokens=32, new_tokens=8, runs=2)
+    rows[name] = [size / 1e6, 8 * size / parameters, *vars(judged).values(), rate.decode_tokens_per_s]
+    del candidate
+    gc.collect()
+
+# %%
+table = pd.DataFrame.from_dict(rows, orient="index", columns=[
+    "MB", "bits per weight", "perplexity", "KL", "same top-1", "decode tok/s"])
+map_of = {"int8": measured["INT8 dynamic"], "int4": measured["4-bit weights"]}
+table["KL, sum over the map"] = [
+    sum(map_of[precision][unit] for unit, precision in plan.items() if precision in map_of)
+    for plan in plans.values()]
+
+# %%
+fig, ax = plt.subplots(figsize=(8, 3.6))
+for number, (name, row) in enumerate(table.iterrows()):
+    ax.plot(row.MB, row.KL, "os^DvP*X"[number], color=figures.PALETTE[number % 6], markersize=9, label=name)
+ax.set(xlabel="MB, everything counted", ylabel="KL, nats per token", yscale="log")
+ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+best = table.KL.drop("bf16").idxmin()
+figures.show(fig, table=table.round(4), alt=f"KL against size, {len(table)} plans. After bf16, the "
+             f"closest to the untouched model is {best}: KL {table.KL[best]:.4f} in {table.MB[best]:.0f} MB.")
+
+
+# %% [markdown]
+# The last column adds up the map's entries of what a plan quantizes (it has none for bf16 and 8-bit weights). Where it comes close to the
+# KL, the parts add up, and choosing them one by one is justified.
+#
+# ### The verdict
+
+# %%
+def duel(theirs, ours):
+    """Does the map beat the rule at equal bytes? Says so either way."""
+    a, b = table.loc[theirs], table.loc[ours]
+    won = bool(b.KL < a.KL)
+    print(f"{ours}: KL {b.KL:.4f}, {b.MB:.1f} MB\n{theirs}: KL {a.KL:.4f}, {a.MB:.1f} MB\n"
+          f"  the map {'WINS' if won else 'LOSES'} at equal bytes ({b.KL / a.KL:.2f} of its KL)\n")
+    return won
+
+won8 = duel("int8, attention bf16 (guide)", "int8 + bf16 by the map")
+won4 = duel("int4, attention int8 (guide)", "int4 + int8 by the map")
+assert table.KL["all int8"] < 0.06, "torchao's dynamic int8 should stay under 0.06"
+assert table.KL.notna().all() and table.KL.max() < 1, "a plan that loads and is garbage"
+
+# %% [markdown]
+# Notice the row **all int8 weights**: smaller than both INT8 hybrids. If its KL is lower too, then it was not the weights that INT8
+# could not hold but the activations, and leaving *those* in float everywhere is the better hybrid:
+
+# %%
+weights_only, mixed = table.loc["all int8 weights"], table.loc["int8 + bf16 by the map"]
+better = "better and smaller" if weights_only.KL < mixed.KL else "smaller, not better"
+print(f"all int8 weights against int8 + bf16 by the map: {better}\n"
+      f"KL {weights_only.KL:.4f} against {mixed.KL:.4f}, {weights_only.MB:.0f} against {mixed.MB:.0f} MB")
+
+# %% [markdown]
+# ### Is it fast?
+#
+# Decoding at batch 1, all in this run. What decides is the kernel that a precision has on this device, not its bits.
+
+# %%
+pace = table["decode tok/s"]
+fig, ax = plt.subplots(figsize=(7, 2.8))
+ax.barh(pace.index[::-1], pace[::-1], color=figures.PALETTE[0])
+ax.set(xlabel="decoded tokens per second, batch 1")
+figures.show(fig, alt=f"Decode speed of the plans. Fastest: {pace.idxmax()} with {pace.max():.1f} tokens/s, "
+             f"slowest: {pace.idxmin()} with {pace.min():.1f}; bf16 has {pace['bf16']:.1f}.",
+             table=pd.DataFrame({"decode tok/s": pace, "times bf16": pace / pace["bf16"]}).round(2))
+
+# %% [markdown]
+# ## Save, and reload in a fresh process
+#
+# `save_pretrained` cannot write weights that `quantize_` has replaced. torchao flattens them into plain tensors plus a description
+# in JSON, which safetensors holds without a pickle.
+
+# %%
+from safetensors.torch import save_file
+from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+hybrid = apply(plans["int8 + bf16 by the map"])
+few = windows[:1]  # enough to recognise a model by
+before = evaluation.score(hybrid, few).perplexity
+checkpoint = checkpoints.folder(output_dir, "hybrid")
+tied = {"lm_head.weight"} if hybrid.config.tie_word_embeddings else set()
+state = {name: tensor.detach() for name, tensor in hybrid.state_dict().items() if name not in tied}
+tensors, description = flatten_tensor_state_dict(state)
+with checkpoints.writing(output_dir, "hybrid") as scratch:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / "model.safetensors",
+              metadata={**description, "format": "pt"})
+    hybrid.config.save_pretrained(scratch), tokenizer.save_pretrained(scratch)
+on_disk = (checkpoint / "model.safetensors").stat().st_size
+print(f"{on_disk / 1e6:.1f} MB on disk, {memory.weight_bytes(hybrid) / 1e6:.1f} MB in memory")
+
+
+# %% [markdown]
+# The reload brings its own imports, so that it can be copied into a program of yours:
+
+# %% tags=["reload"]
+def reload(folder):
+    """The hybrid model in a checkpoint folder, ready to run; only safetensors and JSON are read."""
+    from pathlib import Path
+    import torch
+    from safetensors import safe_open
+    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():  # every one of them comes from the file
+        net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    with safe_open(Path(folder) / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        state, left_over = unflatten_tensor_state_dict(tensors, file.metadata())
+    missing, unexpected = net.load_state_dict(state, strict=False, assign=True)
+    net.tie_weights()
+    if left_over or unexpected or set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"missing {missing}, unexpected {unexpected or list(left_over)}")
+    return net.eval()
+
+
+# %%
+FRESH = inspect.getsource(reload) + """
+import gc, math, sys
+import torch
+from safetensors.torch import load_file
+windows, net, nll = load_file(sys.argv[2])["windows"], reload(sys.argv[1]), 0.0
+net = net.cuda() if torch.cuda.is_available() else net
+with torch.inference_mode():
+    for rows in windows.to(net.device).split(4):
+        for row, logits in zip(rows, net(rows, use_cache=False).logits):
+            nll += torch.nn.functional.cross_entropy(logits[:-1].float(), row[1:], reduction="sum").item()
+print(math.exp(nll / windows.shape[0] / (windows.shape[1] - 1)))
+gc.freeze()  # no garbage to look for at the end
+"""
+
+# %%
+del hybrid, state, tensors
+gc.collect()
+with tempfile.TemporaryDirectory() as scratch:
+    save_file({"windows": few.contiguous()}, f"{scratch}/windows.safetensors")
+    command = [sys.executable, "-c", FRESH, checkpoint.as_posix(), f"{scratch}/windows.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True)
+assert done.returncode == 0, done.stderr[-800:]
+fresh = float(done.stdout.split()[-1])
+print(f"perplexity of {few.numel():,} tokens: {fresh:.4f} in a fresh process, {before:.4f} before "
+      f"({fresh / before - 1:+.4%})")
+assert abs(fresh / before - 1) < 0.001
+
+# %% [markdown]
+# ## When to use hybrid precision
+
+# %%
+pick8 = "int8 + bf16 by the map" if won8 else "int8, attention bf16 (guide)"
+pick4 = "int4 + int8 by the map" if won4 else "int4, attention int8 (guide)"
+ends = table.loc["all int4", ["KL", "MB"]], table.loc["all int8 weights", ["KL", "MB"]]
+way = (table.loc[pick4, ["KL", "MB"]] - ends[0]) / (ends[1] - ends[0])  # 0: all int4, 1: all int8 weights
+decisions = pd.DataFrame([
+    ["8 bits are enough, quality first", best, f"KL {table.KL[best]:.4f}, {table.MB[best]:.0f} MB"],
+    ["activations must be INT8 (integer hardware)", pick8,
+     f"KL {table.KL[pick8]:.4f}, all int8 {table.KL['all int8']:.4f}"],
+    ["4 bits lose too much, 8 do not fit", pick4,
+     f"{way.KL:.0%} of the KL back for {way.MB:.0%} of the bytes between"],
+    ["the smallest", table.MB.idxmin(), f"{table.MB.min():.0f} MB, KL {table.KL[table.MB.idxmin()]:.3f}"],
+    ["the fastest here", pace.idxmax(), f"{pace.max():.1f} tok/s, bf16 {pace['bf16']:.1f}"],
+], columns=["if", "take", "because"])
+pd.options.display.max_colwidth = None
+decisions
+
+# %% [markdown]
+# ## What the guides claim
+
+# %%
+low, high = share["INT8 dynamic"], share["4-bit weights"]
+
+def verdict(method):
+    """A rule for all of attention needs more than its average: each of its kinds above the others."""
+    part, kl = share[method], by_kind[by_kind.method == method].set_index("kind")["per million weights"]
+    inside = kl[[label[kind] for kind in attention]]
+    if part["attention"] <= part["feed-forward"]:
+        return "does not hold here"
+    least = inside.idxmin()
+    return "holds" if inside.min() > kl.drop(inside.index).max() else f"on average, but not {least}"
+
+guide, all8 = table.loc["int8, attention bf16 (guide)"], table.loc["all int8"]
+
+# %%
+pd.DataFrame([
+    ["attention is the sensitive part, feed-forward less so (INT8)",
+     f"KL per million weights: attention {low['attention']:.5f}, feed-forward {low['feed-forward']:.5f}",
+     verdict("INT8 dynamic")],
+    ["the same for 4-bit weights",
+     f"KL per million weights: attention {high['attention']:.5f}, feed-forward {high['feed-forward']:.5f}",
+     verdict("4-bit weights")],
+    ["INT8 feed-forward with float attention balances accuracy and efficiency",
+     f"{guide.MB / all8.MB - 1:+.0%} bytes and {guide.KL / all8.KL - 1:+.0%} KL against all int8; "
+     f"the map at that size: {mixed.KL / all8.KL - 1:+.0%} KL",
+     "holds partly: the map does better" if won8 else "holds"],
+    ["INT8 weights with FP16 activations", f"KL {weights_only.KL:.4f}, {weights_only.MB:.0f} MB",
+     "holds" if weights_only.KL < all8.KL else "does not hold here"],
+    ["efficiency", f"{guide['decode tok/s'] / pace['bf16']:.2f} times the speed of bf16, "
+     f"{guide.MB / table.MB['bf16']:.0%} of its bytes",
+     "holds" if guide["decode tok/s"] > pace["bf16"] else "smaller, not faster, here"],
+    ["prepare_fx(model, qconfig_dict)", fx_errors[-1], "does not run"],
+], columns=["claim", "measured here", "verdict"])
+
+
+# %% [markdown]
+# ## Exercises
+#
+# **1 (easy).** Bytes of a Linear layer whose weights take `bits`, with one scale of `scale_bytes` for each group of `group_size`
+# inputs of each row (`None`: one scale a row).
+
+# %%
+def linear_bytes(rows, columns, bits, scale_bytes=2, group_size=None):
+    ...
+
+
+# %%
+def test_bytes(function):
+    answer = function(4, 64, 16, scale_bytes=0)
+    assert answer is not None, "return a number"
+    assert answer == 512, f"16 bits are two bytes a weight and 4 x 64 weights 512 bytes, you have {answer}"
+    assert function(4, 64, 8) == 256 + 8, "8 bits, one 2-byte scale for each of the 4 rows: 264"
+    assert function(4, 64, 4, group_size=32) == 128 + 16, "4 bits, two groups a row: 144"
+
+exercises.check(linear_bytes, test_bytes)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+if solutions:
+    def linear_bytes(rows, columns, bits, scale_bytes=2, group_size=None):
+        return rows * columns * bits / 8 + rows * (columns // (group_size or columns)) * scale_bytes
+
+    exercises.require(linear_bytes, test_bytes)
+
+
+# %% [markdown]
+# **2 (medium).** Do the two maps agree on what is sensitive? Write Spearman's rank correlation of two lists without ties: the correlation
+# of their ranks. Then try `rank_correlation(*(list(costs.values()) for costs in measured.values()))`.
+
+# %%
+def rank_correlation(a, b):
+    ...
+
+
+# %%
+def test_rank(function):
+    answer = function([1, 2, 3, 4], [10, 20, 30, 1000])
+    assert answer is not None, "return a number"
+    assert abs(answer - 1) < 1e-6, f"the same order gives 1, whatever the values; you have {answer}"
+    assert abs(function([1, 2, 3, 4], [4, 3, 2, 1]) + 1) < 1e-6, "the reverse order gives -1"
+    assert abs(function([3, 1, 2, 4], [1, 2, 3, 4]) - 0.4) < 1e-6, "ranks, not positions: this one gives 0.4"
+
+exercises.check(rank_correlation, test_rank)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+if solutions:
+    def rank_correlation(a, b):
+        ranks = [torch.tensor(x, dtype=torch.float64).argsort().argsort().double() for x in (a, b)]
+        return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+    exercises.require(rank_correlation, test_rank)
+    agreement = rank_correlation(*(list(costs.values()) for costs in measured.values()))
+    print(f"the two maps agree with a rank correlation of {agreement:.2f}")
+
+
+# %% [markdown]
+# **3 (hard).** Three precisions at once. Start with everything at `"int4"`; in each step raise one unit to the next level (`"int4"`,
+# `"int8 weights"`, `"bf16"`), the one with the most KL saved per extra byte that still fits. `predicted[unit][precision]` is the KL of a
+# unit. Return the plan.
+
+# %%
+def three_levels(predicted, budget):
+    ...
+
+
+# %%
+def test_three(function):
+    predicted = {unit: {"int4": kl, "int8 weights": kl / 50, "bf16": 0.0}
+                 for unit, kl in measured["4-bit weights"].items()}
+    total = lambda plan: sum(predicted[unit][precision] for unit, precision in plan.items())
+    budget = plan_bytes(plans["int8, attention bf16 (guide)"])
+    plan = function(predicted, budget)
+    assert plan is not None and set(plan) == set(units), "return a precision for every unit"
+    assert plan_bytes(plan) <= budget, f"{plan_bytes(plan) - budget:,.0f} bytes too many"
+    assert plan_bytes(plan) > 0.98 * budget, "there is still room: go on until nothing fits"
+    saved = {unit: predicted[unit]["int4"] for unit in units}
+    two = guided("int4", "bf16", saved, budget)
+    assert total(plan) <= total(two), "two levels do better: are you skipping int8?"
+
+exercises.check(three_levels, test_three)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+if solutions:
+    def three_levels(predicted, budget):
+        above = {"int4": "int8 weights", "int8 weights": "bf16"}
+        plan = dict.fromkeys(units, "int4")
+        left = budget - plan_bytes(plan)
+        while True:
+            steps = []
+            for unit, level in plan.items():
+                if level in above:
+                    extra = len(unit[1]) * (layer_bytes[unit[0], above[level]] - layer_bytes[unit[0], level])
+                    gain = predicted[unit][level] - predicted[unit][above[level]]
+                    steps.append((gain / extra, extra, unit))
+            fitting = [step for step in steps if step[1] <= left]
+            if not fitting:
+                return plan
+            _, extra, unit = max(fitting, key=lambda step: step[0])
+            plan[unit], left = above[plan[unit]], left - extra
+
+    exercises.require(three_levels, test_three)
+
+# %% [markdown]
+# ## Quiz
+#
+# Three questions. Each answer says why it is right or not.
+
+# %%
+from helpers import quiz
+
+quiz.Quiz("03_hybrid_precision")
+
+# %% [markdown]
+# ## Takeaways
+#
+# 1. **Sensitivity is measured, not assumed**, and a rule for all of attention is coarser than the map: its kinds differ among
+#    themselves. How far the maps of two methods agree is exercise 2.
+# 2. **Compare plans at equal bytes.** The duels above say whether the map beat the rule; a plan that is merely larger proves nothing.
+# 3. **`quantize_` with `FqnToConfig` applies any plan**, and flattened safetensors bring it back in a fresh process.
+#
+# <!-- navigation -->
+# <!-- /navigation -->
+
+# %% tags=["record"]
+for name, method in recorded.items():
+    records.write(
+        output_dir, method=method, notebook="03_hybrid_precision", found=found, windows=windows,
+        bits_per_weight=table["bits per weight"][name], weight_bytes=int(plan_bytes(plans[name])),
+        peak_memory_bytes=costs[name].peak_vram if found.device == "cuda" else costs[name].peak_ram,
+        **vars(scores[name]), decode_tokens_per_s=pace[name], quantize_seconds=costs[name].seconds,
+    )
+    print("recorded:", method)

@@ -1,0 +1,461 @@
+# %% [markdown]
+# # 04 NF4 with bitsandbytes
+#
+# Load a model in 4 bits with one config object, and know what each of its settings costs and buys.
+#
+# <!-- badge -->
+# <!-- /badge -->
+#
+# <!-- cost -->
+# <!-- /cost -->
+
+# %% [markdown]
+# ## Goals
+#
+# 1. Rebuild NF4 from normal quantiles and quantize a weight to the same codes as bitsandbytes.
+# 2. Load the whole model in 4 bits, predict its size, and change one setting at a time.
+# 3. Answer with numbers: how much quality does it cost, and is it faster here?
+#
+# **Before you start:** [00 Start here](00_start_here.ipynb) for the memory arithmetic.
+
+# %% tags=["bootstrap"]
+# `make notebooks` fills in the bootstrap cell.
+
+# %% tags=["parameters"]
+model = "auto"
+output_dir = "build"
+solutions = False
+eval_tokens = 4096
+quant_type = "nf4"
+double_quant = True
+compute_dtype = "bfloat16"
+max_new_tokens = 48
+
+# %%
+import pathlib
+import statistics
+
+import bitsandbytes.functional as bnb
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from helpers import chat, evaluation, exercises, figures, memory, models, records, speed
+
+figures.style()
+
+# %% [markdown]
+# A wrong setting should fail now, not after the model is loaded.
+
+# %%
+assert quant_type in ("nf4", "fp4"), f'quant_type must be "nf4" or "fp4", not {quant_type!r}'
+assert compute_dtype in ("bfloat16", "float16", "float32"), f"no such compute_dtype: {compute_dtype!r}"
+
+found = models.find(model)
+tokenizer = AutoTokenizer.from_pretrained(found.path)
+windows = evaluation.windows(tokenizer, tokens=eval_tokens)
+print(f"{found.name} on the {found.device.upper()}, {found.origin}")
+
+
+# %% [markdown]
+# ## The idea: put the levels where the weights are
+#
+# Four bits give 16 levels. Trained weights are close to normally distributed, so evenly spaced levels waste some on values that
+# hardly occur. **NF4** takes quantiles of the normal distribution instead, scaled to [-1, 1] ([QLoRA, section 3](https://arxiv.org/abs/2305.14314)):
+#
+# - 8 levels above zero, 7 below, and zero itself, so that a zero weight stays zero;
+# - each *block* of 64 weights is divided by its largest magnitude (`absmax`), so it fits [-1, 1].
+
+# %%
+def nf4_levels(tail=0.9677083):
+    """The 16 levels of NF4, ascending. tail: probability of the outermost level, 1 - (1/32 + 1/30) / 2."""
+    quantile = statistics.NormalDist().inv_cdf
+    above = [quantile(p) for p in torch.linspace(tail, 0.5, 9, dtype=torch.float64)[:-1].tolist()]
+    below = [-quantile(p) for p in torch.linspace(tail, 0.5, 8, dtype=torch.float64)[:-1].tolist()]
+    levels = torch.tensor(sorted(below + [0.0] + above), dtype=torch.float64)
+    return (levels / levels.max()).float()
+
+levels = nf4_levels()
+library_levels = bnb.get_4bit_type("nf4", device="cpu")
+print("largest difference to bitsandbytes:", (levels - library_levels).abs().max().item())
+assert torch.allclose(levels, library_levels, atol=1e-6)
+
+
+# %% [markdown]
+# One real weight of the model, block by block, against those levels:
+
+# %%
+def read_weight(folder, name):
+    """One tensor of a safetensors checkpoint, as float32."""
+    for file in pathlib.Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():
+                return tensors.get_tensor(name).float()
+
+weight = read_weight(found.path, "model.layers.5.mlp.up_proj.weight")
+scaled = weight.view(-1, 64) / weight.view(-1, 64).abs().amax(1, keepdim=True)
+
+
+# %%
+def share(grid, sample=scaled.flatten()[:500_000]):
+    """How many % of the weights have each level of the grid as their nearest."""
+    nearest = (sample[:, None] - grid).abs().argmin(1)
+    return 100 * nearest.bincount(minlength=16) / len(sample)
+
+even = torch.linspace(-1, 1, 16)
+use = pd.DataFrame({"NF4 level": levels, "NF4 use, %": share(levels),
+                    "even level": even, "even use, %": share(even)}).round(3)
+
+# %%
+fig, axes = plt.subplots(1, 2, sharey=True, figsize=(8, 3))
+for ax, kind, color in zip(axes, ("NF4", "even"), figures.PALETTE):
+    ax.bar(use[f"{kind} level"], use[f"{kind} use, %"], width=0.05, color=color)
+    ax.set(title=f"{kind} levels", xlabel="level")
+axes[0].set_ylabel("weights there, %")
+figures.show(fig, alt="How often a real weight uses each of the 16 levels: NF4's between "
+             f"{use['NF4 use, %'].min():.0f} and {use['NF4 use, %'].max():.0f} %, evenly spaced ones between "
+             f"{use['even use, %'].min():.0f} and {use['even use, %'].max():.0f} %, crowded in the middle.",
+             table=use)
+
+
+# %% [markdown]
+# ## From scratch: the block quantizer
+#
+# Nearest level per weight, two codes to a byte, one `absmax` per block. This must equal bitsandbytes **to the last code**.
+
+# %%
+def quantize_nf4(weight, levels, blocksize=64):
+    """weight [out, in] -> (packed uint8 [n/2], absmax float32 [n/blocksize]); n = out * in."""
+    blocks = weight.float().reshape(-1, blocksize)
+    absmax = blocks.abs().amax(1)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    codes = torch.bucketize(blocks / absmax[:, None], midpoints).reshape(-1, 2).byte()
+    return codes[:, 0] << 4 | codes[:, 1], absmax
+
+packed, absmax = quantize_nf4(weight, levels)
+their_packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+different = (packed != their_packed.view(-1)).sum().item()
+same_absmax = torch.equal(absmax, state.absmax)
+print(f"{weight.numel():,} weights, {different} bytes differ; absmax equal: {same_absmax}")
+assert different == 0 and same_absmax
+
+
+# %% [markdown]
+# Back again: look each code up, multiply by the block's `absmax`.
+
+# %%
+def dequantize_nf4(packed, absmax, levels, shape, blocksize=64):
+    """The inverse of `quantize_nf4`, up to the rounding that quantization is."""
+    codes = torch.stack([packed >> 4, packed & 15], 1).long()
+    return (levels[codes].view(-1, blocksize) * absmax[:, None]).view(shape)
+
+restored = dequantize_nf4(packed, absmax, levels, weight.shape)
+assert torch.allclose(restored, bnb.dequantize_4bit(their_packed, state), atol=1e-6)
+print(f"relative error of the weight: {(restored - weight).norm() / weight.norm():.4f}")
+
+# %% [markdown]
+# ### Double quantization: the scales of the scales
+#
+# One float32 `absmax` per 64 weights is 0.5 bits per weight. Double quantization takes their mean off and stores the rest in
+# 8 bits, with one float32 per 256 of *them*: 8/64 + 32/(64·256) = 0.127 bits. Saving: **0.373 bits**, not more.
+
+# %%
+centred = absmax - absmax.mean()
+scales = centred[: len(centred) // 256 * 256].view(-1, 256)  # whole groups of 256, for brevity
+code8 = bnb.create_dynamic_map()  # 256 levels, dense around zero
+scales_max = scales.abs().amax(1, keepdim=True)
+codes8 = ((scales / scales_max).reshape(-1, 1) - code8).abs().argmin(1)
+
+nested = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)[1]
+gap = (codes8 - nested.absmax[: len(codes8)].long()).abs()
+print(f"8-bit scale codes: {(gap == 0).float().mean():.2%} equal, largest difference {gap.max().item()} code")
+assert gap.max() <= 1  # the library rounds half-way cases by a binary search over the same map
+
+
+# %% [markdown]
+# ## The library on the whole model
+#
+# The guides' config, each setting spelled out. `from_pretrained` quantizes every Linear layer while it loads.
+#
+# - `load_in_4bit`: replace Linear layers by 4-bit ones (embeddings, norms and output head stay).
+# - `bnb_4bit_quant_type`: which 16 levels, `"nf4"` or `"fp4"`.
+# - `bnb_4bit_use_double_quant`: the scales of the scales.
+# - `bnb_4bit_compute_dtype`: the type weights are restored to for the multiplication. **The default is float32**, which is slow on GPUs.
+
+# %%
+def four_bit(quant_type, double_quant, compute_dtype):
+    """The model in 4 bits, loaded by transformers."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        found.path, quantization_config=config, dtype=torch.bfloat16, device_map={"": found.device})
+
+
+# %% [markdown]
+# ### Memory while loading
+#
+# Predict first: `memory.predict` needs only the config file.
+
+# %%
+config = AutoConfig.from_pretrained(found.path)
+predicted = memory.predict(config, bits=4, group_size=64, scale_bits=32, double_quant=double_quant)
+with memory.track() as loading:
+    net = four_bit(quant_type, double_quant, compute_dtype)
+weight_bytes = memory.weight_bytes(net)
+error = predicted.model / weight_bytes - 1
+print(f"predicted {predicted.model / 1e6:.1f} MB, measured {weight_bytes / 1e6:.1f} MB ({error:+.2%})")
+assert abs(error) < 0.03
+
+# %%
+bf16 = memory.predict(config, bits=16)
+peak = loading.peak_vram if found.device == "cuda" else loading.gained_ram
+sizes = pd.Series({
+    "bf16 model": bf16.model,
+    "not quantized (embeddings, norms, head)": predicted.rest,
+    "4-bit codes": predicted.weights,
+    "scales": predicted.scales,
+    "4-bit model, measured": weight_bytes,
+    "peak while loading (RAM: above the start)": peak,
+})
+pd.DataFrame({"MB": sizes / 1e6, "share of bf16": sizes / bf16.model}).round(3)
+
+# %% [markdown]
+# "4-bit is a quarter of 16-bit" holds for the Linear layers only. The smaller the model, the larger the share of the embeddings.
+#
+# ## Change one setting at a time
+#
+# Same text, against the untouched model; half of it is enough to tell these apart, and the configured model then gets all of it.
+# Sizes are taken right after loading.
+
+# %%
+reference = evaluation.reference(found, windows)
+variants = {
+    "as configured": (quant_type, double_quant, compute_dtype),
+    "the other levels": ("fp4" if quant_type == "nf4" else "nf4", double_quant, compute_dtype),
+    "double quantization switched": (quant_type, not double_quant, compute_dtype),
+    "compute in float32": (quant_type, double_quant, "float32"),
+}
+
+# %%
+probe = windows[: max(1, len(windows) // 2)]
+rows = {}
+for name, settings in variants.items():
+    candidate = net if name == "as configured" else four_bit(*settings)
+    size = memory.weight_bytes(candidate)
+    scores = evaluation.score(candidate, probe, reference)
+    rate = speed.decode(candidate, new_tokens=12, runs=2)
+    rows[name] = [*settings, size / 1e6, *vars(scores).values(), rate.decode_tokens_per_s]
+del candidate
+memory.release()
+quality = evaluation.score(net, windows, reference, batch_size=8)  # every pass unpacks all weights
+table = pd.DataFrame.from_dict(rows, orient="index", columns=[
+    "quant_type", "double_quant", "compute_dtype", "MB", "perplexity", "KL", "same top-1", "decode tok/s"])
+table.round(4)
+
+# %%
+linear_weights = predicted.weights * 2  # two 4-bit weights to a byte
+saved = abs(table["MB"]["double quantization switched"] - table["MB"]["as configured"])
+saved_bits = saved * 8e6 / linear_weights
+nf4, fp4 = (table[table.quant_type == kind].iloc[0] for kind in ("nf4", "fp4"))
+print(f"double quantization: {saved_bits:.3f} bits per weight (0.373 less the layers' lookup tables)")
+print(f"KL on {probe.numel():,} tokens: nf4 {nf4['KL']:.3f}, fp4 {fp4['KL']:.3f}")
+print(f"{quant_type} on all {windows.numel():,} tokens: KL {quality.kl_divergence:.3f}, "
+      f"perplexity {quality.perplexity:.2f} (untouched: {reference.perplexity:.2f})")
+assert nf4["KL"] < fp4["KL"], "NF4 should beat FP4 on normally distributed weights"
+assert quality.perplexity < 2 * reference.perplexity, "loaded without an error, and garbage all the same"
+
+# %% [markdown]
+# On a CPU with AVX512-BF16, bitsandbytes repacks the weights at the first forward pass and computes in bfloat16 whatever
+# `compute_dtype` says; the repacked layers also hold their scales unnested. The size of the configured model, before and after it was used:
+
+# %%
+after = memory.weight_bytes(net)
+print(f"{weight_bytes / 1e6:.1f} MB after loading, {after / 1e6:.1f} MB after the first forward pass")
+
+# %% [markdown]
+# Do not train a model object after it has been repacked: on a CPU its weights then pass no gradient on.
+#
+# ## Is it 2 to 3 times faster?
+#
+# Prefill and decode apart, batch 1, all in this one run.
+
+# %%
+speeds = {}
+for dtype in dict.fromkeys([found.dtype, torch.bfloat16]):
+    plain = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype).to(found.device)
+    speeds[str(dtype).removeprefix("torch.")] = speed.decode(plain)
+    del plain
+speeds[quant_type] = rate_4bit = speed.decode(net)
+
+# %%
+speed_table = pd.DataFrame({name: vars(rate) for name, rate in speeds.items()}).T
+speed_table.columns = ["prefill tok/s", "decode tok/s"]
+full, half = speed_table["decode tok/s"].iloc[0], speed_table["decode tok/s"]["bfloat16"]
+ratio_full, ratio_half = rate_4bit.decode_tokens_per_s / full, rate_4bit.decode_tokens_per_s / half
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 2.2))
+ax.barh(speed_table.index, speed_table["decode tok/s"], color=figures.PALETTE[: len(speed_table)])
+ax.set(xlabel="decoded tokens per second, batch 1")
+figures.show(fig, alt=f"{quant_type} decodes {ratio_full:.1f} times as fast as {speed_table.index[0]} "
+             f"and {ratio_half:.1f} times as fast as bfloat16 on this machine.", table=speed_table.round(1))
+
+# %% [markdown]
+# What decides it is the **kernel**, not the number of bits. On a CPU, bitsandbytes has one that multiplies 4-bit weights
+# directly, and PyTorch's float paths for single tokens are weak. On a data-centre GPU the 16-bit path is so fast that restoring
+# the weights costs more than reading fewer bytes saves. The only honest speed-up is one measured on your own machine.
+#
+# ## Chat with it
+#
+# The template comes from the tokenizer, as token ids: rendering it to text and tokenizing that would add a second BOS.
+
+# %%
+session = chat.ChatSession(net, tokenizer, max_new_tokens=max_new_tokens)
+for question in ("What is the capital of France?", "And what is it famous for?"):
+    print("user:", question)
+    print("assistant: ", end="")
+    for piece in session.stream(question):
+        print(piece, end="", flush=True)
+    print("\n")
+
+# %% [markdown]
+# The same session as a chat box (live in Jupyter; a transcript elsewhere):
+
+# %%
+chat.ChatBox(session)
+
+# %% [markdown]
+# ## Batches
+#
+# Generation goes on at the **end** of each row, so padding belongs on the left. The guides leave the tokenizer's default, and a
+# tokenizer without a padding token (Mistral's) stops there with an error. With left padding each answer equals the one alone:
+
+# %%
+prompts = ["Explain quantum computing.", "What is artificial intelligence?", "Describe neural networks."]
+together = chat.batch(net, tokenizer, prompts, max_new_tokens=24)
+alone = [chat.batch(net, tokenizer, [prompt], max_new_tokens=24)[0] for prompt in prompts]
+for prompt, answer in zip(prompts, together):
+    print(f"{prompt}\n  {answer!r}\n")
+same = sum(a == b for a, b in zip(together, alone))
+print(f"{same} of {len(prompts)} answers are identical to the ones alone")
+
+# %% [markdown]
+# In full precision all of them are identical (a test holds that). In bfloat16, a batch adds numbers in another order, and a near
+# tie between two tokens can fall the other way.
+#
+# ## What the guides claim
+
+# %%
+claims = pd.DataFrame([
+    ["reduces memory by ~75 %",
+     f"{1 - weight_bytes / bf16.model:.0%}; in the Linear layers alone {1 - 4.127 / 16:.0%}", "holds partly"],
+    ["double quantization saves ~0.4 bits per parameter", f"{saved_bits:.2f} bits", "holds partly"],
+    ["NF4 is better than other 4-bit levels", f"KL {nf4['KL']:.3f} against {fp4['KL']:.3f} for FP4", "holds"],
+    ["negligible quality loss",
+     f"KL {quality.kl_divergence:.3f}, {1 - quality.top1_agreement:.0%} of the top tokens change",
+     "holds" if quality.kl_divergence < 0.02 else "does not hold here"],
+    ["2-3x faster", f"{ratio_full:.1f}x of {speed_table.index[0]}, {ratio_half:.1f}x of bfloat16",
+     "holds" if ratio_half >= 2 else "does not hold" if ratio_half < 1.2 else "holds partly"],
+    ["4-bit Mistral-7B is 3.5 GB", "4.14 GB, by the formula checked above (notebook 00)", "holds partly"],
+    ["needs an NVIDIA GPU, capability 7.0+", f"ran on: {records.device_name(found.device)}", "does not hold"],
+    ["MMLU 61.3 -> 60.9", "needs the hub and a larger model", "not tested here"],
+], columns=["claim", "measured here", "verdict"])
+with pd.option_context("display.max_colwidth", None):
+    display(claims)
+
+
+# %% [markdown]
+# ## Exercises
+#
+# **1 (easy).** Bits per weight of a 4-bit format, scales included. `scale_bits` is 32 in bitsandbytes.
+
+# %%
+def bits_per_weight(blocksize, scale_bits=32, double_quant=False):
+    ...
+
+
+# %%
+def test_bits(function):
+    assert function(64) is not None, "return a number"
+    assert abs(function(64) - 4) > 1e-9, "the scales are missing: each block carries one"
+    assert abs(function(64) - 4.5) < 1e-9, f"block 64 with 32-bit scales gives 4.5, you have {function(64)}"
+    assert abs(function(128, 16) - 4.125) < 1e-9, "blocksize or scale_bits is not used"
+    nested = 4 + 8 / 64 + 32 / (64 * 256)
+    answer = function(64, double_quant=True)
+    assert abs(answer - nested) < 1e-9, "double quantization: 8 bits a scale, and 32 per 256 scales"
+
+exercises.check(bits_per_weight, test_bits)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+if solutions:
+    def bits_per_weight(blocksize, scale_bits=32, double_quant=False):
+        per_scale = 8 + 32 / 256 if double_quant else scale_bits
+        return 4 + per_scale / blocksize
+
+    exercises.require(bits_per_weight, test_bits)
+
+
+# %% [markdown]
+# **2 (medium).** Round-to-nearest with 15 evenly spaced integer levels -7 … 7 per block, for comparison. Return the restored weight.
+
+# %%
+def int4_round_trip(weight, blocksize=64):
+    ...
+
+
+# %%
+def test_int4(function):
+    answer = function(weight)
+    assert answer is not None and answer.shape == weight.shape, "return a tensor of the weight's shape"
+    blocks = answer.view(-1, 64)
+    most = max(len(block.unique()) for block in blocks[:200])
+    assert most <= 15, f"{most} different values in a block, 15 are possible"
+    error, nf4_error = ((x - weight).norm() / weight.norm() for x in (answer, restored))
+    assert error < 0.2, f"relative error {error:.2f}: divide by the block's largest magnitude / 7 first"
+    assert error > nf4_error, "better than NF4 on a normal weight? Check that you really round"
+
+exercises.check(int4_round_trip, test_int4)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+if solutions:
+    def int4_round_trip(weight, blocksize=64):
+        blocks = weight.view(-1, blocksize)
+        scale = blocks.abs().amax(1, keepdim=True) / 7
+        return ((blocks / scale).round().clamp(-7, 7) * scale).view(weight.shape)
+
+    exercises.require(int4_round_trip, test_int4)
+
+# %% [markdown]
+# ## Quiz
+#
+# Three questions. Each answer says why it is right or not.
+
+# %%
+from helpers import quiz
+
+quiz.Quiz("04_nf4_bitsandbytes")
+
+# %% [markdown]
+# ## Takeaways
+#
+# 1. **NF4 is 16 normal quantiles and one scale per block.** A dozen lines give the same codes as the library.
+# 2. **The size follows from the config**, within 3 %. Double quantization saves 0.37 bits per weight; embeddings stay as they are.
+# 3. **Quality and speed are properties of your model and machine.** A 135M model loses visibly; the speed depends on the kernel.
+#
+# <!-- navigation -->
+# <!-- /navigation -->
+
+# %% tags=["record"]
+records.write(
+    output_dir, method=quant_type if double_quant else f"{quant_type}-single",
+    notebook="04_nf4_bitsandbytes", found=found, windows=windows,
+    bits_per_weight=8 * weight_bytes / predicted.parameters, weight_bytes=weight_bytes,
+    peak_memory_bytes=loading.peak_vram if found.device == "cuda" else loading.peak_ram,
+    **vars(quality), decode_tokens_per_s=rate_4bit.decode_tokens_per_s, quantize_seconds=loading.seconds,
+)

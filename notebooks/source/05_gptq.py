@@ -1,0 +1,1014 @@
+# %% [markdown]
+# # 05 GPTQ
+#
+# Round a weight column by column, let the columns to come repair each error, and see what that is worth in a whole model.
+#
+# <!-- badge -->
+# <!-- /badge -->
+#
+# <!-- cost -->
+# <!-- /cost -->
+
+# %% [markdown]
+# ## Goals
+#
+# 1. Rebuild GPTQ on one layer, and get the same codes as the library.
+# 2. Quantize the whole model with `auto-gptq`, as every guide shows it, and with `gptqmodel`, its successor; save, reload, chat.
+# 3. Answer what the guides leave open: group size, `desc_act`, how much calibration text, and of which kind.
+#
+# **Before you start:** [04 NF4](04_nf4_bitsandbytes.ipynb) for quantization without calibration, and [00](00_start_here.ipynb) for sizes.
+
+# %% tags=["bootstrap"]
+# `make notebooks` fills in the bootstrap cell.
+
+# %% tags=["parameters"]
+model = "auto"
+output_dir = "build"
+solutions = False
+eval_tokens = 4096
+bits = 4
+group_size = 64
+desc_act = False
+act_group_aware = False
+calibration_samples = 24
+calibration_length = 128
+study_layers = 3
+max_new_tokens = 48
+push_to_hub = False
+hub_repository = "your-name/model-gptq-4bit"
+
+# %%
+import os
+
+# On two cores gptqmodel asks for two workers and gives itself one. Set before it is imported.
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
+import contextlib, copy, getpass, hashlib, inspect, io, json, logging, pathlib, re
+import shutil, subprocess, sys, tempfile, time, warnings
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import helpers
+from helpers import archived, chat, checkpoints, evaluation, exercises, figures
+from helpers import memory, models, records, speed
+
+figures.style()
+transformers.logging.set_verbosity_error()
+warnings.simplefilter("ignore", FutureWarning)
+for name in ("auto_gptq", "tokenicer", "bitsandbytes", "accelerate"):
+    logging.getLogger(name).setLevel(logging.ERROR)  # they explain themselves at length
+pd.set_option("display.max_colwidth", None)
+
+
+# %% [markdown]
+# What cannot work should stop now, with a reason, not after minutes of computing:
+
+# %%
+def preflight(config, bits, group_size, samples):
+    """Raise ValueError, before any weight is loaded, for settings and calibration that cannot work."""
+    if getattr(config, "quantization_config", None):
+        raise ValueError("this model is quantized already; take the original one")
+    if bits not in (2, 3, 4, 8):
+        raise ValueError(f"the GPTQ format of auto-gptq has 2, 3, 4 or 8 bits, not {bits}")
+    widths = sorted({config.hidden_size, config.intermediate_size})
+    fitting = [size for size in (16, 32, 64, 128, 256) if not any(width % size for width in widths)]
+    if group_size not in fitting:
+        raise ValueError(f"group_size {group_size} does not fit layers {widths} wide; take one of {fitting}")
+    if not len(samples) or min(map(len, samples)) < 10:
+        raise ValueError(f"calibration needs samples of 10 tokens or more; got {[len(s) for s in samples]}")
+
+
+# %%
+found = models.find(model)
+tokenizer = AutoTokenizer.from_pretrained(found.path)
+config = AutoConfig.from_pretrained(found.path)
+
+# %%
+windows = evaluation.windows(tokenizer, tokens=eval_tokens)
+calibration = evaluation.windows(
+    tokenizer, "calibration", tokens=calibration_samples * calibration_length, context=calibration_length)
+preflight(config, bits, group_size, calibration)
+reference = evaluation.reference(found, windows)
+probe = windows[:2]  # for the steps in between
+fast = torch.bfloat16  # the reference is computed in the model's full precision, everything else in this
+print(f"{found.name} on the {found.device.upper()}, {found.origin}")
+print(f"calibration: {len(calibration)} samples of {calibration_length} tokens, topics not evaluated on")
+
+
+# %% [markdown]
+# ## The idea: errors can be repaired by their neighbours
+#
+# Rounding to nearest makes each *weight* as good as it can be. What counts is the layer's *output* on real inputs `X`, and there the
+# errors of two weights can cancel. [GPTQ](https://arxiv.org/abs/2210.17323) rounds one input column after the other and adds to the
+# columns that are still free what makes up best for the error just made. How columns can stand in for each other is in the
+# **Hessian** of the squared output error, `H = 2 X Xᵀ`, collected from calibration text.
+
+# %%
+def capture(net, module, windows):
+    """The inputs of one module on some windows, as float32 [tokens, columns]."""
+    inputs = []
+    hook = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2).float()))
+    with torch.inference_mode():
+        for batch in windows.to(net.device).split(4):
+            net.model(input_ids=batch, use_cache=False)
+    hook.remove()
+    return torch.cat(inputs)
+
+
+# %%
+net = AutoModelForCausalLM.from_pretrained(found.path, dtype=fast).to(found.device).eval()
+layer = net.model.layers[config.num_hidden_layers // 2].mlp.up_proj
+weight = layer.weight.detach().float()
+inputs = capture(net, layer, calibration)
+hessian = 2 / len(inputs) * inputs.T @ inputs
+
+# %%
+energy = hessian.diagonal().cpu().sort(descending=True).values
+share = energy.cumsum(0) / energy.sum()
+at = pd.Series({f"{part:.0%} of the columns": share[int(part * len(share)) - 1].item()
+                for part in (0.01, 0.1, 0.5)}, name="share of the energy")
+fig, ax = plt.subplots()
+ax.semilogy(energy)
+ax.set(xlabel="input column, loudest first", ylabel="mean squared input (x 2)")
+figures.show(fig, alt="The diagonal of the Hessian: how loud each input column of this layer is. The loudest "
+             f"10 % carry {at.iloc[1]:.0%} of the energy, so an error there costs most.",
+             table=at.to_frame().round(3))
+
+
+# %% [markdown]
+# ## From scratch
+#
+# The grid first: `2^bits` levels with one scale per row and group, symmetric around zero (`sym=True`). Round-to-nearest on it is the
+# floor that GPTQ has to beat.
+
+# %%
+def group_scale(group, bits):
+    """A scale per row of a group [..., rows, columns]: the largest magnitude is half a step above the top."""
+    return 2 * group.abs().amax(-1) / (2**bits - 1)
+
+def to_grid(values, scale, bits):
+    """The nearest of the 2^bits levels -2^(bits-1) ... 2^(bits-1) - 1, times scale."""
+    half = 2 ** (bits - 1)
+    return (values / scale).round().clamp(-half, half - 1) * scale
+
+def round_to_nearest(weight, group_size=64, bits=4):
+    groups = weight.float().unflatten(-1, (-1, group_size))
+    return to_grid(groups, group_scale(groups, bits)[..., None], bits).flatten(-2)
+
+
+# %% [markdown]
+# Which column repairs which, and by how much, is in the inverse Hessian. Its upper Cholesky factor holds just the rows that are
+# needed, in the order of the columns. **Damping** adds a little to the diagonal, or columns that never see a signal make `H` singular.
+
+# %%
+def inverse_factor(hessian, damp=0.01):
+    """The upper Cholesky factor of the inverse of the damped Hessian [..., columns, columns]."""
+    damped = hessian.clone()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)  # a view
+    diagonal += damp * diagonal.mean(-1, keepdim=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+# %% [markdown]
+# The update itself. Within a block of columns each error goes to its neighbours at once; the rest of the matrix gets the block's errors
+# in one product, which is the same arithmetic, done fast.
+#
+# The **order** matters: a column done early can still be repaired by many, so the loudest should come first. `desc_act` sorts all
+# columns; then a group is no longer a run of neighbours, and kernels need an index. `act_group_aware`, gptqmodel's own, sorts
+# whole groups and the columns inside each, and needs none.
+
+# %%
+def loudest_first(energy, group_size, keep_groups):
+    """The order of the columns [..., columns] by the diagonal of the Hessian, groups kept together or not."""
+    if not keep_groups:
+        return energy.argsort(-1, descending=True)
+    groups = energy.unflatten(-1, (-1, group_size))
+    start = torch.arange(0, energy.shape[-1], group_size, device=energy.device)[:, None]
+    inside = groups.argsort(-1, descending=True) + start
+    return inside.take_along_dim(groups.amax(-1).argsort(-1, descending=True)[..., None], -2).flatten(-2)
+
+
+# %%
+@torch.inference_mode()
+def gptq(weight, hessian, group_size=64, bits=4, damp=0.01, order=None, blocksize=128):
+    """weight [..., rows, columns], hessian [..., columns, columns] -> the quantized weight, in float32."""
+    W, columns = weight.float().clone(), weight.shape[-1]
+    dead = hessian.diagonal(dim1=-2, dim2=-1) == 0
+    W, H = W.masked_fill(dead[..., None, :], 0), hessian + torch.diag_embed(dead.float())
+    if order:
+        turn = loudest_first(H.diagonal(dim1=-2, dim2=-1), group_size, keep_groups=order == "act_group_aware")
+        W = W.take_along_dim(turn[..., None, :], -1)
+        H = H.take_along_dim(turn[..., None, :], -1).take_along_dim(turn[..., None], -2)
+    U, Q = inverse_factor(H, damp), torch.zeros_like(W)
+    for left in range(0, columns, blocksize):
+        right = min(left + blocksize, columns)
+        block, errors = W[..., left:right].clone(), torch.zeros_like(W[..., left:right])
+        for i, column in enumerate(range(left, right)):
+            if column % group_size == 0:
+                scale = group_scale(W[..., column : column + group_size], bits)
+            Q[..., column] = to_grid(block[..., i], scale, bits)
+            errors[..., i] = (block[..., i] - Q[..., column]) / U[..., column, column, None]
+            block[..., i:] -= errors[..., i, None] * U[..., column, None, column:right]
+        W[..., right:] -= errors @ U[..., left:right, right:]
+    return Q.take_along_dim(turn.argsort(-1)[..., None, :], -1) if order else Q
+
+
+# %% [markdown]
+# The library's own class, fed the same inputs, once in each order.
+#
+# Both packages talk a lot. In Jupyter you see their progress; in a batch run it is left out.
+
+# %%
+def quietly():
+    """Nothing of what a library prints in a batch run; everything in Jupyter."""
+    return contextlib.redirect_stdout(io.StringIO()) if helpers.batch() else contextlib.nullcontext()
+
+with quietly():
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    from gptqmodel.looper import loop_processor
+    from gptqmodel.quantization.gptq import GPTQ
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+loop_processor._PROJECT_LOG_DIR = records.folder(output_dir) / "logs"  # or it makes ./logs wherever you are
+
+def library_gptq(weight, inputs, **settings):
+    """gptqmodel's result for one weight, float32."""
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
+    linear.weight.data = weight.clone()
+    task = GPTQ(linear, QuantizeConfig(offload_to_disk=False, damp_percent=0.01, **settings))
+    task.quantizer.configure(perchannel=True)
+    task.add_batch(inputs[None], None)
+    return task.quantize()[0].float()
+
+
+# %%
+def output_error(quantized):
+    """Relative error of the layer's output on its calibration inputs."""
+    return ((inputs @ (quantized - weight).T).norm() / (inputs @ weight.T).norm()).item()
+
+def weight_error(quantized):
+    return ((quantized - weight).norm() / weight.norm()).item()
+
+
+# %%
+rounded = round_to_nearest(weight, group_size, bits)
+rows = {"round-to-nearest": (rounded, None)}
+for order in (None, "desc_act", "act_group_aware"):
+    settings = {name: order == name for name in ("desc_act", "act_group_aware")}
+    with quietly():
+        theirs = library_gptq(weight, inputs, bits=bits, group_size=group_size, **settings)
+    ours = gptq(weight, hessian, group_size, bits, order=order)
+    rows[f"GPTQ, {order or 'columns as they come'}"] = (ours, theirs)
+
+# %%
+one_layer = pd.DataFrame({name: {
+    "error of the weight": weight_error(ours),
+    "error of the output": output_error(ours),
+    "the library's": output_error(theirs) if theirs is not None else None,
+    "codes that differ": ((ours - theirs).abs() > 1e-6).sum().item() if theirs is not None else None,
+} for name, (ours, theirs) in rows.items()}).T
+print(f"{weight.numel():,} codes")
+display(one_layer.round(5))
+
+ours, theirs = one_layer["error of the output"], one_layer["the library's"]
+assert ((ours / theirs - 1).abs().dropna() < 0.01).all(), "output errors differ from the library's"
+few = 0.01 if found.device == "cpu" else 0.03  # a GPU adds in another order, and errors travel on
+assert (one_layer["codes that differ"].dropna() < few * weight.numel()).all(), "other codes than the library"
+assert ours.iloc[1:].max() < ours.iloc[0], "GPTQ does not beat round-to-nearest"
+
+# %% [markdown]
+# GPTQ moves the weights *further* from the originals than rounding to nearest does, and the output closer. Where single codes differ from
+# the library's, a value lay on the edge between two levels and the last bit of a sum decided.
+#
+# ## What the guides leave open
+#
+# Group size, `desc_act`, calibration: with the function above, on some layers spread over the model, all at once (each weight shape is
+# one batch), while the other layers stay untouched. The Hessians come from one run over the untouched model.
+
+# %%
+PARTS = {
+    "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),  # the same inputs
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+
+# %%
+chosen = torch.linspace(0, config.num_hidden_layers - 1, study_layers).long().unique().tolist()
+
+def modules(names):
+    """For each chosen layer the modules of these names."""
+    return [[net.model.layers[number].get_submodule(name) for name in names] for number in chosen]
+
+original = {part: torch.stack([torch.cat([m.weight.detach() for m in row]) for row in modules(names)])
+            for part, names in PARTS.items()}
+
+
+# %%
+@torch.inference_mode()
+def hessians(windows):
+    """X Xᵀ of every part of the chosen layers: {part: [layers, columns, columns]}."""
+    sums = {part: torch.zeros(len(w), *w.shape[2:] * 2, device=w.device) for part, w in original.items()}
+
+    def add(total):
+        def hook(_, args):
+            x = args[0].flatten(0, -2).float()
+            total.addmm_(x.T, x)
+        return hook
+
+    hooks = [row[0].register_forward_pre_hook(add(sums[part][n]))
+             for part, names in PARTS.items() for n, row in enumerate(modules(names))]
+    for batch in windows.to(net.device).split(4):
+        net.model(input_ids=batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return sums
+
+
+# %%
+@torch.inference_mode()
+def put(weights):
+    """Write one weight per part into the chosen layers."""
+    for part, names in PARTS.items():
+        for values, row in zip(weights[part], modules(names)):
+            for module, value in zip(row, values.split([m.weight.shape[0] for m in row])):
+                module.weight.copy_(value)
+
+
+# %%
+def study(quantize):
+    """KL from the untouched model on the probe text with the chosen layers quantized by quantize(part)."""
+    put({part: quantize(part) for part in PARTS})
+    scores = evaluation.score(net, probe, reference)
+    put(original)
+    return scores.kl_divergence
+
+def study_gptq(hessian, size=group_size, **settings):
+    return study(lambda part: gptq(original[part], hessian[part], size, bits, blocksize=32, **settings))
+
+
+# %% [markdown]
+# The calibration texts: the guide's one sentence, 16 and 64 samples of real text, and as many of two other kinds.
+
+# %%
+sentence = ("auto-gptq is an easy-to-use model quantization library with user-friendly apis, "
+            "based on the GPTQ algorithm.")
+code = tokenizer(pathlib.Path(logging.__file__).read_text(), truncation=True, max_length=16 * 128).input_ids
+english = {n: evaluation.windows(tokenizer, "calibration", tokens=n * 128, context=128) for n in (16, 64)}
+texts = {
+    "1 sentence": torch.tensor([tokenizer(sentence).input_ids]),
+    "16 samples": english[16],
+    "64 samples": english[64],
+    "16 of Python code": torch.tensor(code).view(16, 128),
+    "16 of random tokens": torch.randint(1000, len(tokenizer), (16, 128), generator=torch.manual_seed(0)),
+}
+
+# %%
+columns = {w.shape[2] for w in original.values()}
+sizes = [size for size in (32, 64, 128, 192) if not any(n % size for n in columns)]
+found_kl = {"round-to-nearest": study(lambda part: round_to_nearest(original[part], group_size, bits))}
+collected = {name: hessians(text) for name, text in tqdm(texts.items(), disable=None)}
+for name, sums in collected.items():
+    found_kl[name] = study_gptq(sums)
+
+usual = collected["16 samples"]
+for size in tqdm([size for size in sizes if size != group_size], disable=None):
+    found_kl[f"group size {size}"] = study_gptq(usual, size)
+for order in ("desc_act", "act_group_aware"):
+    found_kl[order] = study_gptq(usual, order=order)
+found_kl["damping 0.05"] = study_gptq(usual, damp=0.05)
+
+# %%
+answers = pd.DataFrame({"KL": found_kl})
+base = answers["KL"]["16 samples"]
+answers["against 16 samples"] = answers["KL"] / base - 1
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 3.6))
+ax.barh(answers.index[::-1], answers["KL"][::-1], color=figures.PALETTE[0])
+ax.axvline(base, color=figures.PALETTE[1])
+ax.set(xlabel=f"KL with {len(chosen)} of {config.num_hidden_layers} layers in {bits} bits")
+figures.show(fig, alt=f"KL of each choice; the line is group size {group_size} with 16 samples ({base:.3f}). "
+             f"The best is {answers['KL'].idxmin()} with {answers['KL'].min():.3f}, the worst "
+             f"{answers['KL'].idxmax()} with {answers['KL'].max():.3f}.", table=answers.round(4))
+del usual, collected, net
+memory.release()
+
+# %% [markdown]
+# ## The guides' way: auto-gptq
+#
+# The package is archived and does not import with today's transformers. `archived.enable` repairs it in memory, says what it
+# changed, and can take it all back with `.undo()`. Nothing on disk is touched.
+
+# %%
+repair = archived.enable("auto-gptq")
+from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
+
+pd.DataFrame(repair.applied, columns=["patch", "upstream assumed", "true now"]).set_index("patch")
+
+# %% [markdown]
+# **Examples.** The guide gives one sentence; the study above has just priced that. Here: real text, as token ids with a mask.
+
+# %%
+examples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in calibration]
+print(f"{len(examples)} examples of {calibration_length} tokens, none left out")
+
+quantize_config = BaseQuantizeConfig(
+    bits=bits,
+    group_size=group_size,
+    desc_act=desc_act,
+    model_file_base_name="model",  # the name under which transformers looks for weights
+)
+
+
+# %% [markdown]
+# **Load and quantize.** The guide's lines. The default type is float16, for which a CPU is slow. The library reports in log lines; this
+# turns them into a progress bar and keeps the seconds of each layer.
+
+# %%
+class LayerLog(logging.Handler):
+    """Counts auto-gptq's "Start quantizing layer 3/30"; .began holds when each layer began."""
+
+    def __init__(self):
+        super().__init__()
+        self.bar, self.began = tqdm(disable=None, unit="layer"), []
+
+    def emit(self, record):
+        if match := re.match(r"Start quantizing layer (\d+)/(\d+)", record.getMessage()):
+            self.bar.total = int(match[2])
+            self.bar.update()
+            self.began.append(time.perf_counter())
+
+
+# %%
+layer_log = LayerLog()
+talk = logging.getLogger("auto_gptq.modeling._base")
+talk.handlers, talk.propagate = [layer_log], False
+
+# %%
+with memory.track() as autogptq_cost:
+    autogptq = AutoGPTQForCausalLM.from_pretrained(
+        found.path,
+        quantize_config=quantize_config,
+        torch_dtype=torch.bfloat16,
+    )
+    autogptq.quantize(examples, batch_size=4)
+layer_log.bar.close()
+autogptq_layers = pd.Series(layer_log.began).diff().dropna()
+print(f"{autogptq_cost.seconds:.0f} s in all, {autogptq_layers.median():.2f} s a layer, packing not counted")
+
+
+# %% [markdown]
+# **Save.** Into a scratch folder that takes the checkpoint's name only when it is whole: a process killed on the way leaves nothing that
+# loads. The digest says later whether the files are still the ones that were saved.
+
+# %%
+def digests(folder):
+    """SHA-256 of every file in a checkpoint but the list itself."""
+    lines = []
+    for path in sorted(pathlib.Path(folder).iterdir()):
+        if path.name != "SHA256SUMS":
+            with path.open("rb") as file:
+                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}")
+    return lines
+
+
+# %%
+def seal(folder):
+    (pathlib.Path(folder) / "SHA256SUMS").write_text("\n".join(digests(folder)) + "\n")
+
+def check_seal(folder):
+    """Raise ValueError unless every file is the one that was saved. Takes a second and loads no model."""
+    saved = (pathlib.Path(folder) / "SHA256SUMS").read_text().splitlines()
+    if changed := sorted({line.split()[1] for line in set(digests(folder)) ^ set(saved)}):
+        raise ValueError(f"not as they were saved: {', '.join(changed)}. Make or fetch the checkpoint again.")
+
+
+# %%
+question = [{"role": "user", "content": "What is the capital of France?"}]
+question_ids = torch.tensor([chat.render(tokenizer, question)])
+
+@torch.inference_mode()
+def logits_of(net):
+    """What a model says on one short prompt, float32."""
+    return net.eval()(input_ids=question_ids.to(next(net.parameters()).device)).logits.float().cpu()
+
+def relative_gap(logits, expected):
+    return ((logits - expected).norm() / expected.norm()).item()
+
+def module_name(net):
+    """Module and class of a quantized layer: the kernel that was chosen."""
+    kernel = type(net.model.layers[0].mlp.up_proj)
+    return f"{kernel.__module__.split('.')[-1]}.{kernel.__name__}"
+
+
+# %%
+autogptq.model.half()  # scales and embeddings are stored in 16 bits
+with checkpoints.writing(output_dir, "autogptq") as folder:
+    autogptq.save_quantized(str(folder), use_safetensors=True)
+    tokenizer.save_pretrained(folder)
+    seal(folder)
+autogptq_before = logits_of(autogptq.model.float())
+del autogptq
+memory.release()
+
+# %% [markdown]
+# **Reload and chat**, with the library's own loader. Its fast kernels are CUDA extensions compiled for a torch of 2024; where they do not load,
+# and on every CPU, it restores each weight in full for every single token.
+
+# %%
+autogptq_folder = checkpoints.folder(output_dir, "autogptq")
+check_seal(autogptq_folder)
+autogptq = AutoGPTQForCausalLM.from_quantized(
+    str(autogptq_folder), device="cuda:0" if found.device == "cuda" else "cpu",
+    torch_dtype=torch.float16 if found.device == "cuda" else torch.float32)
+
+# %%
+start = time.perf_counter()
+output = autogptq.generate(input_ids=question_ids.to(autogptq.device), max_new_tokens=16, do_sample=False)
+autogptq_rate = (output.shape[1] - question_ids.shape[1]) / (time.perf_counter() - start)
+autogptq_answer = tokenizer.decode(output[0, question_ids.shape[1]:], skip_special_tokens=True)
+kernel, again = module_name(autogptq.model), logits_of(autogptq.model)
+print(f"{autogptq_answer!r}\n{autogptq_rate:.1f} tokens/s with {kernel}")
+gap = (again - autogptq_before).abs().max()
+print(f"largest difference of a logit, before saving and after: {gap:.4f}")
+own_loader = (kernel, autogptq_rate, relative_gap(again, autogptq_before))  # for the table of loaders
+del autogptq
+memory.release()
+
+# %% [markdown]
+# ## The same today: gptqmodel
+#
+# The successor, and what transformers uses to load this format. Here with auto-gptq's settings, so that the two can be compared: its own
+# defaults are more damping and `act_group_aware=True`, the better order in the table above. Set that parameter for a model to keep.
+
+# %%
+gptq_config = QuantizeConfig(
+    bits=bits,
+    group_size=group_size,
+    desc_act=desc_act,
+    act_group_aware=act_group_aware,
+    damp_percent=quantize_config.damp_percent,
+    offload_to_disk=False,  # it would keep finished layers on disk; this model fits in memory
+)
+rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in calibration]
+
+with quietly(), memory.track() as gptq_cost:
+    quantized = GPTQModel.load(found.path, gptq_config, dtype=torch.bfloat16, device=found.device)
+    log = quantized.quantize(rows, batch_size=4)
+
+# %%
+log = pd.DataFrame(log["gptq"])
+log[["layer", "time", "fwd_time", "loss"]] = log[["layer", "time", "fwd_time", "loss"]].apply(pd.to_numeric)
+per_layer = log.groupby("layer")["time"].sum()
+print(f"{gptq_cost.seconds:.0f} s in all; solving takes {per_layer.median():.2f} s a layer")
+
+# %%
+with quietly(), checkpoints.writing(output_dir, "gptq") as folder:
+    quantized.save(str(folder))
+    tokenizer.save_pretrained(folder)
+    seal(folder)
+
+# %% [markdown]
+# A trap: the model in memory is now packed for the *file*, where each zero point is stored minus one, a habit of the first GPTQ code. Run
+# as it is, it talks garbage, without an error. Loading puts the one back; so does this, for the comparison with the reloaded model.
+
+# %%
+with quietly():
+    for module in quantized.model.modules():
+        if hasattr(module, "qzeros"):
+            convert_gptq_v1_to_v2_format_module(module, bits=bits, pack_dtype=torch.int32)
+gptq_before = logits_of(quantized.model.float())
+del quantized
+memory.release()
+
+# %% [markdown]
+# ## Both checkpoints in plain transformers
+#
+# One format, one loader: `from_pretrained` reads `quantization_config` and takes the best kernel for this machine. On CUDA one is named,
+# because the others are compiled when they are first used.
+
+# %% tags=["reload"]
+import torch
+from transformers import AutoModelForCausalLM, GPTQConfig
+
+def reload(folder):
+    """A GPTQ checkpoint in plain transformers, in bfloat16."""
+    where = {"device_map": "cpu"}
+    if torch.cuda.is_available():
+        where = {"device_map": "cuda", "quantization_config": GPTQConfig(bits=4, backend="gptq_triton")}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **where).eval()
+
+
+# %% [markdown]
+# **In a new process**, which knows nothing but the files: the same logits as before saving? And how fast? (Speed is measured
+# there, because a process in which gptqmodel has quantized decodes more slowly afterwards: compare the two tables below.)
+
+# %%
+PROGRAM = """
+import gc, json, sys
+import helpers  # as many threads as here
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GPTQConfig
+from helpers import speed
+
+{reload}
+plain, precisions, folders, ids, device, out = json.loads(sys.argv[1])
+rates, logits = {{}}, {{}}
+for name in precisions + list(folders):
+    net = reload(folders[name]) if name in folders else AutoModelForCausalLM.from_pretrained(
+        plain, dtype=getattr(torch, name)).to(device)
+    with torch.inference_mode():
+        logits[name] = net(input_ids=torch.tensor(ids, device=device)).logits.float().cpu()
+    rates[name] = vars(speed.decode(net, new_tokens=12, runs=2))
+save_file(logits, out + "/logits.safetensors")
+print(json.dumps(rates))
+gc.freeze()  # no garbage to look for at the end
+"""
+
+# %%
+precisions = sorted({str(dtype).removeprefix("torch.") for dtype in (found.dtype, fast)}, reverse=True)
+folders = {method: str(checkpoints.folder(output_dir, method)) for method in ("autogptq", "gptq")}
+for folder in folders.values():
+    check_seal(folder)
+with tempfile.TemporaryDirectory() as scratch:
+    order = [str(found.path), precisions, folders, question_ids.tolist(), found.device, scratch]
+    program = PROGRAM.format(reload=inspect.getsource(reload))
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(order)], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(helpers.__file__).parents[1])})
+    assert done.returncode == 0, done.stderr[-2000:]
+    elsewhere = load_file(f"{scratch}/logits.safetensors")
+rates = json.loads(done.stdout.splitlines()[-1])
+
+# %% [markdown]
+# The floor, in the same way: every weight of the layers rounded to nearest, no calibration.
+
+# %%
+reference_net = AutoModelForCausalLM.from_pretrained(found.path, dtype=fast).to(found.device).eval()
+floor_net = copy.deepcopy(reference_net)
+with torch.inference_mode():
+    for module in floor_net.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.copy_(round_to_nearest(module.weight, group_size, bits))
+quality = {"rtn-int4": evaluation.score(floor_net, windows, reference)}
+del floor_net
+memory.release()
+
+# %%
+exact = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.float32).to(found.device)
+rounding = relative_gap(logits_of(reference_net), logits_of(exact))  # what bfloat16 alone does
+del exact
+
+# %%
+nets, sizes_of = {}, {}
+for method in folders:
+    folder = checkpoints.folder(output_dir, method)
+    with quietly():
+        nets[method] = reload(folder)
+    quality[method] = evaluation.score(nets[method], windows, reference, batch_size=8)  # few unpackings
+    memory.release()
+    sizes_of[method] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+# %%
+before = {"autogptq": autogptq_before, "gptq": gptq_before}
+gaps = {method: relative_gap(elsewhere[method], before[method]) for method in nets}
+
+# %%
+bf16_bytes = memory.predict(config, bits=16).model
+result = pd.DataFrame({method: vars(scores) for method, scores in quality.items()}).T
+result["MB on disk"] = pd.Series(sizes_of) / 1e6
+result["share of bf16"] = pd.Series(sizes_of) / bf16_bytes
+result["logits, before / reloaded"] = pd.Series(gaps)
+print(f"untouched model: perplexity {reference.perplexity:.2f}; bfloat16 moves its logits by {rounding:.4f}")
+result.round(4)
+
+# %%
+kl = result["kl_divergence"]
+assert max(gaps.values()) < 3 * rounding, f"reloaded logits are not those before saving: {gaps}"
+assert abs(kl["autogptq"] / kl["gptq"] - 1) < 0.15, f"the two packages disagree: {kl.to_dict()}"
+assert kl["gptq"] < kl["rtn-int4"] and kl["autogptq"] < kl["rtn-int4"], "calibration did not pay"
+if found.name.startswith("SmolLM2") and (bits, group_size) == (4, 64) and calibration.numel() >= 2048:
+    assert kl["gptq"] <= 0.24, f"KL {kl['gptq']:.3f}"
+    assert result["share of bf16"].max() < 0.45, result["share of bf16"].to_dict()
+
+
+# %% [markdown]
+# ### Chat
+#
+# An answer that reads well is one that the untouched model finds likely, too.
+
+# %%
+@torch.inference_mode()
+def answer_perplexity(session):
+    """Perplexity, under the untouched model, of the last answer in a chat session."""
+    asked = chat.render(tokenizer, session.messages[:-1])
+    answer = tokenizer(session.messages[-1]["content"], add_special_tokens=False).input_ids
+    logits = reference_net(input_ids=torch.tensor([asked + answer], device=found.device)).logits[0].float()
+    picked = logits[len(asked) - 1 : -1].log_softmax(-1)[range(len(answer)), answer]
+    return picked.mean().neg().exp().item()
+
+
+# %%
+for method, net in nets.items():
+    session = chat.ChatSession(net, tokenizer, max_new_tokens=max_new_tokens)
+    answer = session.send("What is the capital of France, and what is it famous for?")
+    likely = answer_perplexity(session)
+    print(f"{method}: {answer}\n  perplexity under the untouched model: {likely:.1f}\n")
+    if not found.origin.startswith("random"):  # random weights find nothing likely
+        assert likely < 20, f"{method} answers with what the untouched model would never say: {answer!r}"
+
+# %% [markdown]
+# ### Is it faster?
+#
+# From the new process above, the unquantized model beside it:
+
+# %%
+speeds = pd.DataFrame(rates).T
+speeds.columns = ["prefill tok/s", "decode tok/s"]
+full = str(found.dtype).removeprefix("torch.")
+faster = speeds["decode tok/s"]["gptq"] / speeds["decode tok/s"][full]
+print(f"gptq decodes {faster:.2f} times as fast as {full}")
+if found.device == "cpu":
+    assert faster >= 1.5, "4-bit decoding with gptqmodel's kernels should be well ahead of float32 on a CPU"
+speeds.round(1)
+
+
+# %% [markdown]
+# ## Which loader takes which checkpoint?
+
+# %%
+def in_autogptq(folder):
+    return AutoGPTQForCausalLM.from_quantized(str(folder), device=found.device, torch_dtype=found.dtype).model
+
+def in_gptqmodel(folder):
+    backend = BACKEND.GPTQ_TRITON if found.device == "cuda" else BACKEND.AUTO  # others compile at first use
+    return GPTQModel.load(str(folder), device=found.device, backend=backend, dtype=fast).model
+
+def in_autoawq(folder):
+    with archived.enable("autoawq"):
+        from awq import AutoAWQForCausalLM
+
+        return AutoAWQForCausalLM.from_quantized(str(folder), fuse_layers=False).model
+
+def in_transformers(folder):
+    return nets[folder.name]
+
+table = []
+for method in nets:
+    for loader in (in_autogptq, in_autoawq, in_gptqmodel, in_transformers):
+        folder = checkpoints.folder(output_dir, method)
+        if (method, loader) == ("autogptq", in_autogptq):  # done above
+            table.append((method, "autogptq", *own_loader))
+            continue
+        try:
+            with quietly():
+                net = loader(folder)
+            rate = speed.decode(net, prompt_tokens=8, new_tokens=4 if loader is in_autogptq else 16, runs=1)
+            gap = relative_gap(logits_of(net), before[method])
+            row = (module_name(net), rate.decode_tokens_per_s, gap)
+        except Exception as error:
+            row = (f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}", None, None)
+        table.append((method, loader.__name__.removeprefix("in_"), *row))
+        net = None
+pd.DataFrame(table, columns=[
+    "checkpoint", "loader", "kernel or error", "decode tok/s", "logits differ by"]).round(3)
+
+
+# %% [markdown]
+# ## What stops, and how it says so
+#
+# Each of these is refused before the long work, or at the first touch.
+
+# %%
+def truncated(folder):
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(file.seek(0, 2) - 1000)
+
+def swapped(folder):
+    tensors = load_file(folder / "model.safetensors")
+    one, other = (f"model.layers.0.mlp.{name}_proj.qweight" for name in ("gate", "up"))
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+def damaged(how):
+    """Check a copy of the checkpoint that `how` has damaged."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(shutil.copytree(checkpoints.folder(output_dir, "gptq"), f"{scratch}/copy"))
+        how(folder)
+        check_seal(folder)
+
+
+# %%
+quantized_config = AutoConfig.from_pretrained(checkpoints.folder(output_dir, "gptq"))
+attempts = {
+    "a group size that does not divide": lambda: preflight(config, bits, 2 * max(columns), calibration),
+    "5 bits": lambda: preflight(config, 5, group_size, calibration),
+    "5 bits, auto-gptq itself": lambda: BaseQuantizeConfig(bits=5),
+    "no calibration text": lambda: preflight(config, bits, group_size, []),
+    "a sample of 3 tokens": lambda: preflight(config, bits, group_size, [[1, 2, 3]]),
+    "a quantized model, once more": lambda: preflight(quantized_config, bits, group_size, calibration),
+    "a truncated checkpoint": lambda: damaged(truncated),
+    "two tensors swapped": lambda: damaged(swapped),
+}
+refusals = {}
+for what, attempt in attempts.items():
+    try:
+        attempt()
+    except Exception as error:
+        refusals[what] = f"{type(error).__name__}: {error}"
+assert refusals.keys() == attempts.keys(), f"not refused: {attempts.keys() - refusals.keys()}"
+pd.Series(refusals, name="what it says").to_frame()
+
+
+# %% [markdown]
+# ## Upload
+#
+# Off unless `push_to_hub` is set. The token never stands in a cell: it comes from the environment, from Colab's secrets, or from a prompt
+# that does not echo. The checkpoint goes up as it is, seal included.
+
+# %%
+def hub_token():
+    """A write token for the hub, from where secrets belong."""
+    if token := os.environ.get("HF_TOKEN"):
+        return token
+    try:
+        from google.colab import userdata
+
+        return userdata.get("HF_TOKEN")
+    except Exception:  # not on Colab, or no such secret there
+        return getpass.getpass("Hugging Face token (not shown): ")
+
+
+# %%
+if push_to_hub:
+    from huggingface_hub import HfApi
+
+    hub, folder = HfApi(token=hub_token()), checkpoints.folder(output_dir, "gptq")
+    hub.create_repo(hub_repository, exist_ok=True)
+    print(hub.upload_folder(repo_id=hub_repository, folder_path=folder).commit_url)
+
+# %% [markdown]
+# ## What the guides claim
+
+# %%
+linear_bits = bits + (16 + bits) / group_size
+minutes = autogptq_cost.seconds / 60
+claims = pd.DataFrame([
+    ["memory reduced by ~75 %", f"{1 - sizes_of['gptq'] / bf16_bytes:.0%} on disk; in the Linear layers "
+     f"{1 - linear_bits / 16:.0%} ({linear_bits:.2f} bits per weight)", "holds partly"],
+    ["quality is maintained", f"KL {kl['gptq']:.3f} (round-to-nearest {kl['rtn-int4']:.3f}), "
+     f"{1 - quality['gptq'].top1_agreement:.0%} of the top tokens change",
+     "holds" if kl["gptq"] < 0.02 else "does not hold here"],
+    ["one sentence is enough to calibrate",
+     f"KL {answers['KL']['1 sentence']:.3f}; 16 samples {base:.3f}; none {answers['KL'].iloc[0]:.3f}",
+     "holds" if answers["KL"]["1 sentence"] < 1.05 * base else "does not hold"],
+    ["group_size=128 is best", "does not divide this model's layers" if any(n % 128 for n in columns)
+     else f"KL {answers['KL'].get('group size 128', base):.3f}", "depends on the model"],
+    ["desc_act=True is better, and slower",
+     f"KL {answers['KL']['desc_act']:.3f} against {base:.3f}; its speed is not measured here",
+     "holds partly" if answers["KL"]["desc_act"] < base else "does not hold here"],
+    ["for GPUs; needs 8 GB of VRAM", f"ran on: {records.device_name(found.device)}", "does not hold"],
+    ["takes several minutes", f"{minutes:.1f} minutes here", "depends on the model"],
+    ["fast inference", f"{faster:.1f}x of {speeds.index[0]}; auto-gptq itself: {autogptq_rate:.1f} tokens/s",
+     "holds with the right kernel" if faster > 1.2 else "does not hold here"],
+], columns=["claim", "measured here", "verdict"])
+display(claims)
+
+
+# %% [markdown]
+# ## Exercises
+#
+# **1 (easy).** Bits per weight of the GPTQ format: per group, the codes, one 16-bit scale, and one zero point of `bits` bits.
+
+# %%
+def bits_per_weight(bits, group_size):
+    ...
+
+
+# %%
+def test_bits(function):
+    assert function(4, 64) is not None, "return a number"
+    assert abs(function(4, 64) - 4) > 1e-9, "scale and zero point are missing"
+    assert abs(function(4, 64) - 4.25) > 1e-9, "the zero point is missing: as many bits as a code"
+    assert abs(function(4, 64) - 4.3125) < 1e-9, f"4 bits, groups of 64: 4.3125, you have {function(4, 64)}"
+    assert abs(function(8, 128) - 8.1875) < 1e-9, "does it depend on bits and group_size?"
+
+exercises.check(bits_per_weight, test_bits)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+if solutions:
+    def bits_per_weight(bits, group_size):
+        return bits + (16 + bits) / group_size
+
+    exercises.require(bits_per_weight, test_bits)
+
+
+# %% [markdown]
+# **2 (medium).** Two columns, by hand. The first weight of each row was rounded, with error `e = w - q`. How much must the second weight
+# change, so that the output error on inputs with Hessian `H` (2 x 2) is smallest? Return the change.
+
+# %%
+def repair_second(error, H):
+    ...
+
+
+# %%
+def test_repair(function):
+    H = torch.tensor([[2.0, 0.6], [0.6, 1.0]])
+    change = function(torch.tensor(0.5), H)
+    assert change is not None, "return the change of the second weight"
+    assert change != 0, "the inputs are correlated (H is not diagonal): the second weight can help"
+    def loss(d, e=0.5):  # output error when the first weight lost e and the second gained d
+        delta = torch.tensor([-e, float(d)])
+        return delta @ H @ delta
+    assert loss(change) < loss(0), "that makes it worse: check the sign"
+    nearby = min(loss(change + step) for step in (-0.01, 0.01))
+    assert loss(change) <= nearby, "better, but not the best: set the derivative of the loss to zero"
+
+exercises.check(repair_second, test_repair)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+if solutions:
+    def repair_second(error, H):
+        return error * H[0, 1] / H[1, 1]
+
+    exercises.require(repair_second, test_repair)
+
+
+# %% [markdown]
+# **3 (hard).** A better grid: for each group try scales shrunk by 1, 0.95, … 0.7 and keep, per row and group, the one with the smallest
+# squared error of the weights. Return the quantized weight. (`mse` in gptqmodel's config does this.)
+
+# %%
+def round_with_search(weight, group_size=64, bits=4):
+    ...
+
+
+# %%
+def test_search(function):
+    answer = function(weight, group_size, bits)
+    assert answer is not None and answer.shape == weight.shape, "return a tensor of the weight's shape"
+    groups = answer.unflatten(-1, (-1, group_size))[:200].flatten(0, 1)
+    assert max(len(group.unique()) for group in groups) <= 2**bits, "more levels in a group than bits allow"
+    error, plain = weight_error(answer), weight_error(rounded)
+    assert error < plain, f"error {error:.4f}, plain rounding {plain:.4f}: keep the best scale, 1 included"
+    assert error < 0.99 * plain, "hardly better: is the best scale chosen per row and group?"
+
+exercises.check(round_with_search, test_search)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+if solutions:
+    def round_with_search(weight, group_size=64, bits=4):
+        groups = weight.unflatten(-1, (-1, group_size))
+        full = group_scale(groups, bits)[..., None]
+        tries = torch.stack([to_grid(groups, full * (1 - 0.05 * step), bits) for step in range(7)])
+        best = (tries - groups).square().sum(-1, keepdim=True).argmin(0, keepdim=True)
+        return tries.gather(0, best.expand(-1, *groups.shape))[0].flatten(-2)
+
+    exercises.require(round_with_search, test_search)
+
+# %% [markdown]
+# ## Quiz
+#
+# Three questions. Each answer says why it is right or not.
+
+# %%
+from helpers import quiz
+
+quiz.Quiz("05_gptq")
+
+# %% [markdown]
+# ## Takeaways
+#
+# 1. **GPTQ is rounding with repair.** One column after the other, each error spread over the columns still free by the inverse Hessian's
+#    Cholesky factor: the weights move further, the output less.
+# 2. **Both packages write one format.** auto-gptq needs its repairs and has no fast kernel of its own left; gptqmodel quantizes today, and
+#    plain transformers loads either checkpoint with gptqmodel's kernels.
+# 3. **Calibrate with a handful of real samples.** The table above says what one sentence, other text, smaller groups and `desc_act` change;
+#    measure them on your model before you believe any recommendation.
+#
+# <!-- navigation -->
+# <!-- /navigation -->
+
+# %% tags=["record"]
+costs = {"autogptq": autogptq_cost, "gptq": gptq_cost, "rtn-int4": None}
+for method, cost in costs.items():
+    size = memory.weight_bytes(nets[method]) if method in nets else None
+    records.write(
+        output_dir, method=method, notebook="05_gptq", found=found, windows=windows,
+        bits_per_weight=8 * size / memory.predict(config, bits=16).parameters if size else None,
+        weight_bytes=size,
+        peak_memory_bytes=(cost.peak_vram if found.device == "cuda" else cost.peak_ram) if cost else None,
+        **vars(quality[method]),
+        decode_tokens_per_s=rates[method]["decode_tokens_per_s"] if method in rates else None,
+        quantize_seconds=cost.seconds if cost else None,
+    )
