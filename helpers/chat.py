@@ -254,7 +254,9 @@ class ChatBox:
             for piece in self.session.stream(text):
                 pieces.append(piece)
                 self._show([*shown, {"role": "assistant", "content": "".join(pieces)}])
-            self._show(note="The answer was cut off." if getattr(self.session, "cut_off", False) else None)
+            kept = self.session.turns != shown[:-1]  # not so if the model was cut off while thinking
+            note = "The answer was cut off: session.resume() goes on." if getattr(self.session, "cut_off", False) else None
+            self._show(None if kept else [*shown, {"role": "assistant", "content": "".join(pieces)}], note)
         except ChatError as error:
             self._show(shown, note=str(error))
         finally:

@@ -60,7 +60,7 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = True, 
             text = write(form)
         except Exception as error:  # jinja2.TemplateError (templates call raise_exception), and whatever odd input makes a template do
             if refusal is None:
-                refusal = ChatError(f"The model's chat template refuses this conversation: {error}")
+                refusal = ChatError(f"The model's chat template refuses this conversation: {error}{_hint(error, template, template_arguments)}")
                 refusal.__cause__ = error
             continue
         if lost := write.loses(form, text):
@@ -99,6 +99,14 @@ def _template(tokenizer, arguments):
     except Exception as error:  # no default among several templates; no valid Jinja
         raise ChatError(f"The chat template cannot be used: {error}") from error
     return template
+
+
+def _hint(error, template, arguments):
+    """What a template reads that it was not given, for templates that stop without it (Cohere's and Hermes' for tools)."""
+    if type(error).__name__ == "TemplateError":  # raised by the template, in its own words
+        return ""
+    absent = [name for name in ("tools", "documents") if name in _variables(template) and arguments.get(name) is None]
+    return f" (it reads {' and '.join(absent)}, which were not given)" if absent else ""
 
 
 def _no_template(tokenizer):
@@ -307,6 +315,8 @@ class _Writer:
             kept = [content] + ([thoughts.split(content, known=self.template)[1]] if message["role"] == "assistant" else [])
             if content and not (any(_stands(wanted, text) for wanted in kept) and (marked is None or name in marked)):
                 return f"The model's chat template leaves out the text of message {number} ({message['role']})."
+            if marked and re.search(rf"""["']text["']: ["']{name}""", marked):
+                return f"The model's chat template takes message {number} for a text, not for a list of parts."
             for wanted in _leaves([[_call_name(call), call["function"].get("arguments")] for call in message.get("tool_calls", ())]):
                 if not _stands(wanted, text):
                     return f"The model's chat template leaves out a tool call of message {number}: {wanted!r} is lost."

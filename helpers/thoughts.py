@@ -20,10 +20,12 @@ _PAIRS = {
     "<|begin_of_thought|>": "<|end_of_thought|>",
 }
 _WORDS = {"Here is my thought process:": "Here is my response:"}  # Granite 3.2 and 3.3
-# gpt-oss: <|start|>assistant<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...<|return|>
-_HARMONY = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
+# Channels, a header each. gpt-oss: <|start|>assistant<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final
+# <|message|>...<|return|>; Muse Glimmer: <|start|>assistant to=self<|message|>...<|eom|><|start|>assistant to=user<|message|>...<|eot|>.
+_CHANNELS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|eom|>", "<|eot|>", "<|return|>", "<|call|>")
 _CHANNEL = re.compile(
-    r"<\|channel\|>([^<]*)(?:<\|constrain\|>[^<]*)?<\|message\|>(.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)", re.DOTALL
+    r"([^<>]*)(?:<\|channel\|>([^<]*))?(?:<\|constrain\|>[^<]*)?<\|message\|>(.*?)(?=<\|(?:end|eom|eot|return|call|start|channel)\|>|\Z)",
+    re.DOTALL,
 )
 _OPENING_AT_START = re.compile(rf"\s*(<{_NAME}>|{'|'.join(map(re.escape, [*_PAIRS, *_WORDS]))})")
 _OPENING_AT_END = re.compile(
@@ -41,7 +43,7 @@ def decoder(tokenizer) -> Callable[[list[int]], str]:
     """A function from token ids to their text without special tokens, except those that mark thoughts and channels."""
     specials = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     specials |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
-    channels = _HARMONY if "<|channel|>" in specials.values() else ()
+    channels = _CHANNELS if "<|message|>" in specials.values() else ()
     hidden = {number for number, token in specials.items() if not is_mark(token) and token not in channels}
     if hidden == set(specials):
         return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
@@ -67,8 +69,10 @@ def split(text: str, opened: str = "", known: str = "") -> tuple[str, str]:
             one of these; in the answers of other models it is a word like any other.
     """
     text = opened + text
-    if "<|channel|>" in text:
+    if "<|channel|>" in text or "<|message|>" in text:
         return _split_channels(text)
+    if "<|message|>" in known and re.fullmatch(r"\s*to=\w*\s*", text):
+        return "", ""  # cut off within a header
     thoughts = []
     while begin := _OPENING_AT_START.match(text):
         thought, _, text = text[begin.end() :].partition(_closing(begin[1]))
@@ -91,8 +95,10 @@ def _closing(mark):
 
 
 def _split_channels(text):
-    """Only the channel "final" is said; analysis and commentary are thoughts and calls."""
-    parts = {"answer": [], "thought": []}
-    for name, content in _CHANNEL.findall(text):
-        parts["answer" if name.split()[:1] == ["final"] else "thought"].append(content)
-    return "\n".join(parts["thought"]).strip(), "\n".join(parts["answer"]).strip()
+    """Only the channel "final", or what is addressed to the user, is said; analysis, commentary and calls are not."""
+    answers, others = [], []
+    for header, channel, content in _CHANNEL.findall(text):
+        to = re.search(r"\bto=(\S+)", header + channel)
+        said = channel.split()[:1] == ["final"] if channel else to is None or to[1] == "user"
+        (answers if said else others).append(content)
+    return "\n".join(others).strip(), "\n".join(answers).strip()
