@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 from helpers import batch as batch_run
 from helpers import thoughts, widgets
-from helpers.templates import ROLES, ChatError, fold_system, render
+from helpers.templates import ROLES, ChatError, fold_system, render, text_of
 
-__all__ = ["ROLES", "ChatBox", "ChatError", "ChatSession", "batch", "fold_system", "render", "sampling", "transcript_html"]
+__all__ = ["ROLES", "ChatBox", "ChatError", "ChatSession", "batch", "fold_system", "render", "sampling", "text_of", "transcript_html"]
 
 
 def sampling(sample: bool | None = None, temperature: float | None = None, top_p: float | None = None) -> dict:
@@ -273,7 +273,7 @@ class ChatBox:
         self.log.value = transcript_html(turns) + (f"<p role='alert'>{html.escape(note)}</p>" if note else "")
 
     def __repr__(self):
-        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in self.session.turns) or "(chat box: open the notebook in Jupyter to use it)"
+        return "\n".join(f"{turn['role']}: {text_of(turn.get('content') or '')}" for turn in self.session.turns) or "(chat box: open the notebook in Jupyter to use it)"
 
     def _repr_mimebundle_(self, **_):
         static = {"text/html": transcript_html(self.session.turns), "text/plain": repr(self)}
@@ -282,7 +282,7 @@ class ChatBox:
 
 def transcript_html(turns):
     """Turns as HTML paragraphs with everything escaped."""
-    rows = (f"<p><b>{html.escape(turn['role'])}:</b> {html.escape(turn['content'])}</p>" for turn in turns)
+    rows = (f"<p><b>{html.escape(turn['role'])}:</b> {html.escape(text_of(turn.get('content') or ''))}</p>" for turn in turns)
     return f"<div role='log' aria-live='polite' style='white-space: pre-wrap'>{''.join(rows)}</div>"
 
 

@@ -77,7 +77,7 @@ def fold_system(messages: list[dict]) -> list[dict]:
     system, *rest = messages
     if not rest:
         raise ChatError("A system message alone is no conversation: add a user turn.")
-    first = {**rest[0], "content": f"{_joined(system['content'])}\n\n{_joined(rest[0]['content'])}"}
+    first = {**rest[0], "content": f"{text_of(system['content'])}\n\n{text_of(rest[0]['content'])}"}
     return [first, *rest[1:]]
 
 
@@ -194,7 +194,7 @@ def _message(number, message, roles):
         raise ChatError(f'Message {number} ({role}): tool_calls is for assistants, a list of {{"function": {{"name", "arguments"}}}}.')
     where = f"Message {number} ({role})"
     content = message.get("content")
-    text = _joined(content, where) if content is not None else ""
+    text = text_of(content, where) if content is not None else ""
     if not text.strip() and not calls:
         raise ChatError(f"{where} has no text.")
     rest = {key: value for key, value in message.items() if key not in ("content", "tool_calls")}
@@ -203,8 +203,8 @@ def _message(number, message, roles):
     return {**rest, "tool_calls": [_call(call) for call in calls]} if calls else rest
 
 
-def _joined(content, where="A message"):
-    """Text of a content, which is a text or a list of text parts."""
+def text_of(content: str | list, where: str = "A message") -> str:
+    """Text of a content, which is a text or a list of text parts; ChatError for any other."""
     if isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
@@ -311,7 +311,7 @@ class _Writer:
         except Exception:  # a template that looks into its texts: then only the texts themselves tell
             marked = None
         for number, (message, name) in enumerate(zip(messages, names)):
-            content = _joined(message.get("content") or "")
+            content = text_of(message.get("content") or "")
             kept = [content] + ([thoughts.split(content, known=self.template)[1]] if message["role"] == "assistant" else [])
             if content and not (any(_stands(wanted, text) for wanted in kept) and (marked is None or name in marked)):
                 return f"The model's chat template leaves out the text of message {number} ({message['role']})."
@@ -371,7 +371,7 @@ class _Writer:
         marked = []
         for number, message in enumerate(messages):
             role = message["role"]
-            if role != "assistant" and (found := [word for word in sorted(plain) if word in _joined(message.get("content") or "")]):
+            if role != "assistant" and (found := [word for word in sorted(plain) if word in text_of(message.get("content") or "")]):
                 raise ChatError(
                     f"Message {number} ({role}) contains {found[0]!r}, with which this model's template marks turns. Its tokenizer has "
                     "no token for it, so the model could not tell yours from the template's. Write it another way."
