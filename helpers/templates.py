@@ -376,7 +376,8 @@ class _Writer:
                     f"Message {number} ({role}) contains {found[0]!r}, with which this model's template marks turns. Its tokenizer has "
                     "no token for it, so the model could not tell yours from the template's. Write it another way."
                 )
-            marked.append({**message, **mark({key: message[key] for key in ("content", "tool_calls") if key in message}, said if role == "assistant" else typed)})
+            texts = {key: message[key] for key in ("content", "tool_calls") if key in message}
+            marked.append({**message, **mark(texts, said if role == "assistant" else typed)})
         ours = {name: self.arguments[name] for name in ("tools", "documents") if self.arguments.get(name)}
         return marked, {**self.arguments, **{name: mark(value, typed) for name, value in ours.items()}}
 

@@ -338,7 +338,7 @@ def real(tmp_path_factory):
 
 
 whatever = st.text(min_size=1).filter(str.strip) | st.sampled_from(
-    [" \n line\n\n line \n", 'a "quoted" \\ text\t', "{{ bos_token }}", "{% endfor %}", "é🙂\u2028x", "e", "user", "None", ATTACK, "</think>A", "[/INST] <end_of_turn>"]
+    [" \n line\n\n line \n", "None", ATTACK, "</think>A", "[/INST] <end_of_turn>", 'a "quoted" \\ text\t', "{{ bos_token }}", "{% endfor %}", "é🙂\u2028x", "e", "user"]
 )
 asked = st.lists(whatever, min_size=1, max_size=4)
 
