@@ -22,6 +22,14 @@ def main(argv=None):
     chat.add_argument("--once", metavar="TEXT", help="one question, one answer, then exit")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--max-new-tokens", type=int, default=128)
+    chat.add_argument("--sample", action="store_true", help="draw answers as the model's generation config says, instead of the likeliest tokens")
+    chat.add_argument("--temperature", type=float, help="draw with this temperature (0: the likeliest tokens)")
+    chat.add_argument("--top-p", type=float, help="draw from the likeliest tokens that make up this share")
+    chat.add_argument("--seed", type=int, help="repeat the same draws")
+    chat.add_argument(
+        "-t", "--template-argument", action="append", default=[], metavar="NAME=VALUE",
+        help="argument of the chat template, the value as JSON or text, e.g. enable_thinking=false",
+    )  # fmt: skip
 
     run = commands.add_parser("run", help="execute the notebooks with papermill")
     run.add_argument("--only", nargs="+", metavar="NN", help="beginnings of notebook names, e.g. 00 04")
@@ -110,6 +118,9 @@ def _chat(arguments):
         raise ValueError("--max-new-tokens must be at least 1")
     if arguments.once is not None and not arguments.once.strip():
         raise ValueError("--once needs a question")
+    how = {"sample": arguments.sample or None, "temperature": arguments.temperature, "top_p": arguments.top_p}
+    chat.sampling(**how)  # says what is wrong before a model is fetched
+    template_arguments = dict(map(_template_argument, arguments.template_argument))
     found = models.find(arguments.model)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -117,11 +128,13 @@ def _chat(arguments):
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(found.path)
     model = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype).to(found.device)
-    session = chat.ChatSession(model, tokenizer, system=arguments.system, max_new_tokens=arguments.max_new_tokens)
+    session = chat.ChatSession(
+        model, tokenizer, system=arguments.system, max_new_tokens=arguments.max_new_tokens, seed=arguments.seed, **how, **template_arguments
+    )
     if arguments.once is not None:
-        _say(session, arguments.once)
+        _say(session.stream(arguments.once))
         return
-    print(f"{found.name} on the {found.device.upper()}. Empty line or Ctrl-D to leave, Ctrl-C to stop an answer.")
+    print(f"{found.name} on the {found.device.upper()}. Empty line or Ctrl-D to leave, Ctrl-C to stop an answer, /more to go on with it.")
     while True:
         try:
             text = input("you> ").strip()
@@ -130,16 +143,28 @@ def _chat(arguments):
         if not text:
             return
         try:
-            _say(session, text)
+            _say(session.resume() if text == "/more" else session.stream(text))
+            if session.cut_off:
+                print("[cut off: /more goes on]")
         except KeyboardInterrupt:
             session.stop()
-            print(" [stopped]")
+            print(" [stopped: /more goes on]")
         except chat.ChatError as error:
             print(error)
 
 
-def _say(session, text):
-    for piece in session.stream(text):
+def _template_argument(text):
+    name, equals, value = text.partition("=")
+    if not name.isidentifier() or not equals:
+        raise ValueError(f"--template-argument takes NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _say(pieces):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 

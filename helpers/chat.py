@@ -1,97 +1,97 @@
-"""Chat templating and generation: exactly one BOS, clear errors, history within a token budget, streaming, batches.
+"""Talking to a model: sessions with history within a token budget, streaming, sampling, batches, a chat box.
 
-Everything renders through the tokenizer's own `apply_chat_template`, straight to token ids: rendering to text and tokenizing that
-adds a second BOS with Llama's and Mistral's tokenizers, silently.
+How a conversation becomes token ids: `helpers.templates`. What of an answer is thought: `helpers.thoughts`.
 """
 
 import html
 import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from helpers import batch as batch_run
-from helpers import widgets
+from helpers import thoughts, widgets
+from helpers.templates import ROLES, ChatError, fold_system, render, text_of
 
-ROLES = ("system", "user", "assistant")
-
-
-class ChatError(ValueError):
-    """A conversation that no template could render; the message says what would be right."""
+__all__ = ["ROLES", "ChatBox", "ChatError", "ChatSession", "batch", "fold_system", "render", "sampling", "text_of", "transcript_html"]
 
 
-def render(tokenizer, messages, add_generation_prompt=True):
-    """Token ids (a list of int) of a conversation [{"role", "content"}, ...], with exactly one BOS if the tokenizer has one.
+def sampling(sample: bool | None = None, temperature: float | None = None, top_p: float | None = None) -> dict:
+    """Arguments of `generate`: greedy by default, because greedy answers can be repeated and compared.
 
-    A system message is folded into the first user turn for templates that refuse it (Mistral's). Raises ChatError for an empty
-    conversation, unknown roles, roles that do not alternate, or a tokenizer without a template.
+    sample       True draws as the model's generation_config.json says, which is what its authors recommend (Qwen3's advise against
+                 greedy); temperature and top_p replace its values, and imply it. temperature=0 is greedy.
+    The rest of the generation config (end tokens, repetition penalty, top_k) holds either way. Raises ChatError.
     """
-    messages = _checked(messages)
-    if not getattr(tokenizer, "chat_template", None):
-        raise ChatError(
-            "This tokenizer has no chat template, so it belongs to a base model. Use the instruct version of the model, or set "
-            "tokenizer.chat_template to the format it was trained on."
-        )
-    try:
-        ids = _template(tokenizer, messages, add_generation_prompt)
-    except Exception as error:  # jinja2.TemplateError: templates raise it by calling raise_exception
-        if messages[0]["role"] != "system":
-            raise ChatError(f"The model's chat template refuses this conversation: {error}") from error
-        try:
-            ids = _template(tokenizer, fold_system(messages), add_generation_prompt)
-        except Exception as error:
-            raise ChatError(f"The model's chat template refuses this conversation: {error}") from error
-    bos = tokenizer.bos_token_id
-    if bos is not None:
-        while len(ids) > 1 and ids[0] == bos and ids[1] == bos:
-            ids = ids[1:]
-    return ids
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        raise ChatError(f"temperature must be 0 (greedy) or more, not {temperature}.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ChatError(f"top_p must be above 0 and at most 1, not {top_p}.")
+    if sample is False and (temperature or top_p is not None):
+        raise ChatError("sample=False is greedy: leave out temperature and top_p.")
+    if temperature == 0 or not (sample or temperature is not None or top_p is not None):
+        return {"do_sample": False}
+    given = {"temperature": temperature, "top_p": top_p}
+    return {"do_sample": True, **{name: value for name, value in given.items() if value is not None}}
 
 
-def fold_system(messages):
-    """The same conversation with its system message put in front of the first user turn."""
-    if not messages or messages[0]["role"] != "system":
-        return list(messages)
-    system, *rest = messages
-    if not rest:
-        raise ChatError("A system message alone is no conversation: add a user turn.")
-    first = {**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}
-    return [first, *rest[1:]]
+def batch(
+    model, tokenizer, conversations, max_new_tokens: int = 64, *, sample=None, temperature=None, top_p=None, seed=None, **template_arguments
+) -> list[str]:
+    """Answers to several conversations (or plain prompts) in one batch, thoughts included; greedy unless told (`sampling`).
 
-
-def batch(model, tokenizer, conversations, max_new_tokens=64):
-    """Greedy answers to several conversations (or plain prompts) in one batch: a list of texts.
-
-    Padding is on the left: generation goes on at the end of the row, so padding there would be read as text. Each answer is the
-    one its conversation gets alone.
+    Padding is on the left: generation goes on at the end of the row, so padding there would be read as text. Each greedy answer is
+    the one its conversation gets alone. `seed` repeats the draws of the same batch. template_arguments go to `render`.
     """
     import torch
 
     if not conversations:
         raise ChatError("The batch is empty: give at least one conversation.")
-    rows = [render(tokenizer, [{"role": "user", "content": item}] if isinstance(item, str) else item) for item in conversations]
+    how = sampling(sample, temperature, top_p)
+    rows = [
+        render(tokenizer, [{"role": "user", "content": item}] if isinstance(item, str) else item, **template_arguments)
+        for item in conversations
+    ]
     width, pad = max(map(len, rows)), _pad_id(tokenizer)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     device = next(model.parameters()).device
-    output = model.generate(
-        input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
-    )
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    with _seeded(seed, device):
+        output = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, pad_token_id=pad, **how
+        )
+    return list(map(thoughts.decoder(tokenizer), output[:, width:].tolist()))
 
 
 class ChatSession:
-    """A conversation with a model: history within a token budget, answers streamed, stoppable.
+    """A conversation with a model: history within a token budget, answers streamed, stoppable, resumable.
 
     token_budget  most tokens of prompt plus answer; when history grows past it, the oldest turns go, a user turn together with its
                   answer, never half of one. The system message stays. Default: the model's context length.
+    sample, temperature, top_p  as in `sampling`; seed repeats the session's draws, answer by answer.
+    template_arguments          go to `render` for every turn (enable_thinking=False, tools=..., ...).
+
+    Thoughts are streamed, so that one sees the model at work, and stay out of `messages`; the last ones are in `thought`. An answer
+    that max_new_tokens or `stop` cut off sets `cut_off`; `resume` goes on. If only thoughts came, `messages` stays as it was.
     """
 
-    def __init__(self, model, tokenizer, system=None, max_new_tokens=256, token_budget=None):
+    def __init__(
+        self, model, tokenizer, system=None, max_new_tokens=256, token_budget=None, *, sample=None, temperature=None, top_p=None, seed=None,
+        **template_arguments,
+    ):  # fmt: skip
         limit = getattr(model.config, "max_position_embeddings", None)
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.token_budget = token_budget or limit or 4096
         if self.token_budget <= max_new_tokens:
             raise ChatError(f"token_budget ({self.token_budget}) must be larger than max_new_tokens ({max_new_tokens}).")
+        if template_arguments.get("continue_final_message"):
+            raise ChatError("A session continues an answer that was cut off with resume(), not with continue_final_message.")
+        self.sampling, self.seed, self.template_arguments = sampling(sample, temperature, top_p), seed, template_arguments
         self.system = [{"role": "system", "content": system}] if system else []
         self.turns = []
+        self.thought, self.cut_off = "", False
+        self._open = None  # (prompt ids, turns, answer ids, turns afterwards) of an answer that was cut off
+        self._answers = 0
         self._stop = threading.Event()
 
     @property
@@ -103,26 +103,69 @@ class ChatSession:
         """End the running answer after the token it is at; what was said so far is kept."""
         self._stop.set()
 
-    def prompt(self, text):
+    def prompt(self, text) -> tuple[list[int], list[dict]]:
         """Token ids of the conversation with `text` as its next user turn, and the turns that fit the budget."""
-        turns = [*self.turns, {"role": "user", "content": text}]
+        turns = [*self._without_thoughts(), {"role": "user", "content": text}]
         while True:
-            ids = render(self.tokenizer, [*self.system, *turns])
+            ids = render(self.tokenizer, [*self.system, *turns], **self.template_arguments)
             if len(ids) + self.max_new_tokens <= self.token_budget:
                 return ids, turns
-            if len(turns) == 1:
+            users = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
+            if len(users) == 1:
                 raise ChatError(
                     f"This message alone takes {len(ids)} tokens; with {self.max_new_tokens} for the answer that is more than the "
                     f"budget of {self.token_budget}. Shorten it or raise token_budget."
                 )
-            turns = turns[2:]
+            turns = turns[users[1] :]
 
-    def stream(self, text):
+    def stream(self, text) -> Iterator[str]:
         """Yield the answer piece by piece; afterwards it is part of `messages`. An error in generation is raised here."""
-        import torch
-        from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-
         ids, turns = self.prompt(text)
+        yield from self._generate(ids, turns, [])
+
+    def resume(self) -> Iterator[str]:
+        """Go on with the answer that was cut off, by up to max_new_tokens more, from the very tokens it ended with."""
+        if self._open is None or self._open[3] != self.turns:
+            raise ChatError("There is no answer to go on with: the last one is complete, or the conversation has changed since.")
+        ids, turns, said, _ = self._open
+        if len(ids) + len(said) + self.max_new_tokens > self.token_budget:
+            raise ChatError(
+                f"Going on takes {len(ids) + len(said) + self.max_new_tokens} tokens, more than the budget of {self.token_budget}."
+            )
+        yield from self._generate(ids, turns, said)
+
+    def send(self, text) -> str:
+        """The whole answer as one text, without thoughts. Warns if the thoughts took all tokens: there is no answer then."""
+        before = self._answers
+        pieces = "".join(self.stream(text))
+        if pieces and self._answers == before:
+            warnings.warn(
+                f"{self.max_new_tokens} new tokens were not enough: the model was still thinking. Call resume(), raise max_new_tokens, "
+                "or turn thinking off if the template can (enable_thinking=False).",
+                stacklevel=2,
+            )
+        return self.turns[-1]["content"] if self._answers > before else ""
+
+    def _without_thoughts(self):
+        """The turns as the next prompt gets them: answers without thoughts; a turn that was nothing but thought, and its question, go."""
+        known, turns = thoughts.known(self.tokenizer), []
+        for turn in self.turns:
+            if turn["role"] == "assistant" and isinstance(turn.get("content"), str):
+                thought, answer = thoughts.split(turn["content"], known=known)
+                if thought or not answer:
+                    turn = {**turn, "content": answer}
+                if not answer and not turn.get("tool_calls"):
+                    while turns and turns.pop()["role"] != "user":
+                        pass
+                    continue
+            turns.append(turn)
+        return turns
+
+    def _generate(self, ids, turns, said):
+        """Stream an answer of which `said` (token ids) has been said before, and keep it."""
+        import torch
+        from transformers import StoppingCriteria, StoppingCriteriaList
+
         self._stop.clear()
         stop = self._stop
 
@@ -130,39 +173,58 @@ class ChatSession:
             def __call__(self, input_ids, scores, **_):
                 return torch.full((len(input_ids),), stop.is_set(), dtype=torch.bool, device=input_ids.device)
 
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        inputs = torch.tensor([ids], device=next(self.model.parameters()).device)
+        decode = thoughts.decoder(self.tokenizer)
+        streamer = _streamer(decode)
+        device = next(self.model.parameters()).device
+        inputs = torch.tensor([ids + said], device=device)
+        seed = None if self.seed is None else self.seed + self._answers
         failure = []
 
         def generate():
             try:
-                self.model.generate(
-                    input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=self.max_new_tokens, do_sample=False,
-                    pad_token_id=_pad_id(self.tokenizer), streamer=streamer, stopping_criteria=StoppingCriteriaList([Stopped()]),
-                )  # fmt: skip
+                with _seeded(seed, device):
+                    self.model.generate(
+                        input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=self.max_new_tokens,
+                        pad_token_id=_pad_id(self.tokenizer), streamer=streamer, stopping_criteria=StoppingCriteriaList([Stopped()]),
+                        **self.sampling,
+                    )  # fmt: skip
             except Exception as error:
                 failure.append(error)
                 streamer.end()
 
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
-        answer = []
+        pieces, stopped = [], True
         try:
             for piece in streamer:
                 if piece:
-                    answer.append(piece)
+                    pieces.append(piece)
                     yield piece
+            stopped = stop.is_set()
         finally:
             stop.set()  # the caller left early: do not go on computing for nobody
             thread.join()
-            if answer and not failure:
-                self.turns = [*turns, {"role": "assistant", "content": "".join(answer).strip()}]
+            if not failure:
+                new = streamer.ids
+                cut_off = stopped or len(new) >= self.max_new_tokens and new[-1] not in self._ends()
+                self._keep(ids, turns, said + new, decode(said + new) or "".join(pieces), cut_off)
         if failure:
             raise failure[0]
 
-    def send(self, text):
-        """The whole answer as one text."""
-        return "".join(self.stream(text)).strip()
+    def _keep(self, ids, turns, said, text, cut_off):
+        opened = thoughts.opening(thoughts.decoder(self.tokenizer)(ids[-64:]))
+        self.thought, answer = thoughts.split(text, opened, thoughts.known(self.tokenizer))
+        if answer:
+            self.turns = [*turns, {"role": "assistant", "content": answer}]
+            self._answers += 1
+        self.cut_off = cut_off
+        self._open = (ids, turns, said, list(self.turns)) if cut_off else None
+
+    def _ends(self):
+        """Ids that end an answer."""
+        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return ends if isinstance(ends, list) else [ends]
 
 
 class ChatBox:
@@ -192,6 +254,9 @@ class ChatBox:
             for piece in self.session.stream(text):
                 pieces.append(piece)
                 self._show([*shown, {"role": "assistant", "content": "".join(pieces)}])
+            kept = self.session.turns != shown[:-1]  # not so if the model was cut off while thinking
+            note = "The answer was cut off: session.resume() goes on." if getattr(self.session, "cut_off", False) else None
+            self._show(None if kept else [*shown, {"role": "assistant", "content": "".join(pieces)}], note)
         except ChatError as error:
             self._show(shown, note=str(error))
         finally:
@@ -208,7 +273,7 @@ class ChatBox:
         self.log.value = transcript_html(turns) + (f"<p role='alert'>{html.escape(note)}</p>" if note else "")
 
     def __repr__(self):
-        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in self.session.turns) or "(chat box: open the notebook in Jupyter to use it)"
+        return "\n".join(f"{turn['role']}: {text_of(turn.get('content') or '')}" for turn in self.session.turns) or "(chat box: open the notebook in Jupyter to use it)"
 
     def _repr_mimebundle_(self, **_):
         static = {"text/html": transcript_html(self.session.turns), "text/plain": repr(self)}
@@ -217,36 +282,41 @@ class ChatBox:
 
 def transcript_html(turns):
     """Turns as HTML paragraphs with everything escaped."""
-    rows = (f"<p><b>{html.escape(turn['role'])}:</b> {html.escape(turn['content'])}</p>" for turn in turns)
+    rows = (f"<p><b>{html.escape(turn['role'])}:</b> {html.escape(text_of(turn.get('content') or ''))}</p>" for turn in turns)
     return f"<div role='log' aria-live='polite' style='white-space: pre-wrap'>{''.join(rows)}</div>"
 
 
-def _checked(messages):
-    if isinstance(messages, (str, bytes)) or not isinstance(messages, (list, tuple)):
-        raise ChatError('A conversation is a list of {"role": ..., "content": ...}; got ' + type(messages).__name__ + ".")
-    if not messages:
-        raise ChatError('The conversation is empty. Start with {"role": "user", "content": "..."}.')
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ChatError(f"Message {number} must be a dict with role and content.")
-        if message["role"] not in ROLES:
-            raise ChatError(f"Message {number} has the role {message['role']!r}; known are {', '.join(ROLES)}.")
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            raise ChatError(f"Message {number} ({message['role']}) has no text.")
-    turns = list(messages[1:] if messages[0]["role"] == "system" else messages)
-    if not turns:
-        raise ChatError("A system message alone is no conversation: add a user turn.")
-    for number, message in enumerate(turns):
-        expected = "user" if number % 2 == 0 else "assistant"
-        if message["role"] != expected:
-            raise ChatError(
-                f"Turns must alternate user, assistant, user, ...: turn {number + 1} is {message['role']!r} where {expected!r} belongs."
-            )
-    return list(messages)
+def _streamer(decode):
+    """A streamer of the pieces of an answer that remembers their token ids."""
+    from transformers import TextIteratorStreamer
+
+    class Decoder:
+        @staticmethod
+        def decode(ids, **_):
+            return decode(ids)
+
+    class Streamer(TextIteratorStreamer):
+        ids = []
+
+        def put(self, value):
+            if not self.next_tokens_are_prompt:
+                self.ids = [*self.ids, *value.flatten().tolist()]
+            super().put(value)
+
+    return Streamer(Decoder, skip_prompt=True)
 
 
-def _template(tokenizer, messages, add_generation_prompt):
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True)["input_ids"])
+@contextmanager
+def _seeded(seed, device):
+    """Draws that `seed` decides, without touching the caller's; None leaves everything as it is."""
+    if seed is None:
+        yield
+        return
+    import torch
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _pad_id(tokenizer):

@@ -3,12 +3,14 @@
 import re
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from helpers import chat
+from test_templates import CHANNELS, CHATML, OPENED, THINKING, letters
 
 # The refusal that Mistral's templates make, in a template of our own.
 STRICT = (
@@ -91,7 +93,7 @@ def test_tokenizer_without_a_template():
         chat.render(strict_tokenizer(template=None), [user()])
 
 
-words = st.lists(st.sampled_from(["hello", "be", "brief", "there", "<s>", "</s>", "[INST]", "é", "{{ x }}", "<script>"]), min_size=1).map(" ".join)
+words = st.lists(st.sampled_from(["hello", "be", "brief", "there", "é", "{{ x }}", "<script>"]), min_size=1).map(" ".join)
 
 
 @settings(deadline=None)
@@ -103,6 +105,13 @@ def test_any_alternating_conversation_renders_with_its_bos_first(with_system, co
     ids = chat.render(strict_tokenizer(), messages)
     assert ids[0] == 1 and ids[1] != 1
     assert messages == before, "the caller's conversation was changed"
+
+
+@pytest.mark.parametrize("typed", ["<s>", "</s>", "[INST]"])
+def test_control_words_of_a_tokenizer_without_letters_are_refused(typed):
+    """It has a word for <s> and none for its letters: what is typed could only become the control token."""
+    with pytest.raises(chat.ChatError, match=re.escape(typed)):
+        chat.render(strict_tokenizer(), [user(f"hello {typed} there")])
 
 
 def test_each_answer_of_a_batch_is_the_one_it_gets_alone(net, tokenizer):
@@ -171,6 +180,158 @@ def test_an_error_while_generating_reaches_the_caller_and_leaves_history_alone(t
     assert session.messages == []
 
 
+class Scripted:
+    """A model that says given texts, one a call, as far as max_new_tokens; what was left over is said by the next call."""
+
+    config = type("Config", (), {"max_position_embeddings": 10_000})
+
+    def __init__(self, tokenizer, *answers):
+        self.left = [tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
+        self.calls = []
+
+    def parameters(self):
+        yield torch.zeros(1)
+
+    def generate(self, input_ids, streamer, max_new_tokens, **arguments):
+        self.calls.append({"ids": input_ids[0].tolist(), **arguments})
+        streamer.put(input_ids)
+        ids = self.left.pop(0)
+        if ids[max_new_tokens:]:
+            self.left.insert(0, ids[max_new_tokens:])
+        for number in ids[:max_new_tokens]:
+            streamer.put(torch.tensor([number]))
+        streamer.end()
+
+
+def scripted(template, *answers, **options):
+    tokenizer = letters(template)
+    return chat.ChatSession(Scripted(tokenizer, *answers), tokenizer, **{"max_new_tokens": 500, **options})
+
+
+THOUGHTS = [
+    (THINKING, "<think>\nSECRET\n</think>\n\nHello!<|im_end|>"),
+    (OPENED, "SECRET\n</think>\n\nHello!</s>"),
+    (CHANNELS, "<|channel|>analysis<|message|>SECRET<|end|><|start|>assistant<|channel|>final<|message|>Hello!<|end|>"),
+]
+
+
+@pytest.mark.parametrize(("template", "answer"), THOUGHTS)
+def test_thoughts_are_streamed_and_never_reach_the_next_turn(template, answer):
+    session = scripted(template, answer)
+    assert "SECRET" in "".join(session.stream("hi"))
+    assert session.messages == [user("hi"), assistant("Hello!")] and session.thought == "SECRET" and not session.cut_off
+    ids, _ = session.prompt("and now?")
+    assert "SECRET" not in session.tokenizer.decode(ids) and "Hello!" in session.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(("template", "answer"), THOUGHTS)
+def test_a_thought_that_was_cut_off_is_no_answer_and_can_go_on(template, answer):
+    session = scripted(template, answer, max_new_tokens=len(letters(template)(answer.partition("RET")[0]).input_ids))
+    with pytest.warns(UserWarning, match="still thinking"):
+        assert session.send("hi") == ""
+    assert session.messages == [] and session.cut_off and "SEC" in session.thought
+    ids, turns = session.prompt("and now?")
+    assert turns == [user("and now?")] and "SEC" not in session.tokenizer.decode(ids)
+    while session.cut_off:
+        list(session.resume())
+    assert session.messages == [user("hi"), assistant("Hello!")] and session.thought == "SECRET"
+
+
+def test_thoughts_in_turns_that_somebody_else_put_there_are_left_out_too():
+    session = scripted(THINKING, "x")
+    session.turns = [user("one"), assistant("<think>\nSECRET"), user("two"), assistant("<think>SECRET</think>Yes."), user("three"), assistant("No.")]
+    before = list(session.turns)
+    ids, turns = session.prompt("four")
+    assert turns == [user("two"), assistant("Yes."), user("three"), assistant("No."), user("four")]
+    assert "SECRET" not in session.tokenizer.decode(ids) and session.turns == before
+
+
+def test_an_answer_that_was_cut_off_goes_on_with_the_tokens_it_ended_with():
+    session = scripted(CHATML, "Once upon a time<|im_end|>", max_new_tokens=9)
+    assert session.send("A tale") == "Once upon" and session.cut_off
+    asked = session.model.calls[0]["ids"]
+    assert "".join(session.resume()) == " a time" and session.messages == [user("A tale"), assistant("Once upon a time")]
+    assert session.model.calls[1]["ids"] == asked + session.tokenizer(" Once upon"[1:]).input_ids
+    assert not session.cut_off
+    with pytest.raises(chat.ChatError, match="no answer to go on with"):
+        list(session.resume())
+
+
+def test_going_on_needs_the_same_conversation_and_room():
+    session = scripted(CHATML, "Once upon a time", max_new_tokens=4, token_budget=60)
+    session.send("A tale")
+    session.token_budget = 10
+    with pytest.raises(chat.ChatError, match="budget of 10"):
+        list(session.resume())
+    session.turns = []
+    with pytest.raises(chat.ChatError, match="conversation has changed"):
+        list(session.resume())
+
+
+def test_going_on_says_what_one_longer_answer_says(net, tokenizer):
+    question = "What is the capital of France?"
+    whole = chat.ChatSession(net, tokenizer, max_new_tokens=12).send(question)
+    session = chat.ChatSession(net, tokenizer, max_new_tokens=4)
+    session.send(question)
+    assert session.cut_off
+    while session.cut_off:
+        list(session.resume())
+    assert session.messages[-1]["content"] == whole
+
+
+def test_template_arguments_reach_every_turn_of_a_session_and_of_a_batch():
+    session = scripted(THINKING, "Hello!<|im_end|>", "Bye!<|im_end|>", enable_thinking=False)
+    session.send("hi")
+    session.send("bye")
+    opened = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert all(session.tokenizer.decode(call["ids"]).endswith(opened) for call in session.model.calls)
+
+    class Echo(Scripted):
+        def generate(self, input_ids, **arguments):
+            self.calls.append(arguments)
+            return input_ids[:, list(range(input_ids.shape[1])) * 2]
+
+    echo = Echo(letters(THINKING))
+    answers = chat.batch(echo, letters(THINKING), ["hi", [user([{"type": "text", "text": "hello"}])]], enable_thinking=False, temperature=0.5)
+    assert all("</think>" in answer for answer in answers) and "hello" in answers[1]
+    assert echo.calls[0]["do_sample"] is True and echo.calls[0]["temperature"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"do_sample": False}),
+        ({"temperature": 0}, {"do_sample": False}),
+        ({"sample": False}, {"do_sample": False}),
+        ({"sample": True}, {"do_sample": True}),
+        ({"temperature": 0.7}, {"do_sample": True, "temperature": 0.7}),
+        ({"top_p": 0.9}, {"do_sample": True, "top_p": 0.9}),
+    ],
+)
+def test_greedy_unless_asked_and_the_models_own_values_unless_given(given, expected):
+    assert chat.sampling(**given) == expected
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"sample": False, "top_p": 0.9}]
+)
+def test_sampling_that_cannot_be(wrong):
+    with pytest.raises(chat.ChatError, match="top_p|temperature"):
+        chat.sampling(**wrong)
+
+
+def test_a_seed_repeats_draws_and_leaves_the_callers_alone(net, tokenizer):
+    def answers(seed):
+        session = chat.ChatSession(net, tokenizer, max_new_tokens=8, temperature=1.5, seed=seed)
+        return [session.send("Tell me something."), session.send("Tell me something.")]
+
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = answers(3)
+    assert answers(3) == first and answers(4) != first
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_what_anybody_says_is_escaped(net, tokenizer, monkeypatch):
     html = chat.transcript_html([user("<script>alert(1)</script>"), assistant('<img src=x onerror="y">')])
     assert "<script>" not in html and "<img" not in html and "&lt;script&gt;" in html
@@ -185,3 +346,28 @@ def test_what_anybody_says_is_escaped(net, tokenizer, monkeypatch):
 
 def test_the_pad_id_of_a_tokenizer_without_one_is_its_end_token():
     assert strict_tokenizer().pad_token_id is None and chat._pad_id(strict_tokenizer()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--temperature", "-1"], "temperature must be"), (["--top-p", "2"], "top_p must be"), (["-t", "enable_thinking"], "NAME=VALUE")],
+)
+def test_wrong_options_end_before_a_model_is_fetched(arguments, message, monkeypatch, capsys):
+    from helpers import models
+    from helpers.__main__ import main
+
+    monkeypatch.setattr(models, "find", lambda _: pytest.fail("asked for a model"))
+    assert main(["chat", "--once", "hi", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_template_arguments_of_the_command_line_are_json_or_text():
+    from helpers.__main__ import _template_argument
+
+    assert _template_argument("enable_thinking=false") == ("enable_thinking", False)
+    assert _template_argument("reasoning_effort=high") == ("reasoning_effort", "high")
+
+
+def test_a_transcript_shows_parts_and_turns_without_text():
+    turns = [user([{"type": "text", "text": "hel"}, {"type": "text", "text": "<lo>"}]), {"role": "assistant", "content": None, "tool_calls": []}]
+    assert "hel&lt;lo&gt;" in chat.transcript_html(turns) and "None" not in chat.transcript_html(turns)
