@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from helpers import __version__, cores, memory, models, notebooks, records, redact, setup
+from helpers import __version__, cores, memory, models, notebooks, packaged, records, redact, setup
 
 OK, NOTE, BAD = "ok", "note", "bad"
 RUNS, SMALL, CANNOT = "run", "run with the small model", "cannot"
@@ -493,7 +493,7 @@ def _disk():
 def _default_folder():
     """The converted default model's folder if it is complete, else None."""
     try:
-        folder = models.cache() / "SmolLM2-135M-Instruct"
+        folder = packaged.SMOLLM2.folder
         models.check_folder(folder)
     except models.ModelError:
         return None
@@ -645,10 +645,10 @@ class _Network(threading.Thread):
 
 def _pypi_answers():
     """True if pip finds the default model's package where it is set up to look."""
-    name, _, version = models.PACKAGE.partition("==")
-    command = [sys.executable, "-m", "pip", "index", "versions", name, "--timeout", "3", "--retries", "0", "--disable-pip-version-check"]
+    (part,) = packaged.SMOLLM2.parts
+    command = [sys.executable, "-m", "pip", "index", "versions", part.package, "--timeout", "3", "--retries", "0", "--disable-pip-version-check"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=HUB_SECONDS, env=os.environ | {"PIP_NO_INPUT": "1"})
     except (OSError, subprocess.SubprocessError):
         return False
-    return done.returncode == 0 and version in done.stdout
+    return done.returncode == 0 and part.version in done.stdout
