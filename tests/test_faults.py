@@ -30,6 +30,7 @@ from test_models import make_checkpoint
 kills = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
 NUMBERS = dict.fromkeys(records.NUMBERS, 1)
 FOUND = models.Found("here", "tiny", "local folder", "cpu")
+SMOLLM2_FOLDER = f"{packaged.SMOLLM2.name}-{packaged.REVISION}"
 
 
 def record(folder):
@@ -115,7 +116,7 @@ def test_the_real_conversion_killed_then_two_processes_at_once(found, tmp_path):
     time.sleep(5)  # in the middle of the conversion
     first.kill()
     first.communicate()
-    target = tmp_path / packaged.SMOLLM2.folder.name
+    target = tmp_path / SMOLLM2_FOLDER
     assert not target.exists()
     both = [start(), start()]
     outputs = [process.communicate(timeout=200) for process in both]
@@ -210,7 +211,7 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(models.ModelError, match="COURSE_CACHE"):
         models.find(models.OFFLINE)
     with mounted(tmp_path / "disk", "size=1m") as disk:
-        sealed(disk / "cache" / packaged.SMOLLM2.folder.name)
+        sealed(disk / "cache" / SMOLLM2_FOLDER)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with pytest.raises(OSError, match="output folder cannot be made.*Read-only"):
             record(disk / "build")
