@@ -717,7 +717,7 @@ for name, value in state.items():
 del back
 final, decode = measure(reloaded, batch_size=8), speed.decode(reloaded, new_tokens=8, runs=2)
 print(f"all windows: {final}, {memory.weight_bytes(reloaded) / 1e6:.0f} MB in memory")
-print(f"decode {decode.decode_tokens_per_s:.1f} tokens/s: on a CPU torchao unpacks every layer in every pass")
+print(f"decode {decode}: on a CPU torchao unpacks every layer in every pass")
 chat = [{"role": "user", "content": "What is a list in Python?"}]
 question = tokenizer.apply_chat_template(
     chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

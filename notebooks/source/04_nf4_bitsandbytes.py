@@ -283,7 +283,7 @@ print(f"{weight_bytes / 1e6:.1f} MB after loading, {after / 1e6:.1f} MB after th
 #
 # ## Is it 2 to 3 times faster?
 #
-# Prefill and decode apart, batch 1, all in this one run.
+# Prefill and decode apart, batch 1, all in this one run: the median of three, and the slowest and the fastest of them.
 
 # %%
 speeds = {}
@@ -295,7 +295,7 @@ speeds[quant_type] = rate_4bit = speed.decode(net)
 
 # %%
 speed_table = pd.DataFrame({name: vars(rate) for name, rate in speeds.items()}).T
-speed_table.columns = ["prefill tok/s", "decode tok/s"]
+speed_table.columns = ["prefill tok/s", "decode tok/s", "slowest run", "fastest run"]
 full, half = speed_table["decode tok/s"].iloc[0], speed_table["decode tok/s"]["bfloat16"]
 ratio_full, ratio_half = rate_4bit.decode_tokens_per_s / full, rate_4bit.decode_tokens_per_s / half
 

@@ -733,7 +733,7 @@ for method, net in nets.items():
 
 # %%
 speeds = pd.DataFrame(rates).T
-speeds.columns = ["prefill tok/s", "decode tok/s"]
+speeds.columns = ["prefill tok/s", "decode tok/s", "slowest run", "fastest run"]
 full = str(found.dtype).removeprefix("torch.")
 faster = speeds["decode tok/s"]["gptq"] / speeds["decode tok/s"][full]
 print(f"gptq decodes {faster:.2f} times as fast as {full}")

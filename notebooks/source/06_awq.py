@@ -754,7 +754,7 @@ with pd.option_context("display.max_colwidth", None):
 # with the column above.)
 
 # %%
-fresh.columns = ["prefill tok/s", "decode tok/s"]
+fresh.columns = ["prefill tok/s", "decode tok/s", "slowest run", "fastest run"]
 fresh["times " + plain_dtype] = fresh["decode tok/s"] / fresh["decode tok/s"][plain_dtype]
 display(fresh.round(2))
 slowest, fastest = fresh.loc[list(folders)].iloc[:, -1].agg(["min", "max"])
