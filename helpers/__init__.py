@@ -4,7 +4,6 @@ Importing this package costs milliseconds: torch is imported by the modules that
 everything that follows, so import it before torch.
 """
 
-import gc
 import logging
 import os
 
@@ -26,10 +25,6 @@ os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, cores())))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer warns in every forked process otherwise
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-# Garbage collection starts after so many new objects. With Python's own 700 it runs again and again while transformers and peft are
-# imported, in the end over all that they brought.
-gc.set_threshold(20_000)
 
 # torchao announces at import which GPU libraries it could not load; on a CPU that is every one of them.
 logging.getLogger("torchao").setLevel(logging.ERROR)

@@ -1,6 +1,5 @@
 """Memory: what a block of code used, what a model weighs, and what it will need before it is loaded."""
 
-import atexit
 import ctypes
 import gc
 import os
@@ -281,17 +280,6 @@ def release():
         libc.malloc_trim(0)
     if cuda := _cuda():
         cuda.empty_cache()
-
-
-def freeze_imports():
-    """Take what is there now out of garbage collection, once per process: mostly modules that nobody will delete. Nothing is collected first.
-
-    torch and transformers leave so many objects that each `gc.collect()`, which looks at all of them, is felt; `release` and some
-    libraries call it again and again.
-    """
-    if not gc.get_freeze_count():
-        gc.freeze()
-        atexit.register(gc.unfreeze)  # or libraries that count their objects at the end report them as leaked
 
 
 CAP = "COURSE_VRAM_CAP"  # environment variable by which `python -m helpers run --cap 24GB` reaches every notebook's kernel

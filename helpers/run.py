@@ -24,8 +24,6 @@ BATCH = {
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     "PYTHONWARNINGS": "ignore::DeprecationWarning",
     "KINETO_LOG_LEVEL": "6",  # torch's profiler reports its start and its end on the terminal
-    # glibc gives freed memory back at once and asks for it again, page by page; in training that takes a good part of each step
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000",
 }
 SCHEME = "course-output:"  # papermill writes a notebook through `_Output` where its path begins with this
 PACKAGE_BYTES = 92_871_040  # the default model's wheel, the only thing a notebook downloads once the packages are there
@@ -80,17 +78,13 @@ def _register_output():
 
 @functools.cache
 def _kernel_config():
-    """Talk to kernels encrypted where zmq can, as the newer ones ask for (without it they complain in the terminal), and end them at once.
-
-    A kernel that is asked to end takes apart every module and array first, for seconds; the notebooks leave nothing to be done then.
-    """
+    """Talk to kernels encrypted where zmq can, as the newer ones ask for: without it they complain in the terminal."""
     import jupyter_client
     import traitlets.config
     import zmq
 
     known = hasattr(jupyter_client.KernelManager, "transport_encryption") and zmq.has("curve")
-    settings = {"KernelManager": {"transport_encryption": "auto"}} if known else {}
-    return traitlets.config.Config(settings | {"NotebookClient": {"shutdown_kernel": "immediate"}})
+    return traitlets.config.Config({"KernelManager": {"transport_encryption": "auto"}} if known else {})
 
 
 @dataclass

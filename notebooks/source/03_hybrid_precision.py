@@ -526,7 +526,7 @@ def reload(folder):
 
 # %%
 FRESH = inspect.getsource(reload) + """
-import gc, math, sys
+import math, sys
 import torch
 from safetensors.torch import load_file
 windows, net, nll = load_file(sys.argv[2])["windows"], reload(sys.argv[1]), 0.0
@@ -536,7 +536,6 @@ with torch.inference_mode():
         for row, logits in zip(rows, net(rows, use_cache=False).logits):
             nll += torch.nn.functional.cross_entropy(logits[:-1].float(), row[1:], reduction="sum").item()
 print(math.exp(nll / windows.shape[0] / (windows.shape[1] - 1)))
-gc.freeze()  # no garbage to look for at the end
 """
 
 # %%

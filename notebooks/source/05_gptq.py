@@ -613,7 +613,7 @@ def reload(folder):
 
 # %%
 PROGRAM = """
-import gc, json, sys
+import json, sys
 import helpers  # as many threads as here
 import torch
 from safetensors.torch import save_file
@@ -631,7 +631,6 @@ for name in precisions + list(folders):
     rates[name] = vars(speed.decode(net, new_tokens=12, runs=2))
 save_file(logits, out + "/logits.safetensors")
 print(json.dumps(rates))
-gc.freeze()  # no garbage to look for at the end
 """
 
 # %%

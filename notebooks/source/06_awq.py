@@ -611,7 +611,7 @@ memory.release()
 
 # %%
 RELOAD = """
-import gc, json, sys
+import json, sys
 import helpers  # as many threads as here
 import torch
 from safetensors.torch import save_file
@@ -630,7 +630,6 @@ for name, folder in folders.items():
     rates[name] = vars(speed.decode(net, new_tokens=12, runs=2))
 save_file(logits, out + "/logits.safetensors")
 print(json.dumps(rates))
-gc.freeze()  # no garbage to look for at the end
 """
 
 # %%
