@@ -6,6 +6,7 @@ everything that follows, so import it before torch.
 
 import logging
 import os
+from pathlib import Path
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,12 @@ def cores():
 def batch():
     """True where `python -m helpers run` executes the notebooks: no front end will ever draw a widget, so show text instead."""
     return os.environ.get("COURSE_BATCH") == "1"
+
+
+def child_environment() -> dict[str, str]:
+    """Environment for a new Python process that imports `helpers` from here, with what the reader's PYTHONPATH already holds."""
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 os.environ.setdefault("OMP_NUM_THREADS", str(cores()))

@@ -344,7 +344,8 @@ def bare(path, folder, kernel, threads):
         notebook.cells = notebook.cells[: notebook.cells.index(parameters) + 2]
         nbformat.write(notebook, content / path.name)
     environment = os.environ | run.BATCH | {"COURSE_SOURCE": str(ROOT), "JUPYTER_PATH": str(kernel), "OMP_NUM_THREADS": str(threads)}
-    environment.pop("PYTHONPATH", None)
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # a reader's packages may come this way; the course must not
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if not os.path.isdir(os.path.join(path, "helpers")))
     command = [sys.executable, "-m", "papermill", path.name, "out.ipynb", "-k", "colab", "-p", "eval_tokens", "1024",
                "-p", "model", models.OFFLINE, "--no-progress-bar"]  # fmt: skip
     for _ in range(2):

@@ -56,6 +56,16 @@ def test_the_environment_is_as_before(tmp_path, monkeypatch):
     assert dict(os.environ) == before
 
 
+def test_a_kernel_in_batch_has_a_readers_allocator_and_ends_as_it_likes(tmp_path):
+    source = (
+        "import atexit, os, pathlib\n"
+        f"atexit.register(pathlib.Path({str(tmp_path / 'ended')!r}).touch)\n"
+        "assert not [name for name in os.environ if 'MALLOC' in name or 'TUNABLES' in name]"
+    )
+    assert verdict(tmp_path, source).ok
+    assert (tmp_path / "ended").exists(), "the kernel was killed"
+
+
 def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
     from helpers import notebooks
 

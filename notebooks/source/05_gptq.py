@@ -643,7 +643,7 @@ with tempfile.TemporaryDirectory() as scratch:
     program = PROGRAM.format(reload=inspect.getsource(reload))
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(order)], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(pathlib.Path(helpers.__file__).parents[1])})
+        env=helpers.child_environment())
     assert done.returncode == 0, done.stderr[-2000:]
     elsewhere = load_file(f"{scratch}/logits.safetensors")
 rates = json.loads(done.stdout.splitlines()[-1])

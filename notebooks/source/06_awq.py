@@ -34,7 +34,7 @@ layer = 5
 max_new_tokens = 32
 
 # %%
-import contextlib, copy, io, json, logging, os, pathlib, subprocess, sys, tempfile, time, warnings
+import contextlib, copy, io, json, logging, pathlib, subprocess, sys, tempfile, time, warnings
 from unittest import mock
 
 import matplotlib.pyplot as plt
@@ -641,7 +641,7 @@ every = {name: folders.get(name, str(found.path)) for name in dtypes}
 with tempfile.TemporaryDirectory() as scratch:
     order = json.dumps([every, dtypes, found.device, prompt.tolist(), scratch])
     done = subprocess.run([sys.executable, "-c", RELOAD, order], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(pathlib.Path(helpers.__file__).parents[1])})
+                          env=helpers.child_environment())
     assert done.returncode == 0, done.stderr[-1000:]
     elsewhere = load_file(f"{scratch}/logits.safetensors")
 fresh = pd.DataFrame(json.loads(done.stdout.splitlines()[-1])).T
