@@ -243,9 +243,13 @@ def table(results):
 
 
 def commit_outputs(path, executed, result, disk):
-    """Store an execution's outputs in the notebook itself, without what belongs to this machine or this minute."""
+    """Store an execution's outputs in the notebook itself, without what belongs to this machine or this minute, and without widgets.
+
+    A widget's saved state is megabytes of JSON that no reviewer can read; the picture, table or text beside it stays.
+    """
     notebook = nbformat.read(executed, as_version=4)
-    notebook.metadata.pop("papermill", None)
+    for key in ("papermill", "widgets"):
+        notebook.metadata.pop(key, None)
     cost = notebook.metadata.setdefault("course", {}).setdefault("cost", {})
     cost["cpu"] = {
         "machine": f"CPU ({cores()} cores), SmolLM2-135M",
@@ -260,6 +264,8 @@ def commit_outputs(path, executed, result, disk):
             cell.metadata.pop(key, None)
         if cell.cell_type == "code":
             cell.outputs = merged([output for output in cell.outputs if output.get("name") != "stderr"])
+            for output in cell.outputs:
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # JupyterLab finds no model for it
     nbformat.write(notebook, path)
 
 

@@ -101,6 +101,25 @@ def test_no_such_notebook():
         run.run(only=["77"])
 
 
+def test_no_widget_is_committed(tmp_path):
+    """Of a widget with a static twin the twin stays, and the notebook holds no state."""
+    source = (
+        "import ipywidgets\n"
+        "class Both:\n"
+        "    def _repr_mimebundle_(self, **_):\n"
+        "        return {**ipywidgets.HTML('live')._repr_mimebundle_(), 'text/html': '<p>twin</p>', 'text/plain': 'twin'}\n"
+        "Both()"
+    )
+    path = notebook(tmp_path, source)
+    result = run.execute(path, tmp_path / "out.ipynb")
+    executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    assert "widgets" in executed.metadata and "application/vnd.jupyter.widget-view+json" in executed.cells[0].outputs[0].data
+    run.commit_outputs(path, tmp_path / "out.ipynb", result, disk=0)
+    committed = nbformat.read(path, as_version=4)
+    assert "widgets" not in committed.metadata
+    assert dict(committed.cells[0].outputs[0].data) == {"text/html": "<p>twin</p>", "text/plain": "twin"}
+
+
 def test_streams_are_merged():
     piece = lambda text: nbformat.v4.new_output("stream", name="stdout", text=text)  # noqa: E731
     picture = nbformat.v4.new_output("display_data", data={"text/plain": "x"})

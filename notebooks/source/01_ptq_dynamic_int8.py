@@ -388,6 +388,8 @@ def draw(bits, size, clipping):
 # %%
 import base64
 import ipywidgets
+from IPython.display import HTML
+from helpers import batch
 
 class Explorer:
     """Three controls and a picture; redrawn when a control moves."""
@@ -408,7 +410,8 @@ class Explorer:
         plt.close(fig)
 
 explorer = Explorer()
-ipywidgets.VBox([ipywidgets.HBox(explorer.controls), explorer.picture])
+panel = ipywidgets.VBox([ipywidgets.HBox(explorer.controls), explorer.picture])
+HTML(explorer.picture.value) if batch() else panel  # in batch: the picture alone
 
 # %%
 rows = []
