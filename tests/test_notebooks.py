@@ -229,6 +229,7 @@ RELOADS = {
     "int8-dynamic-torchao": "reload",
     "int8-static": "reload",
     "qat-int4": "load_quantized",
+    "qat-int8-eager": "load_eager",
     "hybrid": "reload",
     "gptq": "reload",
     "autogptq": "reload",
@@ -273,6 +274,45 @@ def elsewhere(together, executions, build):
 def test_checkpoint_in_a_fresh_process(method, build, elsewhere):
     """What a notebook saved gives the recorded perplexity there."""
     assert elsewhere[method].result() == pytest.approx(records.read(build)[method]["perplexity"], rel=1e-3)
+
+
+PLAIN = """
+import sys
+from pathlib import Path
+{reload}
+import torch
+from transformers import AutoModelForCausalLM
+folder, ids = Path(sys.argv[1]), torch.arange(100, 164)[None]
+try:
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+except Exception as problem:
+    print("REFUSED", " ".join(str(problem).split()))
+else:
+    with torch.inference_mode():
+        theirs = plain(ids.to(plain.device)).logits.float().log_softmax(-1).cpu()
+        ours = {function}(folder)
+        ours = ours(ids.to(ours.device)).logits.float().log_softmax(-1).cpu()
+    print("KL", (ours.exp() * (ours - theirs)).sum(-1).mean().item())
+"""
+
+
+def test_no_checkpoint_loads_as_garbage(build, elsewhere):
+    """Every folder under checkpoints, by plain `from_pretrained`: as the notebook's own way brings it back, or an error that names it."""
+    concurrent.futures.wait(elsewhere.values())
+    written, folders = records.read(build), sorted(path for path in checkpoints.folder(build, "x").parent.iterdir() if path.is_dir())
+    assert {folder.name for folder in folders} >= set(RELOADS)
+    for folder in folders:
+        stem = written[folder.name]["notebook"] if folder.name in written else "02_qat_fake_quant" if folder.name.startswith("qat") else None
+        cells = notebooks.tagged(nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4), "reload") if stem else []
+        function = RELOADS.get(folder.name, "AutoModelForCausalLM.from_pretrained")
+        program = PLAIN.format(reload="\n".join(cell.source for cell in cells), function=function)
+        done = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=ROOT, capture_output=True, text=True, env=os.environ | run.BATCH)
+        assert done.returncode == 0, (folder.name, done.stderr[-2000:])
+        answer = done.stdout.strip().splitlines()[-1]
+        if answer.startswith("REFUSED"):
+            assert stem and f"in notebook {stem}.ipynb" in answer, (folder.name, answer)
+        else:
+            assert float(answer.split()[1]) < 0.02, (folder.name, answer)
 
 
 def test_successors_and_archived_packages_agree_and_beat_rounding(build):
