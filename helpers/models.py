@@ -90,9 +90,6 @@ def find(model="auto"):
     memory.cap_vram()  # before anything is loaded: every notebook comes here first, with its imports done
     if not isinstance(model, str) or not model.strip():
         raise ModelError(f'model must be "auto", a hub id such as "{SMOLLM2}", or a folder; got {model!r}.')
-    import transformers.modeling_utils  # noqa: F401  it comes anyway, and what it brings along should be frozen too
-
-    memory.freeze_imports()
     if model == "auto":
         return _auto()
     if model == OFFLINE:
