@@ -35,6 +35,37 @@ def test_track_sees_a_peak_that_is_gone_at_the_end():
     assert 250e6 < gained < 400e6 and given_back > 200e6 and seconds >= 0.15
 
 
+def test_own_memory_is_told_from_a_mapped_file(tmp_path):
+    """A file of 100 MB is mapped and read, and 50 MB are allocated: the file's pages are resident, but not the process's own."""
+    (tmp_path / "file").write_bytes(b"1" * 100_000_000)
+    program = f"import mmap\nfile = open({str(tmp_path / 'file')!r}, 'rb')\nmapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)"
+    found = memory.peaks(program, "(sum(mapped[::4096]), bytearray(b'1' * 50_000_000))", runs=2)
+    assert len(found) == 2
+    for used in found:
+        assert used.gained_ram > 140e6 and (sys.platform != "linux" or 45e6 < used.gained_own < used.gained_ram - 90e6)
+
+
+def test_a_process_that_fails_is_not_a_peak():
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        memory.peaks("", "1 / 0", runs=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which pages a file backs")
+def test_children_that_map_one_file_count_it_once(tmp_path):
+    (tmp_path / "file").write_bytes(b"1" * 200_000_000)
+    code = (
+        f"import mmap\nfile = open({str(tmp_path / 'file')!r}, 'rb')\nmapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
+        "sum(mapped[::4096]); print('ready', flush=True); input()"
+    )
+    children = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
+        assert 200e6 < memory.resident(children=True) < 300e6
+    finally:
+        for child in children:
+            child.communicate("\n")
+
+
 def test_track_reports_when_the_block_raises():
     with pytest.raises(KeyError):
         with memory.track() as used:
