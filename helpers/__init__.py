@@ -4,9 +4,9 @@ Importing this package costs milliseconds: torch is imported by the modules that
 everything that follows, so import it before torch.
 """
 
-import gc
 import logging
 import os
+from pathlib import Path
 
 __version__ = "0.1.0"
 
@@ -21,15 +21,17 @@ def batch():
     return os.environ.get("COURSE_BATCH") == "1"
 
 
+def child_environment() -> dict[str, str]:
+    """Environment for a new Python process that imports `helpers` from here, with what the reader's PYTHONPATH already holds."""
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
 # gptqmodel divides its workers by its own rule and ends up with too few on two cores unless told.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, cores())))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer warns in every forked process otherwise
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-# Garbage collection starts after so many new objects. With Python's own 700 it runs again and again while transformers and peft are
-# imported, in the end over all that they brought.
-gc.set_threshold(20_000)
 
 # torchao announces at import which GPU libraries it could not load; on a CPU that is every one of them.
 logging.getLogger("torchao").setLevel(logging.ERROR)

@@ -1,5 +1,6 @@
-"""Checkpoint folders that carry their name only when they are complete."""
+"""Checkpoint folders that carry their name only when they are complete, and that nobody can load wrongly."""
 
+import json
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -26,6 +27,24 @@ def writing(output_dir, method):
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.parent / f".{method}.lock"), replacing(target) as scratch:
         yield scratch
+
+
+def save_own_format(folder, tensors: dict, config, loader: str, metadata: dict[str, str] | None = None) -> int:
+    """Save tensors in a format that transformers does not know, so that `from_pretrained` raises; bytes of the file.
+
+    Where config.json names a known model and the tensors have other names, transformers warns and returns random weights. So the
+    model's own config becomes base_config.json, the tensors quantized.safetensors, and config.json holds only a model type that says
+    what loads them: `loader`, such as "load_eager() in notebook 02_qat_fake_quant.ipynb". AutoModel raises ValueError with these
+    words; a concrete model class raises OSError, as it finds no model.safetensors.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    save_file(tensors, folder / "quantized.safetensors", metadata=metadata)
+    config.to_json_file(folder / "base_config.json", use_diff=True)
+    words = {"model_type": f"quantized in a format of its own: load it with {loader}"}
+    (folder / "config.json").write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+    return (folder / "quantized.safetensors").stat().st_size
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """Memory: what a block of code used, what a model weighs, and what it will need before it is loaded."""
 
-import atexit
 import ctypes
 import gc
+import json
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -13,19 +14,22 @@ from dataclasses import dataclass
 
 import psutil
 
-from helpers import batch, widgets
+from helpers import batch, child_environment, widgets
 
 
 @dataclass
 class Usage:
     """Filled in while and after a `track()` block runs. Bytes, and seconds.
 
-    ram is resident memory (RSS), which counts pages of a mapped file once they are touched; vram is what torch allocated.
+    ram is resident memory (RSS), which counts pages of a mapped file once they are touched; own is the part of it that no file
+    backs, which the system cannot take back (where it tells them apart: Linux); vram is what torch allocated.
     """
 
     start_ram: int
     peak_ram: int = 0
     end_ram: int = 0
+    start_own: int = 0
+    peak_own: int = 0
     peak_vram: int = 0
     seconds: float = 0.0
 
@@ -33,6 +37,11 @@ class Usage:
     def gained_ram(self):
         """Bytes by which the block's peak stood above its start."""
         return self.peak_ram - self.start_ram
+
+    @property
+    def gained_own(self):
+        """As `gained_ram`, without the pages of mapped files."""
+        return self.peak_own - self.start_own
 
 
 @contextmanager
@@ -44,8 +53,8 @@ def track(interval=0.01, process=None, children=False):
     two samples in a row saw it: a child that is about to start another program still has its parent's pages and would count twice.
     """
     process = process or psutil.Process()
-    used = Usage(start_ram=resident(process, children))
-    used.peak_ram = used.start_ram
+    used = Usage(start_ram=resident(process, children), start_own=own(process))
+    used.peak_ram, used.peak_own = used.start_ram, used.start_own
     done = threading.Event()
 
     def sample():
@@ -53,6 +62,7 @@ def track(interval=0.01, process=None, children=False):
         while not done.wait(interval):
             now = resident(process, children)
             used.peak_ram = max(used.peak_ram, min(before, now) if children else now)
+            used.peak_own = max(used.peak_own, own(process))
             before = now
 
     cuda = _cuda()
@@ -73,22 +83,57 @@ def track(interval=0.01, process=None, children=False):
         thread.join()
         used.end_ram = resident(process, children)
         used.peak_ram = max(used.peak_ram, used.end_ram)
+        used.peak_own = max(used.peak_own, own(process))
 
 
-def resident(process=None, children=False):
-    """Resident bytes of a process, or with `children` of all its descendants together; 0 if it is gone."""
+def peaks(program: str, call: str, runs: int = 5) -> list[Usage]:
+    """What `call`, a Python expression, takes after `program`, measured by `track` in `runs` new processes, one after the other.
+
+    One process tells little about a peak: which tensors are loaded at the same moment, and how much of what is freed the allocator
+    keeps, differ from run to run. Raises RuntimeError with the end of the error output if a process fails.
+    """
+    code = (
+        f"{program}\nimport dataclasses, json\nfrom helpers import memory\n"
+        f"with memory.track(interval=0.002) as used:\n    kept = {call}\n"
+        "print(json.dumps(dataclasses.asdict(used)))"
+    )
+    found = []
+    for _ in range(runs):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=child_environment())
+        if done.returncode:
+            raise RuntimeError(f"a process that was to be measured failed: {done.stderr[-1000:]}")
+        found.append(Usage(**json.loads(done.stdout.splitlines()[-1])))
+    return found
+
+
+def resident(process: psutil.Process | None = None, children: bool = False) -> int:
+    """Resident bytes of a process, or with `children` of all its descendants together; 0 if it is gone.
+
+    Descendants map the same libraries and files. So their own pages add up, and of file-backed ones those of the process that
+    maps the most count, once (Linux; elsewhere the parts are not known and all add up).
+    """
     process = process or psutil.Process()
-    total = 0
     try:
         family = process.children(recursive=True) if children else [process]
     except psutil.NoSuchProcess:
         return 0
-    for member in family:
-        try:
-            total += member.memory_info().rss
-        except psutil.NoSuchProcess:
-            pass  # ended between listing and asking
-    return total
+    pages = [_pages(member) for member in family]
+    return sum(private for private, _ in pages) + max((shared for _, shared in pages), default=0)
+
+
+def own(process: psutil.Process | None = None) -> int:
+    """Resident bytes of a process that no file backs; 0 if it is gone."""
+    return _pages(process or psutil.Process())[0]
+
+
+def _pages(process):
+    """(resident bytes without a file behind them, those with one) of a process; zeros if it is gone."""
+    try:
+        info = process.memory_info()
+    except psutil.NoSuchProcess:
+        return 0, 0
+    shared = getattr(info, "shared", 0)
+    return info.rss - shared, shared
 
 
 def weight_bytes(model):
@@ -281,17 +326,6 @@ def release():
         libc.malloc_trim(0)
     if cuda := _cuda():
         cuda.empty_cache()
-
-
-def freeze_imports():
-    """Take what is there now out of garbage collection, once per process: mostly modules that nobody will delete. Nothing is collected first.
-
-    torch and transformers leave so many objects that each `gc.collect()`, which looks at all of them, is felt; `release` and some
-    libraries call it again and again.
-    """
-    if not gc.get_freeze_count():
-        gc.freeze()
-        atexit.register(gc.unfreeze)  # or libraries that count their objects at the end report them as leaked
 
 
 CAP = "COURSE_VRAM_CAP"  # environment variable by which `python -m helpers run --cap 24GB` reaches every notebook's kernel

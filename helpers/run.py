@@ -24,8 +24,6 @@ BATCH = {
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     "PYTHONWARNINGS": "ignore::DeprecationWarning",
     "KINETO_LOG_LEVEL": "6",  # torch's profiler reports its start and its end on the terminal
-    # glibc gives freed memory back at once and asks for it again, page by page; in training that takes a good part of each step
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000",
 }
 SCHEME = "course-output:"  # papermill writes a notebook through `_Output` where its path begins with this
 PACKAGE_BYTES = 92_871_040  # the default model's wheel, the only thing a notebook downloads once the packages are there
@@ -80,17 +78,13 @@ def _register_output():
 
 @functools.cache
 def _kernel_config():
-    """Talk to kernels encrypted where zmq can, as the newer ones ask for (without it they complain in the terminal), and end them at once.
-
-    A kernel that is asked to end takes apart every module and array first, for seconds; the notebooks leave nothing to be done then.
-    """
+    """Talk to kernels encrypted where zmq can, as the newer ones ask for: without it they complain in the terminal."""
     import jupyter_client
     import traitlets.config
     import zmq
 
     known = hasattr(jupyter_client.KernelManager, "transport_encryption") and zmq.has("curve")
-    settings = {"KernelManager": {"transport_encryption": "auto"}} if known else {}
-    return traitlets.config.Config(settings | {"NotebookClient": {"shutdown_kernel": "immediate"}})
+    return traitlets.config.Config({"KernelManager": {"transport_encryption": "auto"}} if known else {})
 
 
 @dataclass
@@ -249,9 +243,13 @@ def table(results):
 
 
 def commit_outputs(path, executed, result, disk):
-    """Store an execution's outputs in the notebook itself, without what belongs to this machine or this minute."""
+    """Store an execution's outputs in the notebook itself, without what belongs to this machine or this minute, and without widgets.
+
+    A widget's saved state is megabytes of JSON that no reviewer can read; the picture, table or text beside it stays.
+    """
     notebook = nbformat.read(executed, as_version=4)
-    notebook.metadata.pop("papermill", None)
+    for key in ("papermill", "widgets"):
+        notebook.metadata.pop(key, None)
     cost = notebook.metadata.setdefault("course", {}).setdefault("cost", {})
     cost["cpu"] = {
         "machine": f"CPU ({cores()} cores), SmolLM2-135M",
@@ -266,6 +264,8 @@ def commit_outputs(path, executed, result, disk):
             cell.metadata.pop(key, None)
         if cell.cell_type == "code":
             cell.outputs = merged([output for output in cell.outputs if output.get("name") != "stderr"])
+            for output in cell.outputs:
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # JupyterLab finds no model for it
     nbformat.write(notebook, path)
 
 

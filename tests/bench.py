@@ -55,7 +55,7 @@ def main():
     rates = {name: speed.decode(variant) for name, variant in variants.items()}
     rates["bf16"] = speed.decode(model.bfloat16())
     for name, rate in rates.items():
-        print(f"{name:22} prefill {rate.prefill_tokens_per_s:7.1f} tok/s, decode {rate.decode_tokens_per_s:5.1f} tok/s, "
+        print(f"{name:22} prefill {rate.prefill_tokens_per_s:7.1f} tok/s, decode {rate.decode_low:5.1f} to {rate.decode_high:5.1f} tok/s, "
               f"{rate.decode_tokens_per_s / rates['fp32'].decode_tokens_per_s:.2f} x fp32")  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import nbformat
 import playwright.sync_api
 import pytest
 
+import helpers
 from conftest import ROOT, browser_path, without_browser
 from helpers import models, notebooks, progress
 
@@ -361,7 +362,7 @@ def lab(tmp_path_factory):
     env = {name: value for name, value in os.environ.items() if name != "COURSE_BATCH"} | {
         "JUPYTER_TOKEN": token, "JUPYTER_CONFIG_DIR": str(home), "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "IPYTHONDIR": str(home / "ipython"),
         "JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": helpers.child_environment()["PYTHONPATH"],
     }  # fmt: skip
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
                f"--ServerApp.root_dir={folder}", "--LabApp.extension_manager=readonly"]  # fmt: skip

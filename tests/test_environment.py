@@ -1,12 +1,14 @@
 """The environment: one set of pins everywhere, a reason for each, a light import, a doctor that answers."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 
 import yaml
 
+import helpers
 from conftest import ROOT
 from helpers import setup
 
@@ -39,6 +41,27 @@ def test_what_every_notebook_imports_brings_no_slow_library():
     code = ("import sys; from helpers import chat, exercises, figures, memory, models, progress, quiz, records; "
             "print({'torch', 'transformers', 'nbformat'} & sys.modules.keys())")  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_a_new_process_finds_the_course_and_what_the_reader_put_on_the_path(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "only_the_readers.py").touch()
+    command = [sys.executable, "-c", "import only_the_readers, helpers; print(helpers.__file__)"]
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "own"))
+    done = subprocess.run(command, cwd=tmp_path, env=helpers.child_environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == str(ROOT / "helpers" / "__init__.py"), done.stderr
+    monkeypatch.delenv("PYTHONPATH")
+    assert helpers.child_environment()["PYTHONPATH"] == str(ROOT), "an empty entry would be the working folder"
+
+
+def test_no_notebook_replaces_the_readers_path():
+    for path in [*(ROOT / "notebooks").rglob("*.py"), *(ROOT / "helpers").glob("*.py")]:
+        assert path.name == "__init__.py" or "PYTHONPATH" not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_importing_the_course_leaves_garbage_collection_alone():
+    code = "import gc; before = gc.get_threshold(); import helpers.memory, helpers.run; print(before == gc.get_threshold(), gc.get_freeze_count())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True 0\n"
 
 
 def test_nothing_is_installed_when_everything_is_there(monkeypatch):

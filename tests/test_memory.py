@@ -1,11 +1,9 @@
 """Memory: peaks are seen, predictions meet measurements, bad settings are named."""
 
-import gc
 import subprocess
 import sys
 import threading
 import time
-import weakref
 
 import pytest
 import torch
@@ -35,6 +33,37 @@ def test_track_sees_a_peak_that_is_gone_at_the_end():
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     gained, given_back, seconds = map(float, done.stdout.split())
     assert 250e6 < gained < 400e6 and given_back > 200e6 and seconds >= 0.15
+
+
+def test_own_memory_is_told_from_a_mapped_file(tmp_path):
+    """A file of 100 MB is mapped and read, and 50 MB are allocated: the file's pages are resident, but not the process's own."""
+    (tmp_path / "file").write_bytes(b"1" * 100_000_000)
+    program = f"import mmap\nfile = open({str(tmp_path / 'file')!r}, 'rb')\nmapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)"
+    found = memory.peaks(program, "(sum(mapped[::4096]), bytearray(b'1' * 50_000_000))", runs=2)
+    assert len(found) == 2
+    for used in found:
+        assert used.gained_ram > 140e6 and (sys.platform != "linux" or 45e6 < used.gained_own < used.gained_ram - 90e6)
+
+
+def test_a_process_that_fails_is_not_a_peak():
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        memory.peaks("", "1 / 0", runs=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which pages a file backs")
+def test_children_that_map_one_file_count_it_once(tmp_path):
+    (tmp_path / "file").write_bytes(b"1" * 200_000_000)
+    code = (
+        f"import mmap\nfile = open({str(tmp_path / 'file')!r}, 'rb')\nmapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
+        "sum(mapped[::4096]); print('ready', flush=True); input()"
+    )
+    children = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
+        assert 200e6 < memory.resident(children=True) < 300e6
+    finally:
+        for child in children:
+            child.communicate("\n")
 
 
 def test_track_reports_when_the_block_raises():
@@ -197,21 +226,3 @@ def test_release_gives_freed_pages_back():
     assert full - memory.resident() > 150e6
     del cycle
     memory.release()
-
-
-def test_frozen_imports_stay_and_new_garbage_goes():
-    """What was alive is left out of garbage collection, once; a cycle made afterwards is found, and nothing is printed at exit."""
-
-    class Cycle:
-        pass
-
-    memory.freeze_imports()
-    frozen, cycle = gc.get_freeze_count(), Cycle()
-    cycle.itself, gone = cycle, weakref.ref(cycle)
-    del cycle
-    memory.freeze_imports()
-    memory.release()
-    assert gone() is None and 0 < gc.get_freeze_count() <= frozen
-    code = "import contextlib, torch\nwith contextlib.suppress(ImportError):\n    import triton\nfrom helpers import memory\nmemory.freeze_imports()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "leaked" not in done.stderr

@@ -275,6 +275,50 @@ def test_checkpoint_in_a_fresh_process(method, build, elsewhere):
     assert elsewhere[method].result() == pytest.approx(records.read(build)[method]["perplexity"], rel=1e-3)
 
 
+PLAIN = """
+import sys
+from pathlib import Path
+{reload}
+import torch
+from transformers import AutoModelForCausalLM
+folder, ids = Path(sys.argv[1]), torch.arange(100, 164)[None]
+try:
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+except Exception as problem:
+    print("REFUSED", " ".join(str(problem).split()))
+else:
+    with torch.inference_mode():
+        theirs = plain(ids.to(plain.device)).logits.float().log_softmax(-1).cpu()
+        ours = {function}(folder)
+        ours = ours(ids.to(ours.device)).logits.float().log_softmax(-1).cpu()
+    print("KL", (ours.exp() * (ours - theirs)).sum(-1).mean().item())
+"""
+
+
+def test_no_checkpoint_loads_as_garbage(build, elsewhere):
+    """Every folder under checkpoints, by plain `from_pretrained`: as the notebook's own way brings it back, or an error that names it.
+
+    An adapter is another matter: transformers asks the hub for its base, which fails in words that nobody here can choose, or puts the
+    adapter on a base that is not quantized, which is close to the NF4 model and not equal.
+    """
+    concurrent.futures.wait(elsewhere.values())
+    written, folders = records.read(build), sorted(path for path in checkpoints.folder(build, "x").parent.iterdir() if path.is_dir())
+    assert {folder.name for folder in folders} >= set(RELOADS)
+    for folder in folders:
+        stem = written[folder.name]["notebook"] if folder.name in written else "02_qat_fake_quant" if folder.name.startswith("qat") else None
+        cells = notebooks.tagged(nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4), "reload") if stem else []
+        function = {"qat-int8-eager": "load_eager", **RELOADS}.get(folder.name, "AutoModelForCausalLM.from_pretrained")  # it has no record
+        program = PLAIN.format(reload="\n".join(cell.source for cell in cells), function=function)
+        done = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=ROOT, capture_output=True, text=True, env=os.environ | run.BATCH)
+        assert done.returncode == 0, (folder.name, done.stderr[-2000:])
+        answer = done.stdout.strip().splitlines()[-1]
+        adapter = (folder / "adapter_config.json").is_file()
+        if answer.startswith("REFUSED"):
+            assert adapter or stem and f"in notebook {stem}.ipynb" in answer, (folder.name, answer)
+        else:
+            assert float(answer.split()[1]) < (1 if adapter else 0.02), (folder.name, answer)
+
+
 def test_successors_and_archived_packages_agree_and_beat_rounding(build):
     written = records.read(build)
     kl = {method: written[method]["kl_divergence"] for method in ("rtn-int4", "gptq", "autogptq", "awq", "autoawq")}
@@ -344,7 +388,8 @@ def bare(path, folder, kernel, threads):
         notebook.cells = notebook.cells[: notebook.cells.index(parameters) + 2]
         nbformat.write(notebook, content / path.name)
     environment = os.environ | run.BATCH | {"COURSE_SOURCE": str(ROOT), "JUPYTER_PATH": str(kernel), "OMP_NUM_THREADS": str(threads)}
-    environment.pop("PYTHONPATH", None)
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # a reader's packages may come this way; the course must not
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if not os.path.isdir(os.path.join(path, "helpers")))
     command = [sys.executable, "-m", "papermill", path.name, "out.ipynb", "-k", "colab", "-p", "eval_tokens", "1024",
                "-p", "model", models.OFFLINE, "--no-progress-bar"]  # fmt: skip
     for _ in range(2):

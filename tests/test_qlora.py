@@ -1,7 +1,6 @@
 """QLoRA on a tiny model: killed in the middle of training and resumed, it ends where an uninterrupted run ends."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+import helpers
 
 # As notebook 07 trains: NF4 base, LoRA with dropout, shuffled batches padded to their longest row, a checkpoint every few steps.
 TRAIN = """
@@ -53,7 +52,7 @@ Path(folder, "losses.json").write_text(json.dumps(losses))
 
 
 def start(base, folder):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = helpers.child_environment()
     return subprocess.Popen([sys.executable, "-c", TRAIN, str(base), str(folder)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

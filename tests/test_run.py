@@ -56,6 +56,16 @@ def test_the_environment_is_as_before(tmp_path, monkeypatch):
     assert dict(os.environ) == before
 
 
+def test_a_kernel_in_batch_has_a_readers_allocator_and_ends_as_it_likes(tmp_path):
+    source = (
+        "import atexit, os, pathlib\n"
+        f"atexit.register(pathlib.Path({str(tmp_path / 'ended')!r}).touch)\n"
+        "assert not [name for name in os.environ if 'MALLOC' in name or 'TUNABLES' in name]"
+    )
+    assert verdict(tmp_path, source).ok
+    assert (tmp_path / "ended").exists(), "the kernel was killed"
+
+
 def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
     from helpers import notebooks
 
@@ -89,6 +99,25 @@ def test_a_cap_that_is_no_size_stops_before_any_notebook(monkeypatch):
 def test_no_such_notebook():
     with pytest.raises(ValueError, match="no notebook begins with 77"):
         run.run(only=["77"])
+
+
+def test_no_widget_is_committed(tmp_path):
+    """Of a widget with a static twin the twin stays, and the notebook holds no state."""
+    source = (
+        "import ipywidgets\n"
+        "class Both:\n"
+        "    def _repr_mimebundle_(self, **_):\n"
+        "        return {**ipywidgets.HTML('live')._repr_mimebundle_(), 'text/html': '<p>twin</p>', 'text/plain': 'twin'}\n"
+        "Both()"
+    )
+    path = notebook(tmp_path, source)
+    result = run.execute(path, tmp_path / "out.ipynb")
+    executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    assert "widgets" in executed.metadata and "application/vnd.jupyter.widget-view+json" in executed.cells[0].outputs[0].data
+    run.commit_outputs(path, tmp_path / "out.ipynb", result, disk=0)
+    committed = nbformat.read(path, as_version=4)
+    assert "widgets" not in committed.metadata
+    assert dict(committed.cells[0].outputs[0].data) == {"text/html": "<p>twin</p>", "text/plain": "twin"}
 
 
 def test_streams_are_merged():

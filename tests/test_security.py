@@ -14,6 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import helpers
 from conftest import ROOT, browser_path, without_browser
 from helpers import chat, models, notebooks, packaged, records, redact, report, run, setup, tables
 
@@ -127,7 +128,7 @@ print("asked for:", asked)
 
 
 def test_no_loading_path_unpickles(tmp_path):
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = helpers.child_environment()
     done = subprocess.run([sys.executable, "-c", LOADING, str(tmp_path)], env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.rstrip().endswith("asked for: []"), done.stdout[-500:]
@@ -201,7 +202,7 @@ records.write(output_dir, method="nf4", notebook="01_leaks", found=found, **dict
 def test_a_planted_token_is_nowhere_in_the_build(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("HF_TOKEN", PLANTED)
     monkeypatch.setenv("MY_SERVICE_PASSWORD", ODD)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     build = tmp_path / "build"
     paths = [
         write_notebook(tmp_path / "01_leaks.ipynb", "note = ''", LEAKS, RECORD),

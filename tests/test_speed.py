@@ -34,6 +34,19 @@ def test_prefill_and_decode_are_timed_apart():
     assert 50 < rate.decode_tokens_per_s <= 2 / 0.01
 
 
+def test_the_range_holds_the_slowest_and_the_fastest_run(monkeypatch):
+    """Three runs of 4 new tokens that take 1, 2 and 4 seconds by the clock; the warm-up's clock does not count."""
+    clock = [0, 0, 9, *(now for seconds in (2, 1, 4) for now in (0, 1, 1 + seconds))]
+    monkeypatch.setattr(speed, "_now", lambda device: clock.pop(0))
+    rate = speed.decode(Slow(), prompt_tokens=3, new_tokens=4, runs=3)
+    assert rate == speed.Speed(prefill_tokens_per_s=3, decode_tokens_per_s=2, decode_low=1, decode_high=4) and not clock
+    assert str(rate) == "1.0 to 4.0 tok/s"
+
+
+def test_runs_that_agree_are_one_number():
+    assert str(speed.Speed(100, 10, 9.6, 10.5)) == "10.0 tok/s"
+
+
 @pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "batch", "runs"])
 def test_nothing_to_time(name):
     with pytest.raises(ValueError, match="at least 1"):

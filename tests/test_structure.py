@@ -124,9 +124,15 @@ def test_nothing_of_this_machine_and_no_token_is_in_it(path):
 
 
 @each_notebook
-def test_widget_state_is_valid(path):
-    widgets = nbformat.read(path, as_version=4).metadata.get("widgets", {})
-    assert all("state" in value for value in widgets.values())
+def test_no_widget_is_saved(path):
+    """Neither its state nor a view that would need one; what stands in its place is more than its Python name."""
+    notebook = nbformat.read(path, as_version=4)
+    assert "widgets" not in notebook.metadata
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            data = output.get("data", {})
+            assert "application/vnd.jupyter.widget-view+json" not in data, cell.source[:80]
+            assert "text/html" in data or not re.match(r"(VBox|HBox|HTML)\(", data.get("text/plain", "")), cell.source[:80]
 
 
 @each_notebook

@@ -388,6 +388,8 @@ def draw(bits, size, clipping):
 # %%
 import base64
 import ipywidgets
+from IPython.display import HTML
+from helpers import batch
 
 class Explorer:
     """Three controls and a picture; redrawn when a control moves."""
@@ -408,7 +410,8 @@ class Explorer:
         plt.close(fig)
 
 explorer = Explorer()
-ipywidgets.VBox([ipywidgets.HBox(explorer.controls), explorer.picture])
+panel = ipywidgets.VBox([ipywidgets.HBox(explorer.controls), explorer.picture])
+HTML(explorer.picture.value) if batch() else panel  # in batch: the picture alone
 
 # %%
 rows = []
@@ -888,8 +891,6 @@ for name, quantized in (("int8-dynamic", guide), ("int8-dynamic-torchao", ao)):
 # `checkpoints.writing` gives a folder that appears under its name only when it is complete.
 
 # %%
-from safetensors.torch import save_file
-
 def unpack(net):
     """All tensors of a model with torch.ao dynamic Linears: codes and constants, and what stayed float."""
     tensors = dict(net.named_parameters())  # tied ones once
@@ -908,13 +909,18 @@ def unpack(net):
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+# %% [markdown]
+# transformers does not know torch's packed modules. If it found such tensors beside an ordinary config.json, it would warn and return
+# **random weights**. `save_own_format` writes a config.json that plain `from_pretrained` refuses, with words that name `reload` below.
+
 # %%
+loader = "reload() in notebook 01_ptq_dynamic_int8.ipynb"
 for name, quantized in (("int8-dynamic", guide), ("int8-dynamic-rescued", rescued)):
     version = str(quantized.model.layers[0].self_attn.q_proj.version)  # tells 7-bit from 8-bit activations
+    metadata = {"format": "pt", "kind": "torch.ao dynamic", "version": version}
     with checkpoints.writing(output_dir, name) as scratch:
-        metadata = {"format": "pt", "kind": "torch.ao dynamic", "version": version}
-        save_file(unpack(quantized), scratch / "model.safetensors", metadata=metadata)
-        net.config.save_pretrained(scratch), tokenizer.save_pretrained(scratch)
+        checkpoints.save_own_format(scratch, unpack(quantized), net.config, loader, metadata)
+        tokenizer.save_pretrained(scratch)
 
 # %%
 from transformers import TorchAoConfig
@@ -934,8 +940,8 @@ state = {name: value.detach() for name, value in fixed.named_parameters()}  # ti
 tensors, metadata = flatten_tensor_state_dict(state)
 metadata.update(format="pt", kind="torchao")
 with checkpoints.writing(output_dir, "int8-static") as scratch:
-    save_file(tensors, scratch / "model.safetensors", metadata=metadata)
-    net.config.save_pretrained(scratch), tokenizer.save_pretrained(scratch)
+    checkpoints.save_own_format(scratch, tensors, net.config, loader, metadata)
+    tokenizer.save_pretrained(scratch)
 del state, tensors
 
 
@@ -955,12 +961,12 @@ def reload(folder):
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None):
+    if not (Path(folder) / "base_config.json").is_file():  # a format that transformers knows
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(Path(folder) / "base_config.json")
     with no_init_weights():  # every one of them comes from the file
         net = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with safe_open(Path(folder) / "model.safetensors", "pt") as file:
+    with safe_open(Path(folder) / "quantized.safetensors", "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     if metadata["kind"] == "torchao":
         net.load_state_dict(unflatten_tensor_state_dict(tensors, metadata)[0], strict=False, assign=True)
@@ -1001,15 +1007,16 @@ memory.release()
 # Then a fresh Python process, which has only the source of `reload`, the folders and the expected logits.
 
 # %%
+from safetensors.torch import save_file
+
 FRESH = inspect.getsource(reload) + """
-import gc, sys, torch
+import sys, torch
 from safetensors.torch import load_file
 given = load_file(sys.argv[1])
 with torch.inference_mode():
     for folder in sys.argv[2:]:
         name = folder.split("/")[-1]
         print(name, torch.equal(reload(folder)(given["sample"]).logits, given[name]))
-gc.freeze()  # no garbage to look for at the end
 """
 
 with tempfile.TemporaryDirectory() as scratch:

@@ -465,18 +465,20 @@ def unpack(net):
     return tensors
 
 
+# %% [markdown]
+# transformers does not know these tensors. `save_own_format` writes a config.json that plain `from_pretrained` refuses, with words that
+# name the function to use; an ordinary config.json would give random weights and a warning.
+
 # %%
-from safetensors.torch import save_file
-
-def save(tensors, method, metadata=None):
-    """model.safetensors, config and tokenizer as the checkpoint of a method; bytes of the weights on disk."""
+def save(tensors, method, loader, metadata=None):
+    """Tensors, config and tokenizer as the checkpoint of a method; bytes of the weights on disk."""
     with checkpoints.writing(output_dir, method) as scratch:
-        AutoConfig.from_pretrained(found.path).save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        save_file(tensors, scratch / "model.safetensors", metadata=metadata)
-        return (scratch / "model.safetensors").stat().st_size
+        config = AutoConfig.from_pretrained(found.path)
+        loader = f"{loader}() in notebook 02_qat_fake_quant.ipynb"
+        return checkpoints.save_own_format(scratch, tensors, config, loader, metadata)
 
-eager_bytes = save(unpack(final_model), "qat-int8-eager")
+eager_bytes = save(unpack(final_model), "qat-int8-eager", "load_eager")
 print(f"saved {eager_bytes / 1e6:.0f} MB")
 
 # %% [markdown]
@@ -499,9 +501,10 @@ def eager_layer(tensors, name):
     return torch.nn.Sequential(nnq.Quantize(scale_in, int(zero_in), torch.quint8), linear, nnq.DeQuantize())
 
 def load_eager(folder):
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "quantized.safetensors")
+    config = AutoConfig.from_pretrained(folder / "base_config.json")
     with no_init_weights():  # every one of them comes from the file
-        net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        net = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     net.load_state_dict(tensors, strict=False)  # embedding and norms
     net.tie_weights()
     for name in [key.removesuffix(".module.codes") for key in tensors if key.endswith(".module.codes")]:
@@ -678,7 +681,7 @@ for name in tensors:
 
 # %%
 tensors = {name: value.contiguous() for name, value in tensors.items()}
-stored_bytes = save(tensors, f"qat-int{bits}", metadata)
+stored_bytes = save(tensors, f"qat-int{bits}", "load_quantized", metadata)
 bits_per_weight = 8 * stored_bytes / parameters
 print(f"{stored_bytes / 1e6:.0f} MB, {bits_per_weight:.2f} bits per weight, embeddings and scales counted")
 
@@ -699,11 +702,12 @@ def restore(value):
     return torch.stack([value & 15, value >> 4], -1).flatten(-2).to(torch.int8) - 8
 
 def load_quantized(folder, device="cpu"):
-    with safe_open(folder / "model.safetensors", "pt") as file:
+    with safe_open(folder / "quantized.safetensors", "pt") as file:
         tensors, metadata = {name: restore(file.get_tensor(name)) for name in file.keys()}, file.metadata()
     state, _ = unflatten_tensor_state_dict(tensors, metadata)
+    config = AutoConfig.from_pretrained(folder / "base_config.json")
     with no_init_weights():  # every one of them comes from the file
-        net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+        net = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     net.load_state_dict(state, strict=False, assign=True)
     net.tie_weights()
     return net.to(device).eval()
@@ -717,7 +721,7 @@ for name, value in state.items():
 del back
 final, decode = measure(reloaded, batch_size=8), speed.decode(reloaded, new_tokens=8, runs=2)
 print(f"all windows: {final}, {memory.weight_bytes(reloaded) / 1e6:.0f} MB in memory")
-print(f"decode {decode.decode_tokens_per_s:.1f} tokens/s: on a CPU torchao unpacks every layer in every pass")
+print(f"decode {decode}: on a CPU torchao unpacks every layer in every pass")
 chat = [{"role": "user", "content": "What is a list in Python?"}]
 question = tokenizer.apply_chat_template(
     chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

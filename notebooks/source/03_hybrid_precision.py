@@ -385,13 +385,18 @@ pd.DataFrame(share_kept).T.round(2)
 del states, expected, probability, net, layers
 gc.collect()
 
+def by_layer(plan):
+    """torchao's settings of every layer that a plan quantizes, by the layer's full name."""
+    return FqnToConfig(OrderedDict(
+        (f"model.layers.{i}.{kind}", settings(precision))
+        for (kind, block), precision in plan.items() for i in block if precision != "bf16"))
+
 def apply(plan):
     """The model under a plan."""
     net = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.bfloat16).to(found.device).eval()
-    chosen = OrderedDict((f"model.layers.{i}.{kind}", settings(precision))
-                         for (kind, block), precision in plan.items() for i in block if precision != "bf16")
-    if chosen:
-        quantize_(net, FqnToConfig(chosen), filter_fn=None)
+    chosen = by_layer(plan)
+    if chosen.fqn_to_config:
+        quantize_(net, chosen, filter_fn=None)
     return net
 
 
@@ -477,24 +482,22 @@ figures.show(fig, alt=f"Decode speed of the plans. Fastest: {pace.idxmax()} with
 # %% [markdown]
 # ## Save, and reload in a fresh process
 #
-# `save_pretrained` cannot write weights that `quantize_` has replaced. torchao flattens them into plain tensors plus a description
-# in JSON, which safetensors holds without a pickle.
+# `save_pretrained` cannot write weights that `quantize_` has replaced: nothing in the model says how they were made. transformers'
+# `TorchAoConfig` takes the same settings and writes them into config.json, so that plain `from_pretrained` brings the model back.
 
 # %%
 from safetensors.torch import save_file
-from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+from transformers import TorchAoConfig
 
 hybrid = apply(plans["int8 + bf16 by the map"])
 few = windows[:1]  # enough to recognise a model by
 before = evaluation.score(hybrid, few).perplexity
+through = AutoModelForCausalLM.from_pretrained(
+    found.path, dtype=torch.bfloat16, device_map={"": found.device},
+    quantization_config=TorchAoConfig(by_layer(plans["int8 + bf16 by the map"])))
 checkpoint = checkpoints.folder(output_dir, "hybrid")
-tied = {"lm_head.weight"} if hybrid.config.tie_word_embeddings else set()
-state = {name: tensor.detach() for name, tensor in hybrid.state_dict().items() if name not in tied}
-tensors, description = flatten_tensor_state_dict(state)
 with checkpoints.writing(output_dir, "hybrid") as scratch:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / "model.safetensors",
-              metadata={**description, "format": "pt"})
-    hybrid.config.save_pretrained(scratch), tokenizer.save_pretrained(scratch)
+    through.save_pretrained(scratch), tokenizer.save_pretrained(scratch)
 on_disk = (checkpoint / "model.safetensors").stat().st_size
 print(f"{on_disk / 1e6:.1f} MB on disk, {memory.weight_bytes(hybrid) / 1e6:.1f} MB in memory")
 
@@ -505,28 +508,14 @@ print(f"{on_disk / 1e6:.1f} MB on disk, {memory.weight_bytes(hybrid) / 1e6:.1f} 
 # %% tags=["reload"]
 def reload(folder):
     """The hybrid model in a checkpoint folder, ready to run; only safetensors and JSON are read."""
-    from pathlib import Path
-    import torch
-    from safetensors import safe_open
-    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+    from transformers import AutoModelForCausalLM
 
-    with no_init_weights():  # every one of them comes from the file
-        net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
-    with safe_open(Path(folder) / "model.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        state, left_over = unflatten_tensor_state_dict(tensors, file.metadata())
-    missing, unexpected = net.load_state_dict(state, strict=False, assign=True)
-    net.tie_weights()
-    if left_over or unexpected or set(missing) - {"lm_head.weight"}:
-        raise ValueError(f"missing {missing}, unexpected {unexpected or list(left_over)}")
-    return net.eval()
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 # %%
 FRESH = inspect.getsource(reload) + """
-import gc, math, sys
+import math, sys
 import torch
 from safetensors.torch import load_file
 windows, net, nll = load_file(sys.argv[2])["windows"], reload(sys.argv[1]), 0.0
@@ -536,11 +525,10 @@ with torch.inference_mode():
         for row, logits in zip(rows, net(rows, use_cache=False).logits):
             nll += torch.nn.functional.cross_entropy(logits[:-1].float(), row[1:], reduction="sum").item()
 print(math.exp(nll / windows.shape[0] / (windows.shape[1] - 1)))
-gc.freeze()  # no garbage to look for at the end
 """
 
 # %%
-del hybrid, state, tensors
+del hybrid, through
 gc.collect()
 with tempfile.TemporaryDirectory() as scratch:
     save_file({"windows": few.contiguous()}, f"{scratch}/windows.safetensors")

@@ -32,6 +32,7 @@ compute_dtype = "bfloat16"
 max_new_tokens = 48
 
 # %%
+import inspect
 import pathlib
 import statistics
 
@@ -213,16 +214,36 @@ print(f"predicted {predicted.model / 1e6:.1f} MB, measured {weight_bytes / 1e6:.
 assert abs(error) < 0.03
 
 # %%
+program = f"""
+import bitsandbytes, torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from helpers import models
+found = models.find({str(found.path)!r})
+
+{inspect.getsource(four_bit)}"""
+call = f"four_bit({quant_type!r}, {double_quant!r}, {compute_dtype!r})"
+loads = memory.peaks(program, call, runs=5 if found.device == "cpu" else 2)
+own = [load.gained_own for load in loads]
+print(f"{len(loads)} loads in new processes took {min(own) / 1e6:.0f} to {max(own) / 1e6:.0f} MB of RAM of their own, "
+      f"and up to {max(load.gained_ram for load in loads) / 1e6:.0f} MB with mapped files")
+
+# %% [markdown]
+# The RAM peak is a range. transformers loads tensors in several threads, and glibc keeps part of what each thread has freed. The
+# pages of the mapped checkpoint and of libraries count as resident too, but the system can take those back. VRAM has one value.
+
+# %%
 bf16 = memory.predict(config, bits=16)
-peak = loading.peak_vram if found.device == "cuda" else loading.gained_ram
 sizes = pd.Series({
     "bf16 model": bf16.model,
     "not quantized (embeddings, norms, head)": predicted.rest,
     "4-bit codes": predicted.weights,
     "scales": predicted.scales,
     "4-bit model, measured": weight_bytes,
-    "peak while loading (RAM: above the start)": peak,
+    "RAM peak while loading, lowest": min(own),
+    "RAM peak while loading, highest": max(own),
 })
+if found.device == "cuda":
+    sizes["VRAM peak while loading"] = loading.peak_vram
 pd.DataFrame({"MB": sizes / 1e6, "share of bf16": sizes / bf16.model}).round(3)
 
 # %% [markdown]
@@ -283,7 +304,7 @@ print(f"{weight_bytes / 1e6:.1f} MB after loading, {after / 1e6:.1f} MB after th
 #
 # ## Is it 2 to 3 times faster?
 #
-# Prefill and decode apart, batch 1, all in this one run.
+# Prefill and decode apart, batch 1, all in this one run: the median of three, and the slowest and the fastest of them.
 
 # %%
 speeds = {}
@@ -295,7 +316,7 @@ speeds[quant_type] = rate_4bit = speed.decode(net)
 
 # %%
 speed_table = pd.DataFrame({name: vars(rate) for name, rate in speeds.items()}).T
-speed_table.columns = ["prefill tok/s", "decode tok/s"]
+speed_table.columns = ["prefill tok/s", "decode tok/s", "slowest run", "fastest run"]
 full, half = speed_table["decode tok/s"].iloc[0], speed_table["decode tok/s"]["bfloat16"]
 ratio_full, ratio_half = rate_4bit.decode_tokens_per_s / full, rate_4bit.decode_tokens_per_s / half
 

@@ -613,7 +613,7 @@ def reload(folder):
 
 # %%
 PROGRAM = """
-import gc, json, sys
+import json, sys
 import helpers  # as many threads as here
 import torch
 from safetensors.torch import save_file
@@ -631,7 +631,6 @@ for name in precisions + list(folders):
     rates[name] = vars(speed.decode(net, new_tokens=12, runs=2))
 save_file(logits, out + "/logits.safetensors")
 print(json.dumps(rates))
-gc.freeze()  # no garbage to look for at the end
 """
 
 # %%
@@ -644,7 +643,7 @@ with tempfile.TemporaryDirectory() as scratch:
     program = PROGRAM.format(reload=inspect.getsource(reload))
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(order)], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(pathlib.Path(helpers.__file__).parents[1])})
+        env=helpers.child_environment())
     assert done.returncode == 0, done.stderr[-2000:]
     elsewhere = load_file(f"{scratch}/logits.safetensors")
 rates = json.loads(done.stdout.splitlines()[-1])
@@ -733,7 +732,7 @@ for method, net in nets.items():
 
 # %%
 speeds = pd.DataFrame(rates).T
-speeds.columns = ["prefill tok/s", "decode tok/s"]
+speeds.columns = ["prefill tok/s", "decode tok/s", "slowest run", "fastest run"]
 full = str(found.dtype).removeprefix("torch.")
 faster = speeds["decode tok/s"]["gptq"] / speeds["decode tok/s"][full]
 print(f"gptq decodes {faster:.2f} times as fast as {full}")

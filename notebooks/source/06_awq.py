@@ -34,7 +34,7 @@ layer = 5
 max_new_tokens = 32
 
 # %%
-import contextlib, copy, io, json, logging, os, pathlib, subprocess, sys, tempfile, time, warnings
+import contextlib, copy, io, json, logging, pathlib, subprocess, sys, tempfile, time, warnings
 from unittest import mock
 
 import matplotlib.pyplot as plt
@@ -611,7 +611,7 @@ memory.release()
 
 # %%
 RELOAD = """
-import gc, json, sys
+import json, sys
 import helpers  # as many threads as here
 import torch
 from safetensors.torch import save_file
@@ -630,7 +630,6 @@ for name, folder in folders.items():
     rates[name] = vars(speed.decode(net, new_tokens=12, runs=2))
 save_file(logits, out + "/logits.safetensors")
 print(json.dumps(rates))
-gc.freeze()  # no garbage to look for at the end
 """
 
 # %%
@@ -642,7 +641,7 @@ every = {name: folders.get(name, str(found.path)) for name in dtypes}
 with tempfile.TemporaryDirectory() as scratch:
     order = json.dumps([every, dtypes, found.device, prompt.tolist(), scratch])
     done = subprocess.run([sys.executable, "-c", RELOAD, order], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(pathlib.Path(helpers.__file__).parents[1])})
+                          env=helpers.child_environment())
     assert done.returncode == 0, done.stderr[-1000:]
     elsewhere = load_file(f"{scratch}/logits.safetensors")
 fresh = pd.DataFrame(json.loads(done.stdout.splitlines()[-1])).T
@@ -754,7 +753,7 @@ with pd.option_context("display.max_colwidth", None):
 # with the column above.)
 
 # %%
-fresh.columns = ["prefill tok/s", "decode tok/s"]
+fresh.columns = ["prefill tok/s", "decode tok/s", "slowest run", "fastest run"]
 fresh["times " + plain_dtype] = fresh["decode tok/s"] / fresh["decode tok/s"][plain_dtype]
 display(fresh.round(2))
 slowest, fastest = fresh.loc[list(folders)].iloc[:, -1].agg(["min", "max"])

@@ -43,9 +43,8 @@ import time
 
 from helpers import models
 
-# Compiled kernels go into the course's cache; torch reads these when it is imported.
+# Compiled kernels go into the course's cache; torch reads this when it is imported.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(models.cache() / "inductor"))
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # no trial compilation for each vector unit
 
 import pandas as pd
 import torch
