@@ -2,7 +2,7 @@
 
 A claim is data (notebooks/data/claims.json): the guide's words, what they speak of (`subject`), the values for which they hold.
 A finding is one value for one claim, with the model, device and versions that gave it. Notebooks write theirs into
-build/claims/NN_name.json; others follow from records and from the GPU reference (helpers/recorded.py); those of the authors' runs
+build/claims/NN_name.json; others follow from records and from the GPU reference (helpers/recorded.py); those of the committed runs
 come with the course (notebooks/data/findings). helpers/verdicts.py holds a claim against the finding nearest to its subject.
 """
 
@@ -53,7 +53,7 @@ def finding(claim, value, low=None, high=None, *, text="", computed_for=""):
 
     claim         id in claims.json
     low, high     interval of the value: from `evaluation.difference`, or the slowest and fastest of several runs
-    text          what was found, where the claim's own template does not say enough
+    text          words for it in place of the claim's template; with an interval, after it
     computed_for  the model from whose config the value was computed, where it was not measured on this run's model
     """
     numbers = [float(number) for number in (value, low, high) if number is not None]
@@ -93,16 +93,16 @@ def table(output_dir, notebook):
 
 
 def evidence(output_dir=None):
-    """Every `Finding` there is: of this build folder (None: only what comes with the course), then of the authors' runs."""
+    """Every `Finding` there is: of this build folder (None: only what comes with the course), then of the committed runs."""
     found = []
     if output_dir is not None:
         found += _findings(records.folder(output_dir) / "claims", "*.json", "this run")
         found += _derived(recorded.from_records(records.read(output_dir).values()), "this run")
-    found += _findings(FINDINGS, "*/*.json", "authors' run")
+    found += _findings(FINDINGS, "*/*.json", "committed run")
     for each in reference.read():
-        found += _derived(recorded.from_records(each.records.values()), "authors' run", each.date)
+        found += _derived(recorded.from_records(each.records.values()), "committed run", each.date)
     gpu = reference.gpu()
-    return found + (_derived(recorded.from_gpu(gpu), "authors' run", gpu["date"]) if gpu else [])
+    return found + (_derived(recorded.from_gpu(gpu), "committed run", gpu["date"]) if gpu else [])
 
 
 def ledger(output_dir=None):

@@ -34,7 +34,7 @@ img { max-width: 100%; height: auto } .failed { color: #a40000; font-weight: 600
 {{ plot.html }}
 {% endfor %}
 <h2 id="claims">What the guides claim</h2>
-<p>{{ counts }}. Each claim is judged by the measurement nearest to what it speaks of, of this run or of the authors' runs.</p>
+<p>{{ counts }}. Each claim is judged by the measurement nearest to what it speaks of, of this run or of those that come with the course.</p>
 <ul>{% for key, title in sources.items() %}<li>{{ key }}: {{ title }}</li>{% endfor %}</ul>
 <div class="wide" tabindex="0" role="region" aria-label="Claims"><table class="claims"><thead><tr>{% for head in ("claim", "guide", "found", "judged on", "verdict", "whose run", "measured elsewhere") %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
 <tbody>{% for v in verdicts %}<tr><td class="text claim">{{ v.claim.claim }}</td><td class="text">{{ v.claim.source }}</td><td class="text claim">{{ v.found }}</td><td class="text">{{ v.judged_on }}</td>

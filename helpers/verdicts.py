@@ -20,7 +20,7 @@ class Finding:
 
     claim      its id
     low, high  interval of the value, or None
-    text       what was found, in words; where empty, the claim's own template is filled in
+    text       words for it in place of the claim's template, or with an interval after it
     where      whose run it is
     """
 
@@ -42,8 +42,10 @@ class Finding:
 
     def words(self, claim):
         """What was found, with its interval."""
-        text = self.text or claim["says"].format(value=self.value)
-        return text if self.low is None else f"{text} ({self.low:.3g} to {self.high:.3g})"
+        filled = claim["says"].format(value=self.value)
+        if self.low is None:
+            return self.text or filled
+        return f"{filled} ({self.low:.3g} to {self.high:.3g})" + (f"; {self.text}" if self.text else "")
 
 
 @dataclass(frozen=True)

@@ -1082,8 +1082,7 @@ from helpers import claims
 raw = pd.Series(clipping)[list(clippings)]
 save_error = save_errors.get("int8-dynamic")
 guide_score = results["int8-dynamic"]
-quality = (f"KL {guide_score.kl_divergence:.2f}; with a scale per token {ao_kl:.3f}, "
-           f"static after SmoothQuant {static_kl:.3f}")
+quality = f"with a scale per token {ao_kl:.3f}, static after SmoothQuant {static_kl:.3f}"
 weight_bits = 8 * sizes["int8-dynamic"] / parameters
 static_text = f"static INT8: KL {raw.min():.2f} to {raw.max():.2f} over four clipping ranges"
 

@@ -864,13 +864,13 @@ losses = f"trains; KL per batch {eager_losses[0]:.2f} to {eager_losses[-1]:.2f} 
 # %%
 findings = [
     claims.finding("qat-better-4", *gain,
-                   text=f"KL at {bits} bits: {rounded_kl:.3f} rounded, {trained_kl:.3f} trained"),
+                   text=f"at {bits} bits: {rounded_kl:.3f} rounded, {trained_kl:.3f} trained"),
     claims.finding("qat-for-int8", int8.kl_divergence, int8.kl_low, int8.kl_high),
     claims.finding("qat-prepare", int(all(map(math.isfinite, eager_losses))), text=losses),
     claims.finding("qat-convert", int(not convert_error), text=convert_error),
     claims.finding("qat-save", int(not save_error), text=save_error[:80]),
     claims.finding("qat-small-data", regained, least, most,
-                   text=f"{seen_tokens:,} tokens bring {regained:.0%} of the lost KL back"),
+                   text=f"after {seen_tokens:,} tokens"),
     claims.finding("qat-24gb", mistral_gb, computed_for="Mistral-7B"),
 ]
 claims.write(output_dir, notebook="02_qat_fake_quant", found=found, findings=findings)

@@ -866,8 +866,8 @@ linear_bits = bits + (16 + bits) / group_size
 smaller = 1 - sizes_of["gptq"] / bf16_bytes
 on_disk = f"{smaller:.0%} on disk; in the Linear layers {1 - linear_bits / 16:.0%} ({linear_bits:.2f} bits)"
 best, floor = quality["gptq"], quality["rtn-int4"]
-lost = f"KL {best.kl_divergence:.3f} (rounded {floor.kl_divergence:.3f}, the guide's setting "
-lost += f"{quality['autogptq'].kl_divergence:.3f}), {1 - best.top1_agreement:.0%} of the top tokens change"
+lost = f"rounded {floor.kl_divergence:.3f}, the guide's setting {quality['autogptq'].kl_divergence:.3f}; "
+lost += f"{1 - best.top1_agreement:.0%} of the top tokens change"
 mistral = models.mistral_config()
 layer_inputs = [mistral.hidden_size, mistral.intermediate_size]
 divided = sum(number % 128 == 0 for number in layer_inputs) / len(layer_inputs)
@@ -882,7 +882,7 @@ findings = [
     claims.finding("gptq-minutes", autogptq_cost.seconds / 60),
 ]
 if found.device == "cpu":
-    patches = f"auto-gptq ran on a CPU after {len(repair.applied)} repairs; gptqmodel as it is"
+    patches = f"auto-gptq ran on a CPU with {len(repair.applied)} repair(s); gptqmodel as it is"
     findings.append(claims.finding("gptq-gpu", 0.5 if repair.applied else 0, text=patches))
 claims.write(output_dir, notebook="05_gptq", found=found, findings=findings)
 

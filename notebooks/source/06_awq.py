@@ -847,7 +847,7 @@ assert all(row[1].startswith("ValueError") for row in rows)
 from helpers import claims
 
 awq_score = scores["awq"]
-lost = f"KL {awq_score.kl_divergence:.3f} (rounded {floor.kl_divergence:.3f}), "
+lost = f"rounded {floor.kl_divergence:.3f}; "
 lost += f"{1 - awq_score.top1_agreement:.0%} of the top tokens change"
 removed = f"1 % of the input channels in float removes {one_percent:.0%} of the KL; AWQ, all in 4 bits, "
 removed += f"{1 - awq_score.kl_divergence / floor.kl_divergence:.0%}"
@@ -870,7 +870,7 @@ findings = [
     claims.finding("template-twice", int(doubled == 0), text=f"{doubled} token(s) more than at once"),
 ]
 if found.device == "cpu":
-    patches = f"autoawq ran on a CPU after {len(repair.applied)} repairs"
+    patches = f"autoawq ran on a CPU with {len(repair.applied)} repair(s)"
     findings.append(claims.finding("awq-gpu", 0.5 if repair.applied else 0, text=patches))
 claims.write(output_dir, notebook="06_awq", found=found, findings=findings)
 
