@@ -66,7 +66,7 @@ def write(output_dir="build", folder=None):
         if len(protocols) > 1:
             raise records.RecordError(f"{device}: records of {len(protocols)} evaluation protocols cannot stand side by side: {sorted(protocols)}")
         facts = {"device": device, "model": model, "date": time.strftime("%Y-%m-%d"), "records": together}
-        path = folder / f"{_slug(device)}--{_slug(model.split()[0])}.json"
+        path = folder / f"{file_name(device, model)}.json"
         records.write_text(path, json.dumps(facts, indent=1, allow_nan=False) + "\n")
         paths.append(path)
     return paths
@@ -142,12 +142,12 @@ def costs(output_dir="build"):
 
 
 def main(arguments):
-    """Command line of `python -m helpers reference`: the reference file, then the claims ledger from it and the notebooks."""
+    """Command line of `python -m helpers reference`: records and findings of a build, then the verdicts that follow from them."""
     from helpers import claims
 
-    for name in costs(arguments.output):
-        print("cost on a GPU:", name)
-    for path in write(arguments.output):
+    for notebook in costs(arguments.output):
+        print("cost on a GPU:", notebook)
+    for path in [*write(arguments.output), *claims.collect(arguments.output)]:
         print(path.relative_to(notebooks.ROOT))
     for line in claims.fill():
         print(line)
@@ -157,5 +157,6 @@ def main(arguments):
     return 1 if remaining else 0
 
 
-def _slug(text):
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+def file_name(device, model):
+    """Name of the files that come with the course, for one device and model."""
+    return "--".join(re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") for text in (device, model.split()[0]))

@@ -7,7 +7,7 @@ import platform
 import jinja2
 from markupsafe import Markup
 
-from helpers import claims, cores, figures, pareto, records, reference, tables
+from helpers import claims, cores, figures, pareto, records, reference, tables, verdicts
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -34,11 +34,11 @@ img { max-width: 100%; height: auto } .failed { color: #a40000; font-weight: 600
 {{ plot.html }}
 {% endfor %}
 <h2 id="claims">What the guides claim</h2>
-<p>{{ counts }}. Each claim is held against a number of this run, or else of the run that comes with the course.</p>
+<p>{{ counts }}. Each claim is judged by the measurement nearest to what it speaks of, of this run or of those that come with the course.</p>
 <ul>{% for key, title in sources.items() %}<li>{{ key }}: {{ title }}</li>{% endfor %}</ul>
-<div class="wide" tabindex="0" role="region" aria-label="Claims"><table class="claims"><thead><tr>{% for head in ("claim", "guide", "found", "verdict", "measured in", "whose run") %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
-<tbody>{% for f in findings %}<tr><td class="text claim">{{ f.claim.claim }}</td><td class="text">{{ f.claim.source }}</td><td class="text claim">{{ f.found }}</td><td class="text">{{ f.verdict }}</td>
-<td class="text">{{ notebook(f.claim) }}</td><td class="text">{{ f.where }}</td></tr>{% endfor %}</tbody></table></div>
+<div class="wide" tabindex="0" role="region" aria-label="Claims"><table class="claims"><thead><tr>{% for head in ("claim", "guide", "found", "judged on", "verdict", "whose run", "measured elsewhere") %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
+<tbody>{% for v in verdicts %}<tr><td class="text claim">{{ v.claim.claim }}</td><td class="text">{{ v.claim.source }}</td><td class="text claim">{{ v.found }}</td><td class="text">{{ v.judged_on }}</td>
+<td class="text">{{ v.word }}</td><td class="text">{{ v.whose }}</td><td class="text claim">{{ v.elsewhere }}</td></tr>{% endfor %}</tbody></table></div>
 <h2 id="notebooks">Notebooks</h2>
 <div class="wide" tabindex="0" role="region" aria-label="Notebooks"><table><thead><tr><th scope="col">notebook</th><th scope="col">seconds</th><th scope="col">peak GB</th><th scope="col">verdict</th></tr></thead>
 <tbody>{% for r in results %}<tr><td>{{ r.notebook }}</td><td>{{ "%.0f"|format(r.seconds) }}</td><td>{{ "%.2f"|format(r.peak_ram_bytes / 1e9) }}</td>
@@ -56,13 +56,13 @@ def write(build, results):
     found, references = records.read(build), reference.read()
     evaluated = [record for record in found.values() if record["eval_tokens"]]
     protocols = sorted({f"{r['eval_tokens']:,} tokens of {r['eval_text']} in windows of {r['eval_context']}" for r in evaluated})
-    findings, gpu = claims.ledger(build), reference.gpu()
+    judged, gpu = claims.ledger(build), reference.gpu()
     page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
         date=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"), device=", ".join(sorted({r["device"] for r in found.values()})) or "no records",
         protocol="; ".join(protocols) or "none", not_run=tables.NOT_RUN, methods=Markup(tables.methods(found, expected(references))),
         gpu=gpu, gpu_table=gpu and Markup(_gpu_table(gpu)), references=[{"device": r.device, "model": r.model, "date": r.date, "html": Markup(tables.methods(r.records, caption=f"Reference: {r.device}"))} for r in references],
-        plots=[plot for plot in (_plot(found, against) for against in TITLES) if plot], counts=counts(findings), findings=findings, sources=claims.read()[0],
-        notebook=claims.notebook, results=results, versions=records.versions(), system=f"{platform.system()} {platform.machine()}", cores=cores(),
+        plots=[plot for plot in (_plot(found, against) for against in TITLES) if plot], counts=counts(judged), verdicts=judged, sources=claims.read()[0],
+        results=results, versions=records.versions(), system=f"{platform.system()} {platform.machine()}", cores=cores(),
     )  # fmt: skip
     path = build / "report.html"
     records.write_text(path, page)
@@ -79,10 +79,10 @@ def expected(references):
     return {method: record["notebook"] for other in references for method, record in other.records.items()}
 
 
-def counts(findings):
+def counts(judged):
     """How many claims have which verdict, in one line."""
-    numbers = {word: sum(finding.verdict == word for finding in findings) for word in (*claims.VERDICTS, claims.NOT_RUN)}
-    return f"{len(findings)} claims: " + ", ".join(f"{word} {number}" for word, number in numbers.items() if number)
+    numbers = {word: sum(verdict.word == word for verdict in judged) for word in verdicts.WORDS}
+    return f"{len(judged)} claims: " + ", ".join(f"{word} {number}" for word, number in numbers.items() if number)
 
 
 def picture(found):

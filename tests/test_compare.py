@@ -181,7 +181,7 @@ def test_report_of_a_full_run(tmp_path, measured):
     assert path.stat().st_size < 3_000_000 and page.count("data:image/png;base64,") == 2
     assert "src=" not in page.replace('src="data:', "") and "http" not in page, "one page, readable without a network"
     assert "cell 1: &lt;b&gt;" in page and "1 of 2 ok" in page and "<td>70</td>" in page
-    for claim in ("a 4-bit model has fewer parameters to load", "needs hardware not present"):
+    for claim in ("quantized models have fewer parameters to load", "needs hardware not present"):
         assert claim in page
     assert all(f'<td style="text-align:left">{method}</td>' in page for method in measured)
     assert "not run here</td>" not in page.split("<h3>")[0]

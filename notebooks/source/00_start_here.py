@@ -239,25 +239,27 @@ assert bf16.kl_divergence < 0.02 and bf16.top1_agreement > 0.9
 # %% [markdown]
 # ## What the guides claim
 #
-# Two of them give tables for "a 7B model", and they contradict each other by a factor of two:
+# Guide 002 has two tables for "a 7B model", and they contradict each other by a factor of two. The sizes below are computed for
+# Mistral-7B. Where the course has measured Mistral-7B's shape on a GPU, that measurement judges the claim.
 
 # %%
-def row(claim, format_name, claimed):
-    value = predictions[format_name].model / 1e9
-    off = abs(value / claimed - 1)
-    verdict = "holds" if off < 0.05 else "holds partly" if off < 0.2 else "does not hold"
-    return [claim, f"{value:.2f} GB", verdict]
+from helpers import claims
 
-claims = pd.DataFrame([
-    row("FP32 = 16 GB for a 7B model", "fp32", 16),
-    row("FP16 = 8 GB for a 7B model", "fp16 / bf16", 8),
-    row("Mistral-7B in FP32: 28 GB", "fp32", 28),
-    row("Mistral-7B in FP16: 14 GB", "fp16 / bf16", 14),
-    row("Mistral-7B in 8 bits: 7 GB", "int8, a scale per row", 7),
-    row("Mistral-7B in 4 bits: 3.5 GB", "NF4 + double quantization", 3.5),
-    row("4 bits save about 75 %: 3.62 GB are left", "4-bit, groups of 128", 3.62),
-], columns=["claim", "measured here", "verdict"])
-claims
+gigabytes = {name: prediction.model / 1e9 for name, prediction in predictions.items()}
+full, half = gigabytes["fp32"], gigabytes["fp16 / bf16"]
+groups, nf4 = gigabytes["4-bit, groups of 128"], gigabytes["NF4 + double quantization"]
+claimed = {
+    "7b-fp32-16": full, "7b-fp16-8": half, "7b-fp32-28": full, "7b-fp16-14": half,
+    "7b-int8-7": gigabytes["int8, a scale per row"], "7b-nf4-3.5": nf4, "7b-4bit-range": nf4,
+    "nf4-75": 1 - nf4 / half, "nf4-eighth": nf4 / full, "gptq-75": 1 - groups / half,
+    "awq-memory": groups / half, "colab-size": nf4 * 1e9 / 2**30, "colab-unquantized": half * 1e9 / 2**30,
+}
+findings = [claims.finding(name, value, computed_for="Mistral-7B") for name, value in claimed.items()]
+claims.write(output_dir, notebook="00_start_here", found=found, findings=findings)
+
+# %%
+with pd.option_context("display.max_colwidth", None):
+    display(claims.table(output_dir, "00_start_here"))
 
 
 # %% [markdown]

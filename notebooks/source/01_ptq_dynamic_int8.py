@@ -1084,26 +1084,32 @@ pd.DataFrame([
 # ## What the guides claim
 
 # %%
-ratio, width = sizes["fp32"] / sizes["int8-dynamic"], 8 * sizes["int8-dynamic"] / parameters
+from helpers import claims
+
 raw = pd.Series(clipping)[list(clippings)]
 save_error = save_errors.get("int8-dynamic")
-claims = [
-    ["PTQ is simple and fast to implement", f"{guide_cost.seconds:.1f} s; KL {scores.kl_divergence:.2f}",
-     "fast, yes; the simple call ruins this model"],
-    ["quantize_dynamic converts the model to INT8",
-     f"{width:.1f} bits per weight, {ratio:.1f} x smaller than fp32", "the embedding stays float32"],
-    ["quantized_model.save_pretrained(...)", save_error or "saved", "fails" if save_error else "works"],
-    ["torch.quantization is the tool", "deprecated" if caught else "no warning", "torchao replaces it"],
-    ["calibration data give the clipping ranges",
-     f"static KL {raw.min():.2f} to {raw.max():.2f} over four ranges", "no range is enough here"],
-    ["accuracy loss is minimal", f"KL {ao_kl:.3f} (torchao), {static_kl:.3f} (static)",
-     "true with a scale per token, or after SmoothQuant"],
-    ["INT8 is faster", ", ".join(f"{name} {faster(name):.1f} x" for name in results), "the kernel decides"],
-    ["QAT is for aggressive quantization (e.g. INT8)",
-     f"without training: KL {results[best].kl_divergence:.3f}", "8 bits need no training; notebook 02 has 4"],
+guide_score = results["int8-dynamic"]
+quality = f"with a scale per token {ao_kl:.3f}, static after SmoothQuant {static_kl:.3f}"
+weight_bits = 8 * sizes["int8-dynamic"] / parameters
+static_text = f"static INT8: KL {raw.min():.2f} to {raw.max():.2f} over four clipping ranges"
+
+# %%
+findings = [
+    claims.finding("ptq-minimal-loss", guide_score.kl_divergence, guide_score.kl_low, guide_score.kl_high,
+                   text=quality),
+    claims.finding("int8-size", weight_bits,
+                   text=f"{weight_bits:.1f} bits per weight: the embedding stays in float32"),
+    claims.finding("int8-faster", faster("int8-dynamic"),
+                   text=", ".join(f"{name} {faster(name):.1f} x" for name in results)),
+    claims.finding("ptq-save", int(save_error is None), text=save_error or "saved"),
+    claims.finding("torch-quantization-tool", 0.5 if caught else 1, text="deprecated" if caught else ""),
+    claims.finding("clipping-calibration", raw.min(), text=static_text),
 ]
-pd.set_option("display.max_colwidth", None)
-pd.DataFrame(claims, columns=["claim", "measured here", "verdict"])
+claims.write(output_dir, notebook="01_ptq_dynamic_int8", found=found, findings=findings)
+
+# %%
+with pd.option_context("display.max_colwidth", None):
+    display(claims.table(output_dir, "01_ptq_dynamic_int8"))
 
 
 # %% [markdown]

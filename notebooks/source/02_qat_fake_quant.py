@@ -858,26 +858,30 @@ Markdown("\n".join(f"| {' | '.join(row)} |" for row in rows))
 # ## What the guides claim
 
 # %%
-gained = used.gained_ram if found.device == "cpu" else used.peak_vram
-claims = [
-    ("QAT is more accurate than PTQ, above all at aggressive widths such as INT8",
-     f"KL at {bits} bits: {rounded_kl:.3f} rounded, {trained_kl:.3f} trained; "
-     f"at 8 bits {int8.kl_divergence:.4f} rounded",
-     f"{'true' if recovered > 0 else 'false'} at {bits} bits; 8-bit weights leave almost nothing to win"),
-    ("prepare_qat, then train as usual",
-     f"KL per batch {eager_losses[0]:.2f} to {eager_losses[-1]:.2f} in {guide_steps} steps", "works"),
-    ("convert gives the quantized model", convert_error,
-     "fails; without embedding and head, and with QuantWrapper, it works"),
-    ("save_pretrained saves it", save_error[:80],
-     f"fails; codes and scales in safetensors work ({eager_bytes / 1e6:.0f} MB)"),
-    ("a small data set is enough",
-     f"{seen_tokens:,} tokens bring {recovered:.0%} of the lost KL back", "true for that much"),
-    ("a 24 GB GPU suits QAT of Mistral 7B",
-     f"{gained / parameters:.0f} bytes per parameter used here; 16 are {mistral_gb:.0f} GB at 7B",
-     "false, unless few weights are trained"),
+from helpers import claims
+
+rounded_score, trained_score = scores["round to nearest"], scores["QAT, distillation"]
+gain = evaluation.difference(trained_score, rounded_score)  # below zero: training lowered the KL
+regained, least, most = (-nats / rounded_score.kl_divergence for nats in (gain[0], gain[2], gain[1]))
+losses = f"trains; KL per batch {eager_losses[0]:.2f} to {eager_losses[-1]:.2f} in {guide_steps} steps"
+
+# %%
+findings = [
+    claims.finding("qat-better-4", *gain,
+                   text=f"at {bits} bits: {rounded_kl:.3f} rounded, {trained_kl:.3f} trained"),
+    claims.finding("qat-for-int8", int8.kl_divergence, int8.kl_low, int8.kl_high),
+    claims.finding("qat-prepare", int(all(map(math.isfinite, eager_losses))), text=losses),
+    claims.finding("qat-convert", int(not convert_error), text=convert_error),
+    claims.finding("qat-save", int(not save_error), text=save_error[:80]),
+    claims.finding("qat-small-data", regained, least, most,
+                   text=f"after {seen_tokens:,} tokens"),
+    claims.finding("qat-24gb", mistral_gb, computed_for="Mistral-7B"),
 ]
+claims.write(output_dir, notebook="02_qat_fake_quant", found=found, findings=findings)
+
+# %%
 with pd.option_context("display.max_colwidth", None):
-    display(pd.DataFrame(claims, columns=["claim", "measured here", "verdict"]))
+    display(claims.table(output_dir, "02_qat_fake_quant"))
 
 
 # %% [markdown]

@@ -564,38 +564,33 @@ decisions
 # ## What the guides claim
 
 # %%
-low, high = share["INT8 dynamic"], share["4-bit weights"]
+from helpers import claims
 
-def verdict(method):
-    """A rule for all of attention needs more than its average: each of its kinds above the others."""
-    part, kl = share[method], by_kind[by_kind.method == method].set_index("kind")["per million weights"]
-    inside = kl[[label[kind] for kind in attention]]
-    if part["attention"] <= part["feed-forward"]:
-        return "does not hold here"
-    least = inside.idxmin()
-    return "holds" if inside.min() > kl.drop(inside.index).max() else f"on average, but not {least}"
-
+int8_share, int4_share = share["INT8 dynamic"], share["4-bit weights"]
+int8_ratio = int8_share["attention"] / int8_share["feed-forward"]
+int4_ratio = int4_share["attention"] / int4_share["feed-forward"]
+sensitive = (f"attention loses {int8_ratio:.1f} times the KL per weight in INT8, {int4_ratio:.1f} times "
+             f"in 4 bits; the worst kind is {int8_share['worst']}")
 guide, all8 = table.loc["int8, attention bf16 (guide)"], table.loc["all int8"]
+balance = (f"{guide.KL / all8.KL - 1:+.0%} KL and {guide.MB / all8.MB - 1:+.0%} bytes against all int8; "
+           f"the map at that size: {mixed.KL / all8.KL - 1:+.0%} KL")
+efficiency = (f"{guide['decode tok/s'] / pace['bf16']:.2f} times the speed of bf16, "
+              f"{guide.MB / table.MB['bf16']:.0%} of its bytes")
 
 # %%
-pd.DataFrame([
-    ["attention is the sensitive part, feed-forward less so (INT8)",
-     f"KL per million weights: attention {low['attention']:.5f}, feed-forward {low['feed-forward']:.5f}",
-     verdict("INT8 dynamic")],
-    ["the same for 4-bit weights",
-     f"KL per million weights: attention {high['attention']:.5f}, feed-forward {high['feed-forward']:.5f}",
-     verdict("4-bit weights")],
-    ["INT8 feed-forward with float attention balances accuracy and efficiency",
-     f"{guide.MB / all8.MB - 1:+.0%} bytes and {guide.KL / all8.KL - 1:+.0%} KL against all int8; "
-     f"the map at that size: {mixed.KL / all8.KL - 1:+.0%} KL",
-     "holds partly: the map does better" if won8 else "holds"],
-    ["INT8 weights with FP16 activations", f"KL {weights_only.KL:.4f}, {weights_only.MB:.0f} MB",
-     "holds" if weights_only.KL < all8.KL else "does not hold here"],
-    ["efficiency", f"{guide['decode tok/s'] / pace['bf16']:.2f} times the speed of bf16, "
-     f"{guide.MB / table.MB['bf16']:.0%} of its bytes",
-     "holds" if guide["decode tok/s"] > pace["bf16"] else "smaller, not faster, here"],
-    ["prepare_fx(model, qconfig_dict)", fx_errors[-1], "does not run"],
-], columns=["claim", "measured here", "verdict"])
+findings = [
+    claims.finding("hybrid-attention-int8", int8_ratio, text=sensitive),
+    claims.finding("hybrid-balance", guide.KL / all8.KL, text=balance),
+    claims.finding("hybrid-efficiency", guide["decode tok/s"] / pace["bf16"], text=efficiency),
+    claims.finding("hybrid-w8a16", weights_only.KL,
+                   text=f"KL {weights_only.KL:.4f}, {weights_only.MB:.0f} MB"),
+    claims.finding("prepare-fx", int(not fx_errors), text=fx_errors[-1] if fx_errors else ""),
+]
+claims.write(output_dir, notebook="03_hybrid_precision", found=found, findings=findings)
+
+# %%
+with pd.option_context("display.max_colwidth", None):
+    display(claims.table(output_dir, "03_hybrid_precision"))
 
 
 # %% [markdown]

@@ -373,22 +373,29 @@ print(f"{same} of {len(prompts)} answers are identical to the ones alone")
 # ## What the guides claim
 
 # %%
-claims = pd.DataFrame([
-    ["reduces memory by ~75 %",
-     f"{1 - weight_bytes / bf16.model:.0%}; in the Linear layers alone {1 - 4.127 / 16:.0%}", "holds partly"],
-    ["double quantization saves ~0.4 bits per parameter", f"{saved_bits:.2f} bits", "holds partly"],
-    ["NF4 is better than other 4-bit levels", f"KL {nf4['KL']:.3f} against {fp4['KL']:.3f} for FP4", "holds"],
-    ["negligible quality loss",
-     f"KL {quality.kl_divergence:.3f}, {1 - quality.top1_agreement:.0%} of the top tokens change",
-     "holds" if quality.kl_divergence < 0.02 else "does not hold here"],
-    ["2-3x faster", f"{ratio_full:.1f}x of {speed_table.index[0]}, {ratio_half:.1f}x of bfloat16",
-     "holds" if ratio_half >= 2 else "does not hold" if ratio_half < 1.2 else "holds partly"],
-    ["4-bit Mistral-7B is 3.5 GB", "4.14 GB, by the formula checked above (notebook 00)", "holds partly"],
-    ["needs an NVIDIA GPU, capability 7.0+", f"ran on: {records.device_name(found.device)}", "does not hold"],
-    ["MMLU 61.3 -> 60.9", "needs the hub and a larger model", "not tested here"],
-], columns=["claim", "measured here", "verdict"])
+from helpers import claims
+
+smaller = 1 - weight_bytes / bf16.model
+parameters = net.num_parameters() / predicted.parameters
+lost = f"{1 - quality.top1_agreement:.0%} of the top tokens change"
+speed_up = f"{ratio_half:.2f} times as fast as bfloat16, {ratio_full:.2f} times {speed_table.index[0]}"
+
+# %%
+findings = [
+    claims.finding("nf4-75", smaller, text=f"{smaller:.0%}; in the Linear layers alone {1 - 4.127 / 16:.0%}"),
+    claims.finding("nf4-double-quant", saved_bits),
+    claims.finding("nf4-better-levels", *int4_against_nf4),
+    claims.finding("nf4-quality", quality.kl_divergence, quality.kl_low, quality.kl_high, text=lost),
+    claims.finding("nf4-fewer-parameters", parameters),
+    claims.finding("nf4-2-3x", ratio_half, text=speed_up),
+]
+if found.device == "cpu":
+    findings.append(claims.finding("nf4-gpu-only", 1))
+claims.write(output_dir, notebook="04_nf4_bitsandbytes", found=found, findings=findings)
+
+# %%
 with pd.option_context("display.max_colwidth", None):
-    display(claims)
+    display(claims.table(output_dir, "04_nf4_bitsandbytes"))
 
 
 # %% [markdown]

@@ -859,28 +859,35 @@ if push_to_hub:
 # ## What the guides claim
 
 # %%
+from helpers import claims
+
 linear_bits = bits + (16 + bits) / group_size
-minutes = autogptq_cost.seconds / 60
-claims = pd.DataFrame([
-    ["memory reduced by ~75 %", f"{1 - sizes_of['gptq'] / bf16_bytes:.0%} on disk; in the Linear layers "
-     f"{1 - linear_bits / 16:.0%} ({linear_bits:.2f} bits per weight)", "holds partly"],
-    ["quality is maintained", f"KL {kl['gptq']:.3f} (round-to-nearest {kl['rtn-int4']:.3f}), "
-     f"{1 - quality['gptq'].top1_agreement:.0%} of the top tokens change",
-     "holds" if kl["gptq"] < 0.02 else "does not hold here"],
-    ["one sentence is enough to calibrate",
-     f"KL {answers['KL']['1 sentence']:.3f}; 16 samples {base:.3f}; none {answers['KL'].iloc[0]:.3f}",
-     "holds" if answers["KL"]["1 sentence"] < 1.05 * base else "does not hold"],
-    ["group_size=128 is best", "does not divide this model's layers" if any(n % 128 for n in columns)
-     else f"KL {answers['KL'].get('group size 128', base):.3f}", "depends on the model"],
-    ["desc_act=True is better, and slower",
-     f"KL {answers['KL']['desc_act']:.3f} against {base:.3f}; its speed is not measured here",
-     "holds partly" if answers["KL"]["desc_act"] < base else "does not hold here"],
-    ["for GPUs; needs 8 GB of VRAM", f"ran on: {records.device_name(found.device)}", "does not hold"],
-    ["takes several minutes", f"{minutes:.1f} minutes here", "depends on the model"],
-    ["fast inference", f"{faster:.1f}x of {speeds.index[0]}; auto-gptq itself: {autogptq_rate:.1f} tokens/s",
-     "holds with the right kernel" if faster > 1.2 else "does not hold here"],
-], columns=["claim", "measured here", "verdict"])
-display(claims)
+smaller = 1 - sizes_of["gptq"] / bf16_bytes
+on_disk = f"{smaller:.0%} on disk; in the Linear layers {1 - linear_bits / 16:.0%} ({linear_bits:.2f} bits)"
+best, floor = quality["gptq"], quality["rtn-int4"]
+lost = f"rounded {floor.kl_divergence:.3f}, the guide's setting {quality['autogptq'].kl_divergence:.3f}; "
+lost += f"{1 - best.top1_agreement:.0%} of the top tokens change"
+mistral = models.mistral_config()
+layer_inputs = [mistral.hidden_size, mistral.intermediate_size]
+divided = sum(number % 128 == 0 for number in layer_inputs) / len(layer_inputs)
+
+# %%
+findings = [
+    claims.finding("gptq-75", smaller, text=on_disk),
+    claims.finding("gptq-quality", best.kl_divergence, best.kl_low, best.kl_high, text=lost),
+    claims.finding("gptq-one-sentence", *one_sentence_costs),
+    claims.finding("gptq-desc-act", *desc_act_gains),
+    claims.finding("gptq-group-128", divided, computed_for="Mistral-7B"),
+    claims.finding("gptq-minutes", autogptq_cost.seconds / 60),
+]
+if found.device == "cpu":
+    patches = f"auto-gptq ran on a CPU with {len(repair.applied)} repair(s); gptqmodel as it is"
+    findings.append(claims.finding("gptq-gpu", 0.5 if repair.applied else 0, text=patches))
+claims.write(output_dir, notebook="05_gptq", found=found, findings=findings)
+
+# %%
+with pd.option_context("display.max_colwidth", None):
+    display(claims.table(output_dir, "05_gptq"))
 
 
 # %% [markdown]

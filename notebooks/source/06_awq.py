@@ -843,35 +843,39 @@ assert all(row[1].startswith("ValueError") for row in rows)
 # ## What the guides claim
 
 # %%
-best = min(scores.values(), key=lambda score: score.kl_divergence)
+from helpers import claims
+
+awq_score = scores["awq"]
+lost = f"rounded {floor.kl_divergence:.3f}; "
+lost += f"{1 - awq_score.top1_agreement:.0%} of the top tokens change"
+removed = f"1 % of the input channels in float removes {one_percent:.0%} of the KL; AWQ, all in 4 bits, "
+removed += f"{1 - awq_score.kl_divergence / floor.kl_divergence:.0%}"
 rendered = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
 doubled = len(tokenizer(rendered)["input_ids"]) - start
-widths = list(linear_layers(found.path).values())
-claims = pd.DataFrame([
-    ["about 1 % of the weights decide the accuracy",
-     f"1 % of the input channels in float removes {one_percent:.0%} of the error (KL); AWQ, all in 4 bits, "
-     f"{1 - best.kl_divergence / floor.kl_divergence:.0%}", "holds partly"],
-    ["maintains high performance",
-     f"KL {best.kl_divergence:.3f}, {1 - best.top1_agreement:.0%} of the top tokens change",
-     "holds" if best.kl_divergence < 0.02 else "does not hold here"],
-    ["significantly reduces the memory footprint", f"{reloaded['of bf16'].max():.2f} of bf16 on disk",
-     "holds"],
-    ["optimized for GPUs; needs CUDA",
-     f"{found.device.upper()}: {slowest:.1f} to {fastest:.1f} times {plain_dtype}'s speed",
-     "holds" if found.device == "cuda" else "does not hold"],
-    ['"q_group_size": 128',
-     f"128 divides the inputs of {sum(width % 128 == 0 for width in widths)} of {len(widths)} Linear layers",
-     "holds" if all(width % 128 == 0 for width in widths) else "does not hold here"],
-    ["may take several minutes",
-     f"{autoawq_used.seconds:.0f} s without clipping, on {records.device_name(found.device)}",
-     "holds" if autoawq_used.seconds > 120 else "faster here"],
-    ['AutoAWQForCausalLM.from_quantized(..., device="cuda:0")', matrix["kernel, or why not"][1][:60],
-     f"{matrix.outcome[1]} here"],
-    ["template to text, then tokenizer", f"{doubled} token(s) more than tokenizing at once",
-     "holds" if doubled == 0 else "does not hold"],
-], columns=["claim", "measured here", "verdict"])
+mistral = models.mistral_config()
+layer_inputs = [mistral.hidden_size, mistral.intermediate_size]
+divided = sum(number % 128 == 0 for number in layer_inputs) / len(layer_inputs)
+own_loader = matrix.set_index(["checkpoint", "loader"]).loc[("autoawq", "autoawq")]
+
+# %%
+findings = [
+    claims.finding("awq-one-percent", one_percent, text=removed),
+    claims.finding("awq-quality", awq_score.kl_divergence, awq_score.kl_low, awq_score.kl_high, text=lost),
+    claims.finding("awq-memory", reloaded["of bf16"].max()),
+    claims.finding("awq-group-128", divided, computed_for="Mistral-7B"),
+    claims.finding("awq-minutes", autoawq_used.seconds / 60),
+    claims.finding("awq-from-quantized", int(own_loader.outcome == "loads"),
+                   text=own_loader["kernel, or why not"][:80]),
+    claims.finding("template-twice", int(doubled == 0), text=f"{doubled} token(s) more than at once"),
+]
+if found.device == "cpu":
+    patches = f"autoawq ran on a CPU with {len(repair.applied)} repair(s)"
+    findings.append(claims.finding("awq-gpu", 0.5 if repair.applied else 0, text=patches))
+claims.write(output_dir, notebook="06_awq", found=found, findings=findings)
+
+# %%
 with pd.option_context("display.max_colwidth", None):
-    display(claims)
+    display(claims.table(output_dir, "06_awq"))
 
 
 # %% [markdown]

@@ -857,24 +857,27 @@ saved.to_frame().round(2)
 # ## What the guides claim
 
 # %%
-claims = pd.DataFrame([
-    ["fine-tuning a 7B model with < 2 GB VRAM",
-     f"{short.iloc[0].sum():.1f} GiB computed at 512 tokens; on an H100 5.2 GiB without the context",
-     "does not hold"],
-    ["quantization and LoRA combine for fine-tuning",
-     f"held-out loss {change:+.0%}, base unchanged, {guide_bytes / 1e6:.1f} MB for q and v",
-     "holds"],
-    ["4-bit models are inference only; train with QLoRA",
-     "no gradient reaches the 4-bit weights, only A and B", "holds"],
-    ["needs an NVIDIA GPU", f"trained on: {records.device_name(found.device)}",
-     "does not hold" if found.device == "cpu" else "not tested here"],
-    ["mixed precision saves memory", f"{leaner:.2f} times that of float32",
-     "holds" if leaner < 0.95 else "does not hold here"],
-    ["gradient checkpointing reduces memory", f"{smaller:.2f} times the memory, {slower:.2f} times the time",
-     "holds" if smaller < 0.95 else "does not hold here"],
-], columns=["claim", "measured here", "verdict"])
+from helpers import claims
+
+needed = short.iloc[0].sum() * 2**30 / 1e9
+tuned_loss = f"held-out loss {change:+.0%}, base unchanged, {guide_bytes / 1e6:.1f} MB for q and v"
+mixed_step = f"{leaner:.2f} times the memory of float32 at {faster:.2f} times the time"
+recomputing = f"{smaller:.2f} times the memory of mixed precision at {slower:.2f} times the time"
+frozen = int(theirs.base_layer.weight.grad is None)
+
+# %%
+findings = [
+    claims.finding("qlora-2gb", needed, computed_for="Mistral-7B"),
+    claims.finding("qlora-works", change, text=tuned_loss),
+    claims.finding("qlora-training-only", frozen, text="no gradient reaches the 4-bit weights, only A and B"),
+    claims.finding("mixed-precision", leaner, text=mixed_step),
+    claims.finding("checkpointing", smaller, text=recomputing),
+]
+claims.write(output_dir, notebook="07_qlora", found=found, findings=findings)
+
+# %%
 with pd.option_context("display.max_colwidth", None):
-    display(claims)
+    display(claims.table(output_dir, "07_qlora"))
 
 
 # %% [markdown]

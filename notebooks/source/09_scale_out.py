@@ -482,20 +482,20 @@ pd.DataFrame([
 # ## What the guides claim
 
 # %%
-claims = [
-    ["if the workload exceeds the GPU, offload parts to CPU or RAM",
-     f"same answer at every budget, up to {slowest:.1f} times slower (files in the page cache)",
-     "holds, at that price"],
-    ["the same for a 4-bit model", spill[:90], "does not hold" if spill != "loaded" else "holds"],
-    ["if the workload exceeds the GPU, use model parallelism",
-     f"{slices} processes, logits within {off:.0e}" if tensor_parallel else "not run here",
-     "holds" if tensor_parallel else "needs more GPUs"],
-    ["distributed training is optional and hard",
-     f"one configuration file; curves within {gap:.0e} of each other", "optional yes, hard no"],
-    ["a 24 GB GPU is ample", "notebooks 04 and 07 compute and measure it", "see there"],
-]
+from helpers import claims
+
+same_answer = offload["same answer"].mean()
+offloaded = (f"the same answer at {same_answer:.0%} of the budgets, up to {slowest:.1f} times slower "
+             f"(files in the page cache); a 4-bit model: {spill[:60]}")
+findings = [claims.finding("offload", same_answer, text=offloaded)]
+if tensor_parallel:
+    findings.append(claims.finding("model-parallel", off,
+                                   text=f"{slices} processes, logits within {off:.0e}"))
+claims.write(output_dir, notebook="09_scale_out", found=found, findings=findings)
+
+# %%
 with pd.option_context("display.max_colwidth", None):
-    display(pd.DataFrame(claims, columns=["claim", "measured here", "verdict"]))
+    display(claims.table(output_dir, "09_scale_out"))
 
 
 # %% [markdown]

@@ -45,7 +45,7 @@ from IPython.display import Markdown
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from helpers import catalogue, chat, exercises, explain, memory, models, records, reproductions, setup, speed
+from helpers import catalogue, chat, exercises, explain, memory, models, records, reproductions, speed
 
 transformers_logging.disable_progress_bar()
 found = models.find(model)
@@ -585,68 +585,72 @@ text = tokenizer.apply_chat_template(conversation, tokenize=False)
 error = quantized = None  # the error kept the model alive, as seen above
 
 # %%
-pinned = {name: version for name, version in setup.pins().items() if name in records.versions()}
-as_pinned = sum(records.versions()[name].split("+")[0] == version for name, version in pinned.items())
+from helpers import claims
 
 def kind(name):
     """Type of the error that an entry of the catalogue raised above."""
     return outcomes[name].get("message", "no error").split(":")[0]
 
-def verdict(true, without_reserve=True):
-    return "does not hold" if not true else "holds" if without_reserve else "holds partly"
-
 stays, half = gained["empty_cache(), name still there"], "half of it fits"
 slower = rates["fits"] / rates[half]
+refusals = (moved_to is None) + (kind("move-8bit") == "ValueError")
+implicit = 0.5 * (plain.dtype == torch.float32) + 0.5 * (default_compute == torch.float32)
 
 # %%
 dont = [
-    ["model.to('cuda') on a quantized model",
-     f"4 bits: moved to {moved_to}; 8 bits: .cuda() raises {kind('move-8bit')}",
-     verdict(kind("move-8bit") == "ValueError", moved_to is None), "device_map"],
-    ["load_in_4bit in from_pretrained()", f"raises {kind('load-in-4bit')}",
-     verdict(kind("load-in-4bit") == "TypeError"), "quantization_config"],
-    ["mix library versions", f"auto-gptq 0.7.1 with transformers 5 raises {kind('auto-gptq-import')}",
-     verdict(kind("auto-gptq-import") == "ImportError"), "one requirements.txt"],
-    ["forget torch_dtype",
-     f"without it: {plain.dtype}, as the weights were saved; but 4-bit compute is in {default_compute}",
-     verdict(default_compute == torch.float32, plain.dtype == torch.float32), "name bnb_4bit_compute_dtype"],
+    claims.finding("colab-to-cuda", refusals / 2,
+                   text=f"4 bits: moved to {moved_to}; 8 bits: .cuda() raises {kind('move-8bit')}"),
+    claims.finding("colab-load-in-4bit", int(kind("load-in-4bit") == "TypeError"),
+                   text=f"raises {kind('load-in-4bit')}"),
+    claims.finding("colab-versions", int(kind("auto-gptq-import") == "ImportError"),
+                   text=f"auto-gptq 0.7.1 with transformers 5 raises {kind('auto-gptq-import')}"),
+    claims.finding("colab-dtype", implicit,
+                   text=f"without it: {plain.dtype}, as saved; 4-bit compute is in {default_compute}"),
 ]
 
 # %%
+works = outcomes["load-in-4bit"]["repair"]
+quiet = not heard.about("torch_dtype")
+spills = [("disk" in places[name]) for name in ("fits", half)]
 do = [
-    ["BitsAndBytesConfig", outcomes["load-in-4bit"]["repair"],
-     verdict("Linear4bit" in outcomes["load-in-4bit"]["repair"]), ""],
-    ['device_map="auto"', f"memory for half of it: {places[half]}, {slower:.1f} times slower, no error",
-     verdict("disk" not in places["fits"], "disk" not in places[half]), "look at hf_device_map"],
-    ["torch_dtype=torch.float16", f"{old_name.dtype}; says {heard.about('torch_dtype')!r}",
-     verdict(old_name.dtype == torch.float16, not heard.about("torch_dtype")), "dtype="],
-    ["compatible library versions", f"{as_pinned} of {len(pinned)} packages are those pinned here",
-     verdict(True, as_pinned == len(pinned)), "doctor compares them"],
+    claims.finding("colab-config", int("Linear4bit" in works), text=works),
+    claims.finding("colab-float16", 0.5 * (old_name.dtype == torch.float16) + 0.5 * quiet,
+                   text=f"{old_name.dtype}; says {heard.about('torch_dtype')!r}"),
+    claims.finding("colab-device-map", 1 - sum(spills) / 2,
+                   text=f"memory for half of it: {places[half]}, {slower:.1f} times slower, no error"),
 ]
 
 # %%
+like_alone = same["right"] / len(prompts)
+padding = (f"without a padding token, as in Mistral: {kind('no-padding-token')}; padded on the right "
+           f"{same['right']} of {len(prompts)} answers are those given alone, on the left {same['left']}")
 rest = [
-    ["empty_cache() clears GPU memory", f"{stays:.0f} MB of 400 MB stay while a name holds them",
-     verdict(stays < 100), "del every name first"],
-    ["print two versions", f"{len(records.versions())} versions matter here",
-     verdict(True, len(records.versions()) <= 2), "doctor"],
-    ["restart the runtime", f"{restart_held:.0f} MB of a process gone with it",
-     verdict(not restart_left), ""],
-    ["tokenizer(prompts, padding=True)",
-     f"without a padding token, as Mistral's tokenizer: {kind('no-padding-token')}; with one, on the right: "
-     f"{same['right']} of {len(prompts)} answers are those given alone; on the left: {same['left']}",
-     verdict(same["right"] == len(prompts)), "padding_side='left'"],
-    ["write [INST] by hand", f"this model's template begins with {text[:22]!r}",
-     verdict("[INST]" in text), "apply_chat_template"],
+    claims.finding("colab-empty-cache", stays / 400,
+                   text=f"{stays:.0f} MB of 400 MB stay while a name holds them"),
+    claims.finding("colab-restart", int(not restart_left),
+                   text=f"{restart_held:.0f} MB of a process gone with it"),
+    claims.finding("colab-padding", like_alone, text=padding),
+    claims.finding("colab-inst", int("[INST]" in text),
+                   text=f"this model's template begins with {text[:22]!r}"),
 ]
+findings = [*dont, *do, *rest]
+claims.write(output_dir, notebook="10_troubleshooting", found=found, findings=findings)
 
 # %%
-parts = {"DO NOT": dont, "DO": do, "or else": rest}
-claims = pd.DataFrame([[part, *line] for part, lines in parts.items() for line in lines],
-                      columns=["", "the guide says", "measured here", "verdict", "instead"])
 with pd.option_context("display.max_colwidth", None):
-    display(claims)
-print(claims["verdict"].value_counts().to_dict())
+    display(claims.table(output_dir, "10_troubleshooting"))
+
+# %% [markdown]
+# What to do instead, where the guide's advice does not hold or holds partly:
+#
+# | the guide | do this |
+# |---|---|
+# | `model.to('cuda')` | Set `device_map` when you load the model. |
+# | `torch_dtype=` | Write `dtype=`; for 4 bits also set `bnb_4bit_compute_dtype`, whose default is float32. |
+# | `device_map="auto"` | Look at `hf_device_map` after loading: parts on the disk raise no error. |
+# | `empty_cache()` | Delete every name that holds the model first. |
+# | `tokenizer(prompts, padding=True)` | Set `padding_side="left"`, and a padding token where there is none. |
+# | `[INST]` by hand | Call `apply_chat_template`: it knows the model's own format. |
 
 
 # %% [markdown]
