@@ -43,6 +43,10 @@ class Scores:
     top1_agreement: float | None = None
     kl_by_window: numpy.ndarray | None = None
 
+    def summary(self):
+        """The three means, for tables: {"perplexity", "kl_divergence", "top1_agreement"}."""
+        return {name: getattr(self, name) for name in ("perplexity", "kl_divergence", "top1_agreement")}
+
     def by_genre(self):
         """{genre: mean KL} for windows of the course's texts."""
         count = len(GENRES)
@@ -81,6 +85,11 @@ class Reference:
     top1: numpy.ndarray
     vocabulary: int
     perplexity: float
+
+    @property
+    def scores(self):
+        """The untouched model against itself."""
+        return Scores(self.perplexity, 0.0, 0.0, 0.0, 1.0)
 
     def log_probs(self, where):
         """float16 [positions, vocabulary] of a slice of positions, read when asked for: the whole would not fit small machines."""
@@ -201,7 +210,7 @@ def reference(found, windows, batch_size=4):
     folder = models.cache() / "baselines" / _fingerprint(found, windows)
     with models.building(folder) as scratch:
         if scratch is not None:
-            _prune(folder.parent, keep=3)
+            _prune(folder.parent, keep=6)
             _write_reference(found, windows, batch_size, scratch)
     folder.touch()
     facts = json.loads((folder / "facts.json").read_text())

@@ -25,7 +25,7 @@
 model = "auto"
 output_dir = "build"
 solutions = False
-eval_tokens = 4096
+eval_tokens = 8192
 probe_tokens = 256
 calibration_text = None
 layers_per_block = 6
@@ -83,7 +83,7 @@ def check_model(net, group_size):
 def probe_windows(text, tokens, context=128):
     """Token ids [n, context] to measure sensitivity on: the calibration split, or a text of your own."""
     if text is None:
-        return evaluation.windows(tokenizer, "calibration", tokens=tokens, context=context)
+        return evaluation.windows(tokenizer, "calibration", tokens, context, source="pydoc")
     if not text.strip():
         raise ValueError("the calibration text is empty")
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
@@ -113,10 +113,11 @@ check_model(net, group_size)
 if not 1 <= layers_per_block <= net.config.num_hidden_layers:
     raise ValueError(f"layers_per_block must be 1 to {net.config.num_hidden_layers}, not {layers_per_block}")
 probe = probe_windows(calibration_text, probe_tokens).to(found.device)
-windows = evaluation.windows(tokenizer, "evaluation", tokens=eval_tokens)
+windows = evaluation.windows(tokenizer, tokens=eval_tokens)  # four genres that the map has not seen
+in_domain = evaluation.windows(tokenizer, source="pydoc", tokens=eval_tokens // 4)
 judges = windows[: max(1, len(windows) // 2)]  # to compare plans; the two that are recorded get all of them
 reference = evaluation.reference(found, windows)
-print(f"{probe.numel():,} probe tokens; {judges.numel():,} of other topics judge the plans at the end")
+print(f"{probe.numel():,} probe tokens; {judges.numel():,} of other genres judge the plans at the end")
 
 # %% [markdown]
 # ## The guide's call, and why it fails
@@ -401,7 +402,7 @@ def apply(plan):
 
 
 # %%
-rows, scores, costs = {}, {}, {}
+rows, scores, second, costs = {}, {}, {}, {}
 recorded = {"int8 + bf16 by the map": "hybrid", "int4 + int8 by the map": "hybrid-int4"}
 for name, plan in tqdm(plans.items(), "plans", disable=None):
     with memory.track() as costs[name]:
@@ -411,8 +412,9 @@ for name, plan in tqdm(plans.items(), "plans", disable=None):
     judged = evaluation.score(candidate, judges, reference)
     if name in recorded:
         scores[name] = evaluation.score(candidate, windows, reference)
+        second[name] = evaluation.score(candidate, in_domain, evaluation.reference(found, in_domain))
     rate = speed.decode(candidate, prompt_tokens=32, new_tokens=8, runs=2)
-    rows[name] = [size / 1e6, 8 * size / parameters, *vars(judged).values(), rate.decode_tokens_per_s]
+    rows[name] = [size / 1e6, 8 * size / parameters, *judged.summary().values(), rate.decode_tokens_per_s]
     del candidate
     gc.collect()
 
@@ -726,6 +728,6 @@ for name, method in recorded.items():
         output_dir, method=method, notebook="03_hybrid_precision", found=found, windows=windows,
         bits_per_weight=table["bits per weight"][name], weight_bytes=int(plan_bytes(plans[name])),
         peak_memory_bytes=costs[name].peak_vram if found.device == "cuda" else costs[name].peak_ram,
-        **vars(scores[name]), decode_tokens_per_s=pace[name], quantize_seconds=costs[name].seconds,
+        scores=scores[name], in_domain=(in_domain, second[name]), decode_tokens_per_s=pace[name], quantize_seconds=costs[name].seconds,
     )
     print("recorded:", method)

@@ -25,7 +25,7 @@
 model = "auto"
 output_dir = "build"
 solutions = False
-eval_tokens = 4096
+eval_tokens = 8192
 data_file = ""  # your own JSON lines with "question" and "answer"; "" takes the course's
 target_modules = "all-linear"  # or a list of names; the guide's are tried first in any case
 r = 16
@@ -684,7 +684,7 @@ for pair, *answers in zip(held_out, answers_before, answers_after):
 scores = evaluation.score(tuned, windows, reference, batch_size=8)
 rate_tuned = speed.decode(tuned, new_tokens=16)
 tuned_bytes = memory.weight_bytes(tuned)
-forgot = pd.DataFrame({"NF4": vars(scores_before), "NF4 + adapter": vars(scores)}).T
+forgot = pd.DataFrame({"NF4": scores_before.summary(), "NF4 + adapter": scores.summary()}).T
 forgot.columns = ["perplexity", "KL to full precision", "same top-1"]
 forgot["held-out loss"] = [loss_before, loss_after]
 forgot.round(3)
@@ -1000,6 +1000,6 @@ quiz.Quiz("07_qlora")
 records.write(
     output_dir, method="qlora", notebook="07_qlora", found=found, windows=windows,
     bits_per_weight=8 * tuned_bytes / total, weight_bytes=tuned_bytes, peak_memory_bytes=train_peak,
-    **vars(scores), decode_tokens_per_s=rate_tuned.decode_tokens_per_s, quantize_seconds=training_seconds,
+    scores=scores, decode_tokens_per_s=rate_tuned.decode_tokens_per_s, quantize_seconds=training_seconds,
 )
 quantized.cleanup()

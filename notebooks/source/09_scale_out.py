@@ -24,7 +24,7 @@
 model = "auto"
 output_dir = "build"
 solutions = False
-eval_tokens = 4096
+eval_tokens = 8192
 shares = [1.0, 0.7, 0.4]
 budget_gb = 0
 steps = 4
@@ -260,7 +260,7 @@ from peft import PeftModel
 with memory.track() as cost:
     net = AutoModelForCausalLM.from_pretrained(found.path, quantization_config=nf4, dtype=dtype)
     net = PeftModel.from_pretrained(net, Path(scratch.name) / f"{processes} processes" / "adapter").eval()
-windows = evaluation.windows(tokenizer, "evaluation", tokens=eval_tokens)
+windows = evaluation.windows(tokenizer, tokens=eval_tokens)
 reference = evaluation.reference(found, windows)
 scores = evaluation.score(net, windows, reference, batch_size=8)  # every pass unpacks all weights
 with checkpoints.writing(output_dir, "qlora-ddp") as folder:
@@ -617,5 +617,5 @@ records.write(
     output_dir, method="qlora-ddp", notebook="09_scale_out", found=found, windows=windows,
     bits_per_weight=8 * weights / predicted.parameters, weight_bytes=weights,
     peak_memory_bytes=cost.peak_vram if found.device == "cuda" else cost.peak_ram,
-    **vars(scores), decode_tokens_per_s=rate, quantize_seconds=reports[f"{processes} processes"]["seconds"])
+    scores=scores, decode_tokens_per_s=rate, quantize_seconds=reports[f"{processes} processes"]["seconds"])
 print("recorded: qlora-ddp")
