@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from helpers import memory, prediction
+from helpers import cache_size, memory
 
 SMALL = dict(vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
@@ -133,10 +133,10 @@ def test_repeated_blocks_change_nothing(monkeypatch):
         config = AutoConfig.for_model(name)
         quick = memory.predict(config, context=5000).kv_cache
         with monkeypatch.context() as patch:
-            patch.setattr(prediction, "_skip_repeated_blocks", lambda model, text: None)
-            prediction._cache_numbers.cache_clear()
+            patch.setattr(cache_size, "_skip_repeated_blocks", lambda model, text: None)
+            cache_size._cache_numbers.cache_clear()
             assert memory.predict(config, context=5000).kv_cache == quick
-        prediction._cache_numbers.cache_clear()
+        cache_size._cache_numbers.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "falcon", "jamba", "gpt2"])
