@@ -5,6 +5,7 @@ generated (badge, cost card, navigation, contents, the bootstrap cell) stands in
 """
 
 import difflib
+import itertools
 import re
 
 from helpers import notebooks
@@ -43,6 +44,8 @@ def build(source, target=None):
 
     target = target or notebooks.FOLDER / f"{source.stem}.ipynb"
     fresh = jupytext.reads(source.read_text(encoding="utf-8"), fmt=FORMAT)
+    for cell in fresh.cells:
+        cell.id = None  # jupytext draws one by chance
     if not target.is_file():
         fresh.metadata["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
         fresh.metadata["course"] = {"packages": []}
@@ -88,15 +91,10 @@ def _key(cell):
 def _with_ids(notebook):
     """The notebook with a stable id for each new cell: one made of its number, so that two builds are equal."""
     notebook.nbformat, notebook.nbformat_minor = 4, 5
-    used, count = {cell.get("id") for cell in notebook.cells}, 0
-    seen = set()
+    used = {cell.id for cell in notebook.cells}
+    free = (name for number in itertools.count() if (name := f"cell-{number}") not in used)
     for cell in notebook.cells:
-        if cell.get("id") is None or cell.id in seen or not re.fullmatch(r"[a-zA-Z0-9-_]{1,64}", cell.id):
-            while f"cell-{count}" in used:
-                count += 1
-            cell.id = f"cell-{count}"
-            used.add(cell.id)
-        seen.add(cell.id)
+        cell.id = cell.id or next(free)
     return notebook
 
 
