@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import psutil
 
 from helpers import batch, child_environment, widgets
+from helpers.prediction import Prediction, predict  # noqa: F401 - memory.predict is the public name
 
 
 @dataclass
@@ -186,76 +187,6 @@ def weight_bytes(model):
 def cache_bytes(past_key_values):
     """Bytes of a transformers KV cache."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in past_key_values.layers if layer.keys is not None)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Bytes a model will need, by part."""
-
-    weights: int  # the quantized Linear weights
-    scales: int  # their scales and zero points
-    rest: int  # embeddings, norms, output head: not quantized
-    kv_cache: int
-    parameters: int  # count, not bytes
-
-    @property
-    def model(self):
-        return self.weights + self.scales + self.rest
-
-    @property
-    def total(self):
-        return self.model + self.kv_cache
-
-    @property
-    def bits_per_weight(self):
-        return 8 * self.model / self.parameters
-
-
-def predict(config, bits=16, group_size=None, scale_bits=16, zero_bits=0, double_quant=False, rest_bits=16, context=0, batch=1, cache_bits=16):
-    """Bytes a causal language model needs: weights + scales + KV cache, from its config alone (nothing is loaded).
-
-    bits          of each Linear weight; 16 and 32 mean unquantized
-    group_size    weights that share one scale; None: no scales (unquantized), or one per output row below 16 bits
-    scale_bits    of each scale; 32 for bitsandbytes, 16 for GPTQ and AWQ
-    zero_bits     of each zero point; 0 for symmetric formats
-    double_quant  scales stored in 8 bits with one 32-bit scale per 256 of them (QLoRA, arXiv:2305.14314, section 3)
-    rest_bits     of embeddings, norms and output head, which no method here quantizes
-    context       tokens in the KV cache, for each of `batch` sequences, `cache_bits` per number
-    """
-    if not (isinstance(bits, (int, float)) and (2 <= bits <= 8 or bits in (16, 32))):
-        raise ValueError(f"bits must be 2 to 8, 16 or 32, not {bits!r}")
-    for name, value in {"context": context, "batch": batch}.items():
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    output = model.get_output_embeddings()
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not output]
-    if not linears:
-        raise ValueError(f"{type(model).__name__} has no Linear layers that could be quantized")
-    parameters = sum(parameter.numel() for parameter in model.parameters())  # tied embeddings count once
-    quantized = sum(module.weight.numel() for module in linears)
-
-    scales = 0.0
-    if bits < 16:
-        for module in linears:
-            groups = module.weight.numel() / (group_size or module.in_features)
-            scale = 8 + 32 / 256 if double_quant else scale_bits
-            scales += groups * (scale + zero_bits) / 8
-
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_cache = 2 * config.num_hidden_layers * heads * head_dim * context * batch * cache_bits // 8
-    return Prediction(
-        weights=int(quantized * bits / 8),
-        scales=int(scales),
-        rest=(parameters - quantized) * rest_bits // 8,
-        kv_cache=kv_cache,
-        parameters=parameters,
-    )
 
 
 class Monitor:

@@ -1,17 +1,21 @@
 """Memory: peaks are seen, predictions meet measurements, bad settings are named."""
 
+import gc
+import json
 import subprocess
 import sys
 import threading
 import time
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from helpers import memory
+from helpers import cache_size, memory
 
 SMALL = dict(vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
@@ -136,6 +140,77 @@ def test_more_bits_and_longer_contexts_never_need_less(bits, more, batch):
 def test_bits_outside_the_range_are_named(bits):
     with pytest.raises(ValueError, match="bits must be"):
         memory.predict(LlamaConfig(**SMALL), bits=bits)
+
+
+CONFIGS = json.loads((Path(__file__).parent / "memory_configs.json").read_text())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_real_configs(name):
+    """Against published counts and, for the cache, the arithmetic of each architecture; the file says where each figure is from."""
+    case = CONFIGS[name]
+    found = memory.predict(AutoConfig.for_model(**case["config"]), **case.get("ask", {}), context=case.get("context", 0))
+    exact = lambda text: eval(text, {"__builtins__": {}}, case)  # noqa: E731, S307 - arithmetic of our own file
+    assert found.parameters == pytest.approx(case["parameters"], rel=0.002)
+    assert found.model == pytest.approx(exact(case.get("model", "2*parameters")), rel=0.002)
+    assert found.kv_cache == exact(case.get("cache", "0"))
+    said = " ".join(found.notes)
+    assert case.get("says", "") in said and (found.notes or "says" not in case)
+
+
+def test_repeated_blocks_change_nothing(monkeypatch):
+    """A cache counted from one block of each kind is the cache of the whole model."""
+    for name in ("gemma2", "qwen3_next", "gpt_oss", "falcon_h1", "deepseek_v3"):
+        config = AutoConfig.for_model(name)
+        quick = memory.predict(config, context=5000).kv_cache
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_size, "_skip_repeated_blocks", lambda model, text: None)
+            cache_size._cache_numbers.cache_clear()
+            assert memory.predict(config, context=5000).kv_cache == quick
+        cache_size._cache_numbers.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "falcon", "jamba", "gpt2"])
+def test_cache_is_that_of_a_model_that_ran(kind):
+    """The same tiny model with data: its cache after a prompt has the predicted size."""
+    tiny = dict(vocab_size=100, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+    more = {
+        "gpt2": {}, "falcon": {}, "llama": {"intermediate_size": 64, "num_key_value_heads": 2},
+        "gemma3_text": {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8, "sliding_window_pattern": 2},
+        "jamba": {"intermediate_size": 64, "num_key_value_heads": 2, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2,
+                  "use_mamba_kernels": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    }[kind]  # fmt: skip
+    config = AutoConfig.for_model(kind, **tiny, **more)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        past = model(torch.arange(20)[None], use_cache=True).past_key_values
+    states = lambda layer: [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]  # noqa: E731
+    tensors = [t for layer in past.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None), *states(layer)) if t is not None]
+    assert memory.predict(config, context=20).kv_cache == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_recurrent_states_do_not_grow():
+    config = AutoConfig.for_model("mamba")
+    assert memory.predict(config, context=10).kv_cache == memory.predict(config, context=100_000).kv_cache > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        ({"model_type": "t5"}, {}, "encoder-decoder"),
+        ({"model_type": "bert"}, {"context": 10}, "context=0"),
+        ({"model_type": "siglip"}, {}, "no causal language model"),
+        ({"model_type": "no-such-type"}, {}, "no-such-type"),
+        ("mistralai/Mistral-7B-v0.1", {}, "AutoConfig.from_pretrained"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "aqlm"}}, {}, "'aqlm' is not counted here"),
+        ({"model_type": "llama"}, {"bits": 4, "library": "ggml"}, "library must be one of"),
+        ({"model_type": "llama"}, {"bits": 4, "group_size": 0}, "group_size must be above 0"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused_in_one_line(config, settings, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        memory.predict(config, **settings)
+    assert "\n" not in str(raised.value)
 
 
 def test_negative_context():

@@ -84,7 +84,7 @@ print(grid.find(found.path))
 # %%
 mistral = MistralConfig(
     vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128, sliding_window=None, tie_word_embeddings=False,
 )
 formats = {
     "fp32": dict(bits=32, rest_bits=32),
@@ -126,6 +126,36 @@ ax.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 figures.show(fig, alt="Memory of Mistral-7B against context length: 16-bit weights need a 24 GB card, "
              "int8 fits 16 GB, and the 4-bit formats leave room on 8 GB for more than 16,000 tokens.",
              table=fit.round(1))
+
+# %% [markdown]
+# Not every model is a Mistral. `memory.predict` builds the model without data and lets transformers build the cache, so it counts
+# what is there. Five models that readers ask about, with 32,768 tokens in the cache. `bits` is left out: a checkpoint counts in the
+# format that it ships in (gpt-oss in MXFP4, DeepSeek-V3 in FP8), any other one in 16 bits. The configs are written out;
+# `AutoConfig.from_pretrained` reads the same from the hub.
+
+# %%
+mxfp4, fp8 = {"quant_method": "mxfp4"}, {"quant_method": "fp8"}
+asked_about = {
+    "Mistral-7B-v0.1": dict(model_type="mistral", vocab_size=32000),
+    "Mixtral-8x7B": dict(model_type="mixtral"),
+    "gpt-oss-20b": dict(model_type="gpt_oss", num_hidden_layers=24, num_local_experts=32, quantization_config=mxfp4),
+    "DeepSeek-V3": dict(model_type="deepseek_v3", quantization_config=fp8),
+    "Qwen3-Next-80B": dict(model_type="qwen3_next"),
+}
+needs = {name: memory.predict(AutoConfig.for_model(**asked), context=32768) for name, asked in asked_about.items()}
+pd.DataFrame({
+    name: {"parameters, 10^9": p.parameters / 1e9, "model, GB": p.model / 1e9, "cache, GB": p.kv_cache / 1e9}
+    for name, p in needs.items()
+}).T.round(2)
+
+# %% [markdown]
+# The caches differ more than the models do. Mistral-7B-v0.1 attends to a window of 4,096 tokens and keeps no more. DeepSeek-V3
+# keeps 576 numbers per token and layer, a *latent* from which keys and values are computed again. In Qwen3-Next three layers of
+# four keep a state of fixed size. A prediction also carries `notes`: what you would otherwise take for granted.
+
+# %%
+experts = memory.predict(AutoConfig.for_model("mixtral"), bits=4, group_size=64)
+[*needs["gpt-oss-20b"].notes, *experts.notes]
 
 # %% [markdown]
 # Activations and the CUDA context come on top: plan about 1 GB more.

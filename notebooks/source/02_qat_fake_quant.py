@@ -722,7 +722,9 @@ for name, value in state.items():
     assert torch.equal(value.dequantize(), back[name]), f"{name} came back changed"
 del back
 final, decode = measure(reloaded, batch_size=8), speed.decode(reloaded, new_tokens=8, runs=2)
-print(f"all windows: {final}, {memory.weight_bytes(reloaded) / 1e6:.0f} MB in memory")
+second = evaluation.score(reloaded, in_domain, evaluation.reference(found, in_domain), batch_size=8)
+print(f"all windows: KL {final.kl_divergence:.3f} [{final.kl_low:.3f}, {final.kl_high:.3f}]; pydoc: "
+      f"{second.kl_divergence:.3f}; {memory.weight_bytes(reloaded) / 1e6:.0f} MB in memory")
 print(f"decode {decode}: on a CPU torchao unpacks every layer in every pass")
 chat = [{"role": "user", "content": "What is a list in Python?"}]
 question = tokenizer.apply_chat_template(
