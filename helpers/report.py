@@ -31,7 +31,8 @@ img { max-width: 100%; height: auto } .failed { color: #a40000; font-weight: 600
 {% endfor %}
 {% if gpu %}<h3>Reference: {{ gpu.device }}, {{ gpu.date }}</h3><p>{{ gpu.model }}</p>{{ gpu_table }}{% endif %}
 {% for plot in plots %}<h2 id="plot{{ loop.index }}">{{ plot.title }}</h2><p><img alt="{{ plot.alt }}" src="data:image/png;base64,{{ plot.png }}"></p><p><em>{{ plot.alt }}</em></p>
-{{ plot.html }}
+{% if tuned %}<p>Not in the plot: {{ tuned|join(", ") }}. Fine-tuning is meant to leave the untouched model, so there KL is no loss of quality.</p>
+{% endif %}{{ plot.html }}
 {% endfor %}
 <h2 id="claims">What the guides claim</h2>
 <p>{{ counts }}. Each claim is judged by the measurement nearest to what it speaks of, of this run or of those that come with the course.</p>
@@ -61,7 +62,7 @@ def write(build, results):
         date=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"), device=", ".join(sorted({r["device"] for r in found.values()})) or "no records",
         protocol="; ".join(protocols) or "none", not_run=tables.NOT_RUN, methods=Markup(tables.methods(found, expected(references))),
         gpu=gpu, gpu_table=gpu and Markup(_gpu_table(gpu)), references=[{"device": r.device, "model": r.model, "date": r.date, "html": Markup(tables.methods(r.records, caption=f"Reference: {r.device}"))} for r in references],
-        plots=[plot for plot in (_plot(found, against) for against in TITLES) if plot], counts=counts(judged), verdicts=judged, sources=claims.read()[0],
+        plots=[plot for plot in (_plot(found, against) for against in TITLES) if plot], tuned=[method for method in pareto.FINE_TUNED if method in found], counts=counts(judged), verdicts=judged, sources=claims.read()[0],
         results=results, versions=records.versions(), system=f"{platform.system()} {platform.machine()}", cores=cores(),
     )  # fmt: skip
     path = build / "report.html"

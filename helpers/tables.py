@@ -2,12 +2,13 @@
 
 import html
 
-# field of a record: (heading, format, factor)
+# field of a record: (heading, format, factor); `interval` writes the two without a format
 COLUMNS = {
     "bits_per_weight": ("bits per weight", "{:.2f}", 1),
     "weight_bytes": ("weights, MB", "{:.0f}", 1e-6),
     "perplexity": ("perplexity", "{:.2f}", 1),
-    "kl_divergence": ("KL", "{:.4f}", 1),
+    "kl_divergence": ("KL", "", 1),
+    "in_domain": ("KL on pydoc", "", 1),
     "top1_agreement": ("same top-1", "{:.3f}", 1),
     "decode_tokens_per_s": ("decode tok/s", "{:.1f}", 1),
     "quantize_seconds": ("quantize s", "{:.1f}", 1),
@@ -36,7 +37,7 @@ def methods(found, expected=(), sort_by="weight_bytes", caption="All methods of 
     """
     if sort_by != "method" and sort_by not in COLUMNS:
         raise ValueError(f"sort_by must be method or one of {', '.join(COLUMNS)}, not {sort_by!r}")
-    rows = [[(method, None), (record["notebook"][:2], None), *(_cell(record[name], *COLUMNS[name]) for name in COLUMNS)] for method, record in found.items()]
+    rows = [[(method, None), (record["notebook"][:2], None), *(_cell(record, name) for name in COLUMNS)] for method, record in found.items()]
     at = 0 if sort_by == "method" else 2 + list(COLUMNS).index(sort_by)
     rows.sort(key=lambda row: (row[at][1] == "", row[at][0] if at == 0 else row[at][1] or 0))
     missing = [[(method, None), (notebook[:2], None), (NOT_RUN, ""), *[("", "")] * (len(COLUMNS) - 1)]
@@ -65,5 +66,23 @@ def _row(row):
     return f"<tr>{''.join(cells)}</tr>"
 
 
-def _cell(value, _, form, factor):
-    return (NOT_MEASURED, "") if value is None else (form.format(value * factor), value)
+def interval(value: float, low: float | None = None, high: float | None = None) -> str:
+    """A KL divergence with its interval, in nats, as "0.327 [0.312, 0.343]"; small ones get a fourth digit."""
+    digits = 3 if value >= 0.1 else 4
+    mean, *ends = (f"{round(number, digits) + 0.0:.{digits}f}" for number in (value, low, high) if number is not None)
+    return f"{mean} [{', '.join(ends)}]" if len(ends) == 2 else mean
+
+
+def _cell(record, name):
+    """(text, sort key) of one field; the KL divergence shows its interval and is sorted by the number."""
+    value = record[name]
+    if name == "in_domain" and value is not None:
+        value = value["kl_divergence"]
+    if value is None:
+        return NOT_MEASURED, ""
+    if name == "kl_divergence":
+        return interval(value, record["kl_low"], record["kl_high"]), value
+    if name == "in_domain":
+        return interval(value), value
+    _, form, factor = COLUMNS[name]
+    return form.format(value * factor), value

@@ -53,6 +53,88 @@ def test_plot_says_what_it_shows():
     assert pareto.plot([record("a", decode_tokens_per_s=None), record("b")], "decode_tokens_per_s") is None
 
 
+def test_fine_tuned_models_are_not_on_the_frontier():
+    shown = [record(method, weight_bytes=size * 1e6, kl_divergence=kl) for method, size, kl in (("fp32", 500, 0.0), ("nf4", 100, 0.3), *((name, 50, 0.1) for name in pareto.FINE_TUNED))]
+    _, alt, table = pareto.plot(shown)
+    assert list(table.method) == ["fp32", "nf4"] and "qlora" not in alt
+    assert pareto.plot(shown[1:]) is None
+
+
+# How two models rank the methods
+
+SMALL, LARGE = "small (hub)", "large (hub)"
+
+
+def ranked_records(model, device="2 CPU cores, x86_64", **kl):
+    """{method: record} with an interval of 10 % to each side."""
+    return {
+        name.replace("_", "-"): record(name.replace("_", "-"), device, model=model, kl_divergence=value, kl_low=0.9 * value, kl_high=1.1 * value)
+        for name, value in kl.items()
+    }
+
+
+def of_course(device, model, found):
+    return reference.Reference(device, model, "2026-11-25", found)
+
+
+def test_a_ranking_takes_the_four_bit_methods_of_real_models():
+    found = ranked_records(SMALL, nf4=0.3, awq=0.1, bf16=0.001, qlora=0.2, hybrid_int4=0.05)
+    found["gptq"] = record("gptq", model=SMALL, kl_divergence=0.2, kl_low=None, kl_high=None)
+    shape = of_course("NVIDIA H100", "shape", ranked_records("shape (random weights, made here)", "NVIDIA H100", nf4=0.9, awq=0.1, gptq=0.2))
+    ranked = pareto.rankings(found, [shape])
+    assert {model: [r["method"] for r in group] for model, group in ranked.items()} == {"small": ["awq", "nf4"]}
+    assert pareto.rankings({}) == {}
+
+
+def test_a_models_ranking_is_of_the_device_with_the_most_methods():
+    more = of_course("NVIDIA H100", SMALL, ranked_records(SMALL, "NVIDIA H100", nf4=0.3, awq=0.1, gptq=0.2))
+    few, same = ranked_records(SMALL, nf4=0.31), ranked_records(SMALL, nf4=0.31, awq=0.11, gptq=0.21)
+    for measured, expected in ((few, "NVIDIA H100"), (same, "2 CPU cores, x86_64"), ({}, "NVIDIA H100")):
+        assert {r["device"] for r in pareto.rankings(measured, [more])["small"]} == {expected}
+
+
+@pytest.mark.parametrize(("first", "second", "expected"), [((0.1, 0.2), (0.3, 0.4), -1), ((0.3, 0.4), (0.1, 0.2), 1), ((0.1, 0.3), (0.2, 0.4), 0), ((0.1, 0.2), (0.2, 0.3), 0)])
+def test_only_intervals_apart_make_an_order(first, second, expected):
+    one, other = (dict(zip(("kl_low", "kl_high"), ends)) for ends in (first, second))
+    assert pareto.order(one, other) == expected and pareto.order(other, one) == -expected
+
+
+def test_differences_of_two_models_in_words():
+    small = ranked_records(SMALL, awq=0.1, gptq=0.2, nf4=0.4, fp4=0.41)
+    large = of_course("NVIDIA H100", LARGE, ranked_records(LARGE, "NVIDIA H100", nf4=0.1, gptq=0.2, awq=0.21, autoawq=0.3))
+    # small: awq < gptq < nf4; large: nf4 before the two others, which it does not tell apart.
+    said = pareto.differences(pareto.rankings(small, [large]))
+    assert said == (
+        "Of 3 pairs of methods, small and large put 0 in the same order and 2 in opposite orders: awq beats nf4 on small, nf4 beats awq on large; "
+        "gptq beats nf4 on small, nf4 beats gptq on large. Told apart by one model alone: 1 (small), 0 (large); by neither: 0."
+    )
+    large = of_course("GPU", LARGE, ranked_records(LARGE, "GPU", awq=0.01, gptq=0.02, nf4=0.04, fp4=0.041))
+    alike = pareto.differences(pareto.rankings(small, [large]))
+    assert alike.startswith("Of 6 pairs of methods, small and large put 5 in the same order and 0 in opposite orders. ") and alike.endswith("by neither: 1.")
+
+
+def test_one_model_or_none_is_said():
+    assert pareto.differences({}).startswith("No record") and pareto.plot_rankings({}) is None
+    ranked = pareto.rankings(ranked_records(SMALL, nf4=0.3, awq=0.1))
+    fig, alt, table = pareto.plot_rankings(ranked)
+    assert len(fig.axes) == 1 and "Only small has records" in alt
+    assert list(table["small"]) == ["awq: 0.100 [0.090, 0.110]", "nf4: 0.300 [0.270, 0.330]"]
+    lonely = pareto.rankings(ranked_records(SMALL, nf4=0.3), [of_course("GPU", LARGE, ranked_records(LARGE, "GPU", awq=0.1))])
+    assert "share fewer than two methods" in pareto.differences(lonely)
+
+
+def test_the_picture_has_a_panel_a_model_on_a_log_axis_with_the_intervals():
+    large = of_course("GPU", LARGE, ranked_records(LARGE, "GPU", nf4=0.1, awq=0.2, gptq=0.0))
+    fig, alt, table = pareto.plot_rankings(pareto.rankings(ranked_records(SMALL, nf4=0.3, awq=0.1), [large]))
+    first, second = fig.axes
+    assert first.get_xscale() == second.get_xscale() == "log"
+    assert [label.get_text() for label in first.get_yticklabels()] == ["awq", "nf4"]
+    (_, _, (bar,)) = first.containers[1]
+    assert bar.get_segments()[0][:, 0] == pytest.approx([0.27, 0.33])
+    assert "small: awq, nf4; large: gptq, nf4, awq." in alt and "awq beats nf4 on small, nf4 beats awq on large" in alt
+    assert list(table.columns) == ["small", "large"] and list(table["small"])[2] == ""
+
+
 # The table of all methods
 
 
@@ -82,6 +164,21 @@ def test_a_method_that_was_not_run_has_no_numbers():
     assert rows[0][heads.index("perplexity")] == "–"
 
 
+def test_the_table_shows_kl_with_its_interval_and_sorts_by_the_number():
+    second = {"text": "pydoc", "tokens": 2048, "perplexity": 9.0, "kl_divergence": 0.21, "top1_agreement": 0.9}
+    found = {
+        "nf4": record("nf4", kl_divergence=0.3274, kl_low=0.3121, kl_high=0.3431, in_domain=second),
+        "bf16": record("bf16", kl_divergence=0.00123, kl_low=0.0011, kl_high=0.00135),
+        "fp32": record("fp32", kl_divergence=-1e-6, kl_low=None, kl_high=None),
+    }
+    page = tables.methods(found, sort_by="kl_divergence")
+    heads, *rows = Cells(page).rows
+    column = heads.index("KL")
+    assert [row[column] for row in rows] == ["0.0000", "0.0012 [0.0011, 0.0014]", "0.327 [0.312, 0.343]"]
+    assert 'data-v="0.3274"' in page and [row[heads.index("KL on pydoc")] for row in rows] == ["–", "–", "0.210"]
+    assert [row[0] for row in Cells(tables.methods(found, sort_by="in_domain")).rows[1:]][0] == "nf4", "what was not measured comes last"
+
+
 @pytest.mark.parametrize(("sort_by", "expected"), [("kl_divergence", ["b", "a", "c"]), ("method", ["a", "b", "c"])])
 def test_table_is_sorted_without_a_script(sort_by, expected):
     found = {"a": record("a", kl_divergence=0.5), "b": record("b", kl_divergence=0.0), "c": record("c", kl_divergence=None)}
@@ -100,8 +197,8 @@ def test_table_escapes_and_is_labelled():
 
 
 @pytest.fixture(scope="module")
-def measured():
-    return reference.read()[0].records
+def measured(committed):
+    return committed.records
 
 
 def test_guide_prefers_quality_where_everything_fits(measured):
@@ -187,7 +284,22 @@ def test_report_of_a_full_run(tmp_path, measured):
     assert "not run here</td>" not in page.split("<h3>")[0]
 
 
-def test_report_of_an_empty_run_shows_what_was_not_run(tmp_path):
+def test_report_leaves_fine_tuned_models_out_of_the_plots_and_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "FOLDER", tmp_path / "none")
+    for method, kl in (("nf4", 0.3), ("bf16", 0.1), ("qlora", 0.5)):
+        records.write_text(tmp_path / "records" / f"{method}.json", json.dumps(record(method, kl_divergence=kl, weight_bytes=1e8)))
+    page = report.write(tmp_path, []).read_text(encoding="utf-8")
+    assert page.count("Not in the plot: qlora. Fine-tuning is meant to leave") == 2 and page.count("data:image/png;base64,") == 2
+    assert "<h3>Reference: 2 CPU cores" not in page and "8,192 tokens of course in windows of 256" in page
+
+
+def test_report_needs_no_results_to_come_with_the_course(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "FOLDER", tmp_path / "none")
+    page = report.write(tmp_path, []).read_text(encoding="utf-8")
+    assert "no records" in page and "Not in the plot" not in page
+
+
+def test_report_of_an_empty_run_shows_what_was_not_run(tmp_path, committed):
     page = report.write(tmp_path, [run.Result("04", 1.0, 10**9, "ok")]).read_text(encoding="utf-8")
     table = page.split("<h3>")[0]
     assert "nf4" in table and "not run here" in table and "data:image/png" not in page

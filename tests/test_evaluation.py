@@ -3,6 +3,7 @@
 import copy
 import re
 
+import numpy
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from helpers import evaluation
 
 @pytest.fixture(scope="module")
 def windows(tokenizer):
-    return evaluation.windows(tokenizer, tokens=512, context=128)
+    return evaluation.windows(tokenizer, tokens=512, context=128, source="pydoc")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,77 @@ def test_splits_share_no_paragraph():
 
 def test_windows_are_fixed(tokenizer):
     first, second = evaluation.windows(tokenizer), evaluation.windows(tokenizer)
-    assert first.shape == (8, 512) and torch.equal(first, second)
+    assert first.shape == (32, 256) and torch.equal(first, second)
+
+
+def test_the_courses_windows_take_the_genres_in_turn(tokenizer):
+    every = evaluation.windows(tokenizer, tokens=2048)
+    assert every.shape == (8, 256)
+    for number, genre in enumerate(evaluation.GENRES):
+        alone = evaluation.windows(tokenizer, tokens=512, source=genre)
+        assert torch.equal(every[number :: len(evaluation.GENRES)], alone), genre
+    assert len(torch.unique(every, dim=0)) == len(every), "a window stands there twice"
+
+
+@pytest.mark.parametrize("source", [*evaluation.GENRES, evaluation.HELD_BACK, "course"])
+@pytest.mark.parametrize("split", ["calibration", "training"])
+def test_the_courses_texts_are_for_evaluation_only(tokenizer, source, split):
+    with pytest.raises(ValueError, match="for evaluation only"):
+        evaluation.windows(tokenizer, split, tokens=1024, source=source)
+
+
+# Intervals
+
+
+def scored(kl):
+    return evaluation.Scores(10.0, float(numpy.mean(kl)), *evaluation.interval(kl), 0.9, numpy.asarray(kl, dtype=float))
+
+
+KL = numpy.random.default_rng(1).gamma(4.0, 0.1, 32)
+
+
+def test_interval_holds_the_mean_narrows_with_more_windows_and_is_the_same_twice():
+    low, high = evaluation.interval(KL)
+    assert low < KL.mean() < high and (low, high) == evaluation.interval(KL)
+    expected = 1.96 * KL.std() / len(KL) ** 0.5  # the normal approximation, close for 32 windows
+    assert high - low == pytest.approx(2 * expected, rel=0.15)
+    longer = evaluation.interval(numpy.tile(KL, 16))
+    assert longer[1] - longer[0] == pytest.approx((high - low) / 4, rel=0.15)
+    assert evaluation.interval([0.3] * 8) == pytest.approx((0.3, 0.3))
+
+
+def test_a_paired_difference_of_the_same_scores_is_zero():
+    assert evaluation.difference(scored(KL), scored(KL)) == (0, 0, 0)
+
+
+def test_a_constant_shift_is_found_though_the_intervals_overlap():
+    first, second = scored(KL + 0.01), scored(KL)
+    assert first.kl_low < second.kl_high, "unpaired, nothing could be told"
+    assert evaluation.difference(first, second) == pytest.approx((0.01, 0.01, 0.01))
+    assert evaluation.difference(second, first)[2] < 0
+
+
+def test_a_paired_difference_needs_the_same_windows():
+    with pytest.raises(ValueError, match="the same windows: 32 and 31"):
+        evaluation.difference(scored(KL), scored(KL[:-1]))
+
+
+def test_by_genre_takes_every_fourth_window():
+    found = scored([1, 2, 3, 4, 3, 4, 5, 6]).by_genre()
+    assert found == {"news": 2, "story": 3, "dialogue": 4, "explainer": 5}
+
+
+def test_windows_kl_and_interval_are_those_of_each_window_alone(net, windows, reference):
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.model.layers[3].mlp.down_proj.weight.mul_(1.2)
+    scores = evaluation.score(other, windows, reference)
+    expected, _ = plain(net, windows)
+    actual, _ = plain(other, windows)
+    alone = (expected.exp() * (expected - actual)).sum(-1).mean(-1).numpy()
+    assert scores.kl_by_window == pytest.approx(alone, rel=5e-3)
+    assert scores.kl_divergence == pytest.approx(scores.kl_by_window.mean())
+    assert (scores.kl_low, scores.kl_high) == evaluation.interval(scores.kl_by_window)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +158,8 @@ def test_windows_are_fixed(tokenizer):
     [
         ({"split": "test"}, "split must be"),
         ({"source": "imdb"}, "source must be"),
-        ({"tokens": 100, "context": 512}, "less than one window"),
+        ({"tokens": 100, "context": 512, "source": "pydoc"}, "less than one window"),
+        ({"tokens": 1023}, "one window of context=256 for each of news"),
         ({"tokens": 10**7}, "use tokens="),
         ({"context": 1}, "at least 2"),
     ],

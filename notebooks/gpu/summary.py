@@ -143,8 +143,7 @@ def section(record):
         "All of it ran with torch held to 16 GB, fp16 to 24 GB. QLoRA: r=16 on q and v, checkpointing, paged 8-bit AdamW. \"Fits\" adds "
         f"the driver's context ({record['bandwidth']['context_bytes'] / 1e9:.2f} GB here) to the peak. GPTQ took {record['gptq']['seconds']:.0f} s.",
         "",
-        quality(),
-        "",
+        *([said, ""] if (said := quality()) else []),
         "A cap makes your card a smaller one:",
         "",
         "```bash",
@@ -159,22 +158,26 @@ APART = 0.02  # share by which a KL divergence may differ between CPU and GPU be
 
 
 def both():
-    """[(method, its record on a GPU, its record on the CPU)]: what the notebooks measured on both, with one model and one text."""
+    """[(method, its record on a GPU, its record on the CPU)]: what the notebooks measured on both, with one model and one text.
+
+    Empty where no model has been measured on both.
+    """
     from helpers import reference
 
     every = reference.read()
-    (cpu,) = [each for each in every if each.on_cpu]
-    (gpu,) = [each for each in every if not each.on_cpu and each.model == cpu.model]
-    return [(name, gpu.records[name], cpu.records[name]) for name in COMPARED]
+    pairs = [(gpu, cpu) for gpu in every for cpu in every if cpu.on_cpu and not gpu.on_cpu and gpu.model == cpu.model]
+    return [(name, gpu.records[name], cpu.records[name]) for gpu, cpu in pairs[:1] for name in COMPARED if name in gpu.records and name in cpu.records]
 
 
 def quality():
-    """README's paragraph on quality."""
+    """README's paragraph on quality; None where no model has been measured on a GPU and on a CPU."""
     rows = both()
+    if not rows:
+        return None
     _, gpu, cpu = rows[0]
     said = [f"{gpu['kl_divergence']:.4f} for {name} (CPU {cpu['kl_divergence']:.4f})" for name, gpu, cpu in rows]
     far = [name for name, gpu, cpu in rows if abs(gpu["kl_divergence"] / cpu["kl_divergence"] - 1) > APART]
-    text = (f"Quality: the notebooks themselves ran on an {gpu['device']} with SmolLM2-135M-Instruct and the CPU's {cpu['eval_tokens']:,} tokens of "
+    text = (f"Quality: the notebooks themselves ran on an {gpu['device']} with {gpu['model'].split()[0]} and the CPU's {cpu['eval_tokens']:,} tokens of "
             f"text. KL divergence: {', '.join(said)}.")  # fmt: skip
     return text + (f" More than {APART:.0%} apart: {', '.join(far)}; [what is known of it](notebooks/gpu/README.md)." if far else "")
 

@@ -84,7 +84,8 @@ print(grid.find(found.path))
 # %%
 mistral = MistralConfig(
     vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=128, sliding_window=None, tie_word_embeddings=False,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128, sliding_window=None,
+    tie_word_embeddings=False,
 )
 formats = {
     "fp32": dict(bits=32, rest_bits=32),
@@ -138,7 +139,8 @@ mxfp4, fp8 = {"quant_method": "mxfp4"}, {"quant_method": "fp8"}
 asked_about = {
     "Mistral-7B-v0.1": dict(model_type="mistral", vocab_size=32000),
     "Mixtral-8x7B": dict(model_type="mixtral"),
-    "gpt-oss-20b": dict(model_type="gpt_oss", num_hidden_layers=24, num_local_experts=32, quantization_config=mxfp4),
+    "gpt-oss-20b": dict(
+        model_type="gpt_oss", num_hidden_layers=24, num_local_experts=32, quantization_config=mxfp4),
     "DeepSeek-V3": dict(model_type="deepseek_v3", quantization_config=fp8),
     "Qwen3-Next-80B": dict(model_type="qwen3_next"),
 }

@@ -728,6 +728,7 @@ for name, method in recorded.items():
         output_dir, method=method, notebook="03_hybrid_precision", found=found, windows=windows,
         bits_per_weight=table["bits per weight"][name], weight_bytes=int(plan_bytes(plans[name])),
         peak_memory_bytes=costs[name].peak_vram if found.device == "cuda" else costs[name].peak_ram,
-        scores=scores[name], in_domain=(in_domain, second[name]), decode_tokens_per_s=pace[name], quantize_seconds=costs[name].seconds,
+        scores=scores[name], in_domain=(in_domain, second[name]),
+        decode_tokens_per_s=pace[name], quantize_seconds=costs[name].seconds,
     )
     print("recorded:", method)

@@ -14,7 +14,7 @@
 #
 # 1. Rebuild NF4 from normal quantiles and quantize a weight to the same codes as bitsandbytes.
 # 2. Load the whole model in 4 bits, predict its size, and change one setting at a time.
-# 3. Answer with numbers: how much quality does it cost, and is it faster here?
+# 3. Answer with numbers: how much quality does it cost, against other formats of the same size, and is it faster here?
 #
 # **Before you start:** [00 Start here](00_start_here.ipynb) for the memory arithmetic.
 
@@ -25,7 +25,7 @@
 model = "auto"
 output_dir = "build"
 solutions = False
-eval_tokens = 4096
+eval_tokens = 8192
 quant_type = "nf4"
 double_quant = True
 compute_dtype = "bfloat16"
@@ -33,6 +33,7 @@ max_new_tokens = 48
 
 # %%
 import inspect
+import logging
 import pathlib
 import statistics
 
@@ -46,6 +47,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from helpers import chat, evaluation, exercises, figures, memory, models, records, speed
 
 figures.style()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its 8-bit layers report every cast
 
 # %% [markdown]
 # A wrong setting should fail now, not after the model is loaded.
@@ -57,6 +59,7 @@ assert compute_dtype in ("bfloat16", "float16", "float32"), f"no such compute_dt
 found = models.find(model)
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)
+in_domain = evaluation.windows(tokenizer, source="pydoc", tokens=eval_tokens // 4)
 print(f"{found.name} on the {found.device.upper()}, {found.origin}")
 
 
@@ -251,11 +254,12 @@ pd.DataFrame({"MB": sizes / 1e6, "share of bf16": sizes / bf16.model}).round(3)
 #
 # ## Change one setting at a time
 #
-# Same text, against the untouched model; half of it is enough to tell these apart, and the configured model then gets all of it.
-# Sizes are taken right after loading.
+# Four genres of text, against the untouched model. Half of it is enough to tell these apart; the configured model then gets all of
+# it, and Python's documentation as a second text. Sizes are taken right after loading.
 
 # %%
 reference = evaluation.reference(found, windows)
+in_domain_reference = evaluation.reference(found, in_domain)
 variants = {
     "as configured": (quant_type, double_quant, compute_dtype),
     "the other levels": ("fp4" if quant_type == "nf4" else "nf4", double_quant, compute_dtype),
@@ -264,17 +268,18 @@ variants = {
 }
 
 # %%
-probe = windows[: max(1, len(windows) // 2)]
+probe = windows[:16]  # half of the text, the four genres in turn
 rows = {}
 for name, settings in variants.items():
     candidate = net if name == "as configured" else four_bit(*settings)
     size = memory.weight_bytes(candidate)
     scores = evaluation.score(candidate, probe, reference)
     rate = speed.decode(candidate, new_tokens=12, runs=2)
-    rows[name] = [*settings, size / 1e6, *vars(scores).values(), rate.decode_tokens_per_s]
+    rows[name] = [*settings, size / 1e6, *scores.summary().values(), rate.decode_tokens_per_s]
 del candidate
 memory.release()
 quality = evaluation.score(net, windows, reference, batch_size=8)  # every pass unpacks all weights
+second = evaluation.score(net, in_domain, in_domain_reference, batch_size=8)
 table = pd.DataFrame.from_dict(rows, orient="index", columns=[
     "quant_type", "double_quant", "compute_dtype", "MB", "perplexity", "KL", "same top-1", "decode tok/s"])
 table.round(4)
@@ -286,8 +291,11 @@ saved_bits = saved * 8e6 / linear_weights
 nf4, fp4 = (table[table.quant_type == kind].iloc[0] for kind in ("nf4", "fp4"))
 print(f"double quantization: {saved_bits:.3f} bits per weight (0.373 less the layers' lookup tables)")
 print(f"KL on {probe.numel():,} tokens: nf4 {nf4['KL']:.3f}, fp4 {fp4['KL']:.3f}")
-print(f"{quant_type} on all {windows.numel():,} tokens: KL {quality.kl_divergence:.3f}, "
+print(f"{quant_type} on all {windows.numel():,} tokens: KL {quality.kl_divergence:.3f} "
+      f"({quality.kl_low:.3f} to {quality.kl_high:.3f}), "
       f"perplexity {quality.perplexity:.2f} (untouched: {reference.perplexity:.2f})")
+print("by genre: " + ", ".join(f"{genre} {kl:.3f}" for genre, kl in quality.by_genre().items())
+      + f"; Python's documentation {second.kl_divergence:.3f}")
 assert nf4["KL"] < fp4["KL"], "NF4 should beat FP4 on normally distributed weights"
 assert quality.perplexity < 2 * reference.perplexity, "loaded without an error, and garbage all the same"
 
@@ -301,6 +309,73 @@ print(f"{weight_bytes / 1e6:.1f} MB after loading, {after / 1e6:.1f} MB after th
 
 # %% [markdown]
 # Do not train a model object after it has been repacked: on a CPU its weights then pass no gradient on.
+#
+# ## Against evenly spaced levels at equal bytes
+#
+# Do the quantiles pay? Plain rounding to evenly spaced levels, one 16-bit scale per 32 weights, costs 4 + 16/32 = 4.5 bits a
+# weight. NF4 without double quantization costs as much: 4 + 32/64. A third row gives each group a 4-bit zero point too (4.625
+# bits): the levels then reach from its smallest to its largest weight, and all 16 are used, not 15.
+
+# %%
+@torch.no_grad()
+def round_evenly(net, zero_point, group_size=32):
+    """Round the Linear layers of the decoder to evenly spaced 4-bit levels, in place."""
+    for module in net.model.layers.modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        groups, top = module.weight.float().view(-1, group_size), 15 if zero_point else 14
+        low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+        if not zero_point:
+            high = torch.maximum(high, -low)
+            low = -high
+        scale = ((high - low) / top).clamp(min=1e-7).half().float()
+        zero = (-low / scale).round().clamp(0, top)
+        codes = ((groups / scale).round() + zero).clamp(0, top)
+        module.weight.copy_(((codes - zero) * scale).view_as(module.weight))
+
+
+# %%
+def even_scores(zero_point):
+    """`Scores` of a bf16 copy, rounded, on all windows."""
+    copy = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.bfloat16).to(found.device)
+    round_evenly(copy, zero_point)
+    return evaluation.score(copy, windows, reference, batch_size=8)
+
+int4_scores = even_scores(zero_point=False)
+int4_zero_scores = even_scores(zero_point=True)
+memory.release()
+nf4_single = four_bit("nf4", False, compute_dtype)
+nf4_single_scores = evaluation.score(nf4_single, windows, reference, batch_size=8)
+del nf4_single
+memory.release()
+
+# %%
+formats = {
+    "INT4, symmetric, groups of 32": (4 + 16 / 32, int4_scores),
+    "NF4, blocks of 64": (4 + 32 / 64, nf4_single_scores),
+    "INT4, zero point, groups of 32": (4 + (16 + 4) / 32, int4_zero_scores),
+}
+equal_bytes = pd.DataFrame({
+    name: {"bits per weight": bits, "KL": scores.kl_divergence, "from": scores.kl_low, "to": scores.kl_high}
+    for name, (bits, scores) in formats.items()}).T
+equal_bytes.round(3)
+
+# %%
+def compared(name, first, second):
+    """Print the paired difference of two `Scores`, in words; return it."""
+    mean, low, high = evaluation.difference(first, second)
+    better = "NF4" if low > 0 else name if high < 0 else "this text does not tell which"
+    print(f"KL of {name} minus that of NF4: {mean:+.3f} ({low:+.3f} to {high:+.3f}); closer: {better}")
+    return mean, low, high
+
+int4_against_nf4 = compared("symmetric INT4 at equal bytes", int4_scores, nf4_single_scores)
+zero_against_nf4 = compared("INT4 with a zero point", int4_zero_scores, nf4_single_scores)
+moved = (int4_scores.kl_divergence - int4_zero_scores.kl_divergence) / int4_scores.kl_divergence
+print(f"The zero point alone changes the KL of INT4 by {-moved:+.0%}, for 0.125 bits per weight")
+
+# %% [markdown]
+# So read "NF4 beats INT4" with care: beats which INT4? The levels' spacing is one choice and the grid's zero point another, and the
+# last line says what the second alone moves. [05 GPTQ](05_gptq.ipynb) and [06 AWQ](06_awq.ipynb) make that choice too.
 #
 # ## Is it 2 to 3 times faster?
 #
@@ -332,6 +407,58 @@ figures.show(fig, alt=f"{quant_type} decodes {ratio_full:.1f} times as fast as {
 # directly, and PyTorch's float paths for single tokens are weak. On a data-centre GPU the 16-bit path is so fast that restoring
 # the weights costs more than reading fewer bytes saves. The only honest speed-up is one measured on your own machine.
 #
+# ## LLM.int8(): eight bits where outliers stay in 16
+#
+# The other format of bitsandbytes rounds weights **and** inputs to 8 bits, a scale per row. A few input channels are far larger than
+# the rest and would stretch those scales: so every channel that holds a value above `llm_int8_threshold` = 6.0 is taken out and
+# multiplied in 16 bits ([LLM.int8()](https://arxiv.org/abs/2208.07339)). A lower threshold keeps more channels exact and is slower.
+
+# %%
+def eight_bit():
+    """The model in LLM.int8(), loaded by transformers."""
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
+    return AutoModelForCausalLM.from_pretrained(
+        found.path, quantization_config=config, dtype=torch.bfloat16, device_map={"": found.device})
+
+try:
+    with memory.track() as loading8:
+        net8 = eight_bit()
+    with torch.inference_mode():
+        net8(input_ids=windows[:1, :8].to(found.device))
+except (NotImplementedError, RuntimeError, ValueError) as error:
+    net8 = None
+    print(f"LLM.int8() does not run on this {found.device.upper()}: {str(error).splitlines()[0][:100]}")
+
+# %% [markdown]
+# On a CPU the library has no fast kernel for it. There, one window of each genre is scored, and few tokens are decoded.
+
+# %%
+text8, quick = windows, {}
+if found.device == "cpu":
+    text8, quick = windows[:4], {"prompt_tokens": 16, "new_tokens": 4, "runs": 1}
+if net8 is not None:
+    bytes8 = memory.weight_bytes(net8)
+    predicted8 = memory.predict(config, bits=8, scale_bits=32)
+    scores8 = evaluation.score(net8, text8, reference, batch_size=8)
+    rate8 = speed.decode(net8, **quick)
+    print(f"{bytes8 / 1e6:.1f} MB (predicted {predicted8.model / 1e6:.1f}, bf16 {bf16.model / 1e6:.1f})")
+    print(f"KL on {text8.numel():,} tokens: {scores8.kl_divergence:.3f} "
+          f"({scores8.kl_low:.3f} to {scores8.kl_high:.3f}); decodes {rate8}, "
+          f"{rate8.decode_tokens_per_s / rate_4bit.decode_tokens_per_s:.2f} times as fast as {quant_type}")
+
+# %%
+second8, whole8 = None, net8 is not None and len(text8) == len(windows)
+if whole8:
+    second8 = evaluation.score(net8, in_domain, in_domain_reference, batch_size=8)
+    program8 = program.replace(inspect.getsource(four_bit), inspect.getsource(eight_bit))
+    load8 = memory.peaks(program8, "eight_bit()", runs=1)[0]
+    print(f"KL on Python's documentation: {second8.kl_divergence:.3f}")
+elif net8 is not None:
+    print("no record of LLM.int8(): it was not scored on the whole text")
+net8 = None
+memory.release()
+
+# %% [markdown]
 # ## Chat with it
 #
 # The template comes from the tokenizer, as token ids: rendering it to text and tokenizing that would add a second BOS.
@@ -474,16 +601,26 @@ quiz.Quiz("04_nf4_bitsandbytes")
 #
 # 1. **NF4 is 16 normal quantiles and one scale per block.** A dozen lines give the same codes as the library.
 # 2. **The size follows from the config**, within 3 %. Double quantization saves 0.37 bits per weight; embeddings stay as they are.
-# 3. **Quality and speed are properties of your model and machine.** A 135M model loses visibly; the speed depends on the kernel.
+# 3. **Compare formats at equal bytes, and with their zero point.** NF4 against INT4 depends on which INT4.
+# 4. **Quality and speed are properties of your model and machine.** A 135M model loses visibly; the speed depends on the kernel.
 #
 # <!-- navigation -->
 # <!-- /navigation -->
 
 # %% tags=["record"]
+def peak_bytes(loads):
+    """The largest peak of a model's loads in new processes."""
+    return max(load.peak_vram if found.device == "cuda" else load.peak_ram for load in loads)
+
+same = dict(notebook="04_nf4_bitsandbytes", found=found, windows=windows)
 records.write(
-    output_dir, method=quant_type if double_quant else f"{quant_type}-single",
-    notebook="04_nf4_bitsandbytes", found=found, windows=windows,
-    bits_per_weight=8 * weight_bytes / predicted.parameters, weight_bytes=weight_bytes,
-    peak_memory_bytes=loading.peak_vram if found.device == "cuda" else loading.peak_ram,
-    **vars(quality), decode_tokens_per_s=rate_4bit.decode_tokens_per_s, quantize_seconds=loading.seconds,
-)
+    output_dir, method=quant_type if double_quant else f"{quant_type}-single", **same, scores=quality,
+    in_domain=(in_domain, second), bits_per_weight=8 * weight_bytes / predicted.parameters,
+    weight_bytes=weight_bytes, peak_memory_bytes=peak_bytes(loads),
+    decode_tokens_per_s=rate_4bit.decode_tokens_per_s, quantize_seconds=loading.seconds)
+if whole8:
+    records.write(
+        output_dir, method="llm-int8", **same, scores=scores8, in_domain=(in_domain, second8),
+        bits_per_weight=8 * bytes8 / predicted.parameters, weight_bytes=bytes8,
+        peak_memory_bytes=peak_bytes([load8]), decode_tokens_per_s=rate8.decode_tokens_per_s,
+        quantize_seconds=loading8.seconds)

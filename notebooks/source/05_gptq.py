@@ -14,7 +14,7 @@
 #
 # 1. Rebuild GPTQ on one layer, and get the same codes as the library.
 # 2. Quantize the whole model with `auto-gptq`, as every guide shows it, and with `gptqmodel`, its successor; save, reload, chat.
-# 3. Answer what the guides leave open: group size, `desc_act`, how much calibration text, and of which kind.
+# 3. Choose calibration text, grid and order of columns by what they do to text that nobody calibrated on.
 #
 # **Before you start:** [04 NF4](04_nf4_bitsandbytes.ipynb) for quantization without calibration, and [00](00_start_here.ipynb) for sizes.
 
@@ -25,13 +25,15 @@
 model = "auto"
 output_dir = "build"
 solutions = False
-eval_tokens = 4096
+eval_tokens = 8192
 bits = 4
 group_size = 64
-desc_act = False
+sym = False
+desc_act = True
 act_group_aware = False
-calibration_samples = 24
-calibration_length = 128
+calibration_source = "own"
+calibration_samples = 32
+calibration_length = 256
 study_layers = 3
 max_new_tokens = 48
 push_to_hub = False
@@ -90,15 +92,15 @@ tokenizer = AutoTokenizer.from_pretrained(found.path)
 config = AutoConfig.from_pretrained(found.path)
 
 # %%
-windows = evaluation.windows(tokenizer, tokens=eval_tokens)
-calibration = evaluation.windows(
-    tokenizer, "calibration", tokens=calibration_samples * calibration_length, context=calibration_length)
-preflight(config, bits, group_size, calibration)
+windows = evaluation.windows(tokenizer, tokens=eval_tokens)  # four genres, in turn
+in_domain = evaluation.windows(tokenizer, source="pydoc", tokens=eval_tokens // 4)
 reference = evaluation.reference(found, windows)
-probe = windows[:2]  # for the steps in between
+in_domain_reference = evaluation.reference(found, in_domain)
+docs = evaluation.windows(tokenizer, "calibration", 24 * 128, 128, source="pydoc")
+preflight(config, bits, group_size, docs)
 fast = torch.bfloat16  # the reference is computed in the model's full precision, everything else in this
 print(f"{found.name} on the {found.device.upper()}, {found.origin}")
-print(f"calibration: {len(calibration)} samples of {calibration_length} tokens, topics not evaluated on")
+print(f"documentation to calibrate on: {len(docs)} samples of {docs.shape[1]} tokens")
 
 
 # %% [markdown]
@@ -125,7 +127,7 @@ def capture(net, module, windows):
 net = AutoModelForCausalLM.from_pretrained(found.path, dtype=fast).to(found.device).eval()
 layer = net.model.layers[config.num_hidden_layers // 2].mlp.up_proj
 weight = layer.weight.detach().float()
-inputs = capture(net, layer, calibration)
+inputs = capture(net, layer, docs)
 hessian = 2 / len(inputs) * inputs.T @ inputs
 
 # %%
@@ -343,61 +345,110 @@ def put(weights):
 
 
 # %%
+probes = {"other genres": (windows[:8], reference), "Python documentation": (in_domain[:2], in_domain_reference)}
+
 def study(quantize):
-    """KL from the untouched model on the probe text with the chosen layers quantized by quantize(part)."""
+    """{text: Scores} with the chosen layers quantized by quantize(part)."""
     put({part: quantize(part) for part in PARTS})
-    scores = evaluation.score(net, probe, reference)
+    scores = {text: evaluation.score(net, *probe) for text, probe in probes.items()}
     put(original)
-    return scores.kl_divergence
+    return scores
 
 def study_gptq(hessian, size=group_size, **settings):
     return study(lambda part: gptq(original[part], hessian[part], size, bits, blocksize=32, **settings))
 
 
 # %% [markdown]
-# The calibration texts: the guide's one sentence, 16 and 64 samples of real text, and as many of two other kinds.
+# ### Text to calibrate on: the model's own
+#
+# Documentation is one genre, and a model that was calibrated on one genre may lose others. There is a text without a genre of ours: what the model
+# itself says when it starts from nothing. We sample it at temperature 1, without cutting off the tail of the distribution.
+
+# %%
+@torch.inference_mode()
+def own_text(net, samples, length, seed=0):
+    """Token ids that the model samples from its first token on, int64 [samples, length]."""
+    start = tokenizer.bos_token_id or net.config.bos_token_id or tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    torch.manual_seed(seed)
+    ids = net.generate(
+        torch.full((samples, 1), start, device=net.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        repetition_penalty=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=start)
+    return ids.cpu()
+
+own = own_text(net, calibration_samples, calibration_length)
+print(tokenizer.decode(own[0, 1:60]))
+
+# %% [markdown]
+# ### The study
+#
+# The calibration texts: the guide's one sentence, 16 and 64 samples of documentation, the model's own text, half of each, and two other kinds.
 
 # %%
 sentence = ("auto-gptq is an easy-to-use model quantization library with user-friendly apis, "
             "based on the GPTQ algorithm.")
 code = tokenizer(pathlib.Path(logging.__file__).read_text(), truncation=True, max_length=16 * 128).input_ids
-english = {n: evaluation.windows(tokenizer, "calibration", tokens=n * 128, context=128) for n in (16, 64)}
+many_docs = evaluation.windows(tokenizer, "calibration", 64 * 128, 128, source="pydoc")
+many_own = own.reshape(-1, 128)
+random_tokens = torch.randint(1000, len(tokenizer), (16, 128), generator=torch.manual_seed(0))
+
+# %%
 texts = {
     "1 sentence": torch.tensor([tokenizer(sentence).input_ids]),
-    "16 samples": english[16],
-    "64 samples": english[64],
+    "16 of documentation": many_docs[::4],
+    "64 of documentation": many_docs,
+    "16 of its own text": many_own[:16],
+    "64 of its own text": many_own[:64],
+    "8 of each": torch.cat([many_own[:8], many_docs[::8]]),
     "16 of Python code": torch.tensor(code).view(16, 128),
-    "16 of random tokens": torch.randint(1000, len(tokenizer), (16, 128), generator=torch.manual_seed(0)),
+    "16 of random tokens": random_tokens,
 }
 
 # %%
 columns = {w.shape[2] for w in original.values()}
 sizes = [size for size in (32, 64, 128, 192) if not any(n % size for n in columns)]
-found_kl = {"round-to-nearest": study(lambda part: round_to_nearest(original[part], group_size, bits))}
+studied = {"round-to-nearest": study(lambda part: round_to_nearest(original[part], group_size, bits))}
 collected = {name: hessians(text) for name, text in tqdm(texts.items(), disable=None)}
 for name, sums in collected.items():
-    found_kl[name] = study_gptq(sums)
+    studied[name] = study_gptq(sums)
 
-usual = collected["16 samples"]
+usual = collected["16 of its own text"]
 for size in tqdm([size for size in sizes if size != group_size], disable=None):
-    found_kl[f"group size {size}"] = study_gptq(usual, size)
+    studied[f"own text, group size {size}"] = study_gptq(usual, size)
 for order in ("desc_act", "act_group_aware"):
-    found_kl[order] = study_gptq(usual, order=order)
-found_kl["damping 0.05"] = study_gptq(usual, damp=0.05)
+    studied[f"own text, {order}"] = study_gptq(usual, order=order)
+studied["own text, damping 0.05"] = study_gptq(usual, damp=0.05)
 
 # %%
-answers = pd.DataFrame({"KL": found_kl})
-base = answers["KL"]["16 samples"]
-answers["against 16 samples"] = answers["KL"] / base - 1
+answers = pd.DataFrame({name: {text: scores.kl_divergence for text, scores in row.items()}
+                        for name, row in studied.items()}).T
+beside = studied["16 of documentation"]["other genres"]
+one_sentence_costs = evaluation.difference(studied["1 sentence"]["other genres"], beside)
+desc_act_gains = evaluation.difference(
+    studied["own text, desc_act"]["other genres"], studied["16 of its own text"]["other genres"])
+own_against_docs = evaluation.difference(studied["16 of its own text"]["other genres"], beside)
 
 # %%
-fig, ax = plt.subplots(figsize=(7, 3.6))
-ax.barh(answers.index[::-1], answers["KL"][::-1], color=figures.PALETTE[0])
-ax.axvline(base, color=figures.PALETTE[1])
-ax.set(xlabel=f"KL with {len(chosen)} of {config.num_hidden_layers} layers in {bits} bits")
-figures.show(fig, alt=f"KL of each choice; the line is group size {group_size} with 16 samples ({base:.3f}). "
-             f"The best is {answers['KL'].idxmin()} with {answers['KL'].min():.3f}, the worst "
-             f"{answers['KL'].idxmax()} with {answers['KL'].max():.3f}.", table=answers.round(4))
+fig, ax = plt.subplots(figsize=(7, 4.6))
+for text, color, marker in zip(answers, figures.PALETTE, "os"):
+    ax.plot(answers[text], answers.index, marker, color=color, label=f"scored on {text}")
+ax.invert_yaxis()
+ax.axvline(answers["other genres"]["round-to-nearest"], color="grey", linestyle=":")
+ax.set(xscale="log", xlabel=f"KL with {len(chosen)} of {config.num_hidden_layers} layers in {bits} bits (less is better)",
+       title="Calibration helps most on its own genre")
+ax.legend(loc="lower center", bbox_to_anchor=(0.4, -0.38), ncols=2)
+best_text = answers["other genres"].idxmin()
+figures.show(fig, alt=f"KL of each choice on two texts. On other genres the best is {best_text} with "
+             f"{answers['other genres'].min():.3f}; rounding has {answers['other genres'].iloc[0]:.3f}. "
+             f"On documentation the best is {answers['Python documentation'].idxmin()}.", table=answers.round(4))
+
+# %%
+def told(difference):
+    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference)
+
+print("KL on other genres, difference with its 95 % interval:")
+print(f"  own text against documentation: {told(own_against_docs)}")
+print(f"  one sentence against documentation: {told(one_sentence_costs)}")
+print(f"  desc_act against columns as they come: {told(desc_act_gains)}")
 del usual, collected, net
 memory.release()
 
@@ -414,16 +465,17 @@ from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
 pd.DataFrame(repair.applied, columns=["patch", "upstream assumed", "true now"]).set_index("patch")
 
 # %% [markdown]
-# **Examples.** The guide gives one sentence; the study above has just priced that. Here: real text, as token ids with a mask.
+# **Examples.** The guide gives one sentence. Most tutorials give some documents of one kind, and so does this section: documentation, as
+# token ids with a mask, on the symmetric grid that auto-gptq takes by default. We score the result on other genres below.
 
 # %%
-examples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in calibration]
-print(f"{len(examples)} examples of {calibration_length} tokens, none left out")
+examples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in docs]
+print(f"{len(examples)} examples of {docs.shape[1]} tokens, none left out")
 
 quantize_config = BaseQuantizeConfig(
     bits=bits,
     group_size=group_size,
-    desc_act=desc_act,
+    desc_act=False,
     model_file_base_name="model",  # the name under which transformers looks for weights
 )
 
@@ -544,25 +596,33 @@ del autogptq
 memory.release()
 
 # %% [markdown]
-# ## The same today: gptqmodel
+# ## Today, and at its best: gptqmodel
 #
-# The successor, and what transformers uses to load this format. Here with auto-gptq's settings, so that the two can be compared: its own
-# defaults are more damping and `act_group_aware=True`, the better order in the table above. Set that parameter for a model to keep.
+# The successor, and what transformers uses to load this format. Four settings differ from the run above, each because it lowers the KL on genres
+# that were not calibrated on: the model's own text, an asymmetric grid (`sym=False`, a zero point per group), the loudest columns first
+# (`desc_act`), and more damping.
+
+# %%
+mixed = torch.cat([own[: len(own) // 2], evaluation.windows(
+    tokenizer, "calibration", len(own) // 2 * calibration_length, calibration_length, source="pydoc")])
+calibration = {"own": own, "docs": docs, "mix": mixed}[calibration_source]
+print(f"calibration: {len(calibration)} samples of {calibration.shape[1]} tokens ({calibration_source})")
 
 # %%
 gptq_config = QuantizeConfig(
     bits=bits,
     group_size=group_size,
+    sym=sym,
     desc_act=desc_act,
     act_group_aware=act_group_aware,
-    damp_percent=quantize_config.damp_percent,
+    damp_percent=0.05,
     offload_to_disk=False,  # it would keep finished layers on disk; this model fits in memory
 )
 rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in calibration]
 
 with quietly(), memory.track() as gptq_cost:
     quantized = GPTQModel.load(found.path, gptq_config, dtype=torch.bfloat16, device=found.device)
-    log = quantized.quantize(rows, batch_size=4)
+    log = quantized.quantize(rows, batch_size=8)
 
 # %%
 log = pd.DataFrame(log["gptq"])
@@ -649,16 +709,42 @@ with tempfile.TemporaryDirectory() as scratch:
 rates = json.loads(done.stdout.splitlines()[-1])
 
 # %% [markdown]
-# The floor, in the same way: every weight of the layers rounded to nearest, no calibration.
+# The floors, in the same way: every weight of the layers rounded to nearest, no calibration. There are two, because the two checkpoints lie
+# on two grids: symmetric (auto-gptq's) and with a zero point (the best setting's).
 
 # %%
-reference_net = AutoModelForCausalLM.from_pretrained(found.path, dtype=fast).to(found.device).eval()
-floor_net = copy.deepcopy(reference_net)
-with torch.inference_mode():
-    for module in floor_net.model.layers.modules():
+def round_asymmetric(weight, group_size=64, bits=4):
+    """Round to the nearest of 2^bits levels between the smallest and the largest weight of each group."""
+    groups, top = weight.float().unflatten(-1, (-1, group_size)), 2**bits - 1
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scale = ((high - low) / top).clamp(min=1e-8)
+    zero_point = (-low / scale).round().clamp(0, top)
+    codes = ((groups / scale).round() + zero_point).clamp(0, top)
+    return ((codes - zero_point) * scale).flatten(-2)
+
+# %%
+def judge(net):
+    """Scores on the four genres and on pydoc."""
+    return [evaluation.score(net, windows, reference, batch_size=8),
+            evaluation.score(net, in_domain, in_domain_reference, batch_size=8)]
+
+def rounded_model(rounding):
+    """A copy of the model with every Linear layer of its decoder rounded."""
+    copied = copy.deepcopy(reference_net)
+    for module in copied.model.layers.modules():
         if isinstance(module, torch.nn.Linear):
-            module.weight.copy_(round_to_nearest(module.weight, group_size, bits))
-quality = {"rtn-int4": evaluation.score(floor_net, windows, reference)}
+            module.weight.data.copy_(rounding(module.weight, group_size, bits))
+    return copied
+
+# %%
+letter = evaluation.windows(tokenizer, source="letter", tokens=1536)  # held back: nothing was chosen by it
+letter_reference = evaluation.reference(found, letter)
+reference_net = AutoModelForCausalLM.from_pretrained(found.path, dtype=fast).to(found.device).eval()
+quality, second, confirmed = {}, {}, {}
+for method, rounding in {"rtn-int4": round_to_nearest, "rtn-int4-asym": round_asymmetric}.items():
+    floor_net = rounded_model(rounding)
+    quality[method], second[method] = judge(floor_net)
+    confirmed[method] = evaluation.score(floor_net, letter, letter_reference)
 del floor_net
 memory.release()
 
@@ -673,7 +759,8 @@ for method in folders:
     folder = checkpoints.folder(output_dir, method)
     with quietly():
         nets[method] = reload(folder)
-    quality[method] = evaluation.score(nets[method], windows, reference, batch_size=8)  # few unpackings
+    quality[method], second[method] = judge(nets[method])  # in large batches: every pass unpacks all weights
+    confirmed[method] = evaluation.score(nets[method], letter, letter_reference, batch_size=8)
     memory.release()
     sizes_of[method] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
@@ -683,21 +770,55 @@ gaps = {method: relative_gap(elsewhere[method], before[method]) for method in ne
 
 # %%
 bf16_bytes = memory.predict(config, bits=16).model
-result = pd.DataFrame({method: vars(scores) for method, scores in quality.items()}).T
+result = pd.DataFrame({method: scores.summary() for method, scores in quality.items()}).T
+intervals = {method: f"[{scores.kl_low:.3f}, {scores.kl_high:.3f}]" for method, scores in quality.items()}
+result.insert(2, "95 % interval", pd.Series(intervals))
+result["KL on pydoc"] = {method: scores.kl_divergence for method, scores in second.items()}
 result["MB on disk"] = pd.Series(sizes_of) / 1e6
 result["share of bf16"] = pd.Series(sizes_of) / bf16_bytes
 result["logits, before / reloaded"] = pd.Series(gaps)
 print(f"untouched model: perplexity {reference.perplexity:.2f}; bfloat16 moves its logits by {rounding:.4f}")
 result.round(4)
 
+# %% [markdown]
+# ### Calibration source by evaluation genre
+#
+# The same four models, genre by genre. The last column is the text that was held back while the settings were chosen.
+
+# %%
+names = {"rtn-int4": "rounded, symmetric", "autogptq": "GPTQ, documentation, symmetric",
+         "rtn-int4-asym": "rounded, asymmetric", "gptq": f"GPTQ, {calibration_source} text, best setting"}
+by_genre = pd.DataFrame({name: {**quality[method].by_genre(), "pydoc": second[method].kl_divergence,
+                                "letter": confirmed[method].kl_divergence}
+                         for method, name in names.items()}).T
+
+# %%
+fig, ax = plt.subplots(figsize=(7.5, 3.6))
+for (name, row), color, marker in zip(by_genre.iterrows(), figures.PALETTE, "oDsP"):
+    ax.plot(row.index, row, marker, color=color, label=name, markersize=8)
+ax.set(yscale="log", ylabel="KL (less is better)", title="GPTQ's gain depends on the text it is scored on")
+ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+other = [quality[method].kl_divergence for method in ("autogptq", "rtn-int4")]
+figures.show(fig, alt="KL by genre. Calibrated on documentation, on the symmetric grid, GPTQ has "
+             f"{second['autogptq'].kl_divergence:.3f} on documentation, where rounding has "
+             f"{second['rtn-int4'].kl_divergence:.3f}, and on the four other genres {other[0]:.3f} "
+             f"where rounding has {other[1]:.3f}.", table=by_genre.round(3))
+
+# %%
+for method, floor in (("autogptq", "rtn-int4"), ("gptq", "rtn-int4-asym")):
+    mean, low, high = evaluation.difference(quality[method], quality[floor])
+    verdict = "better than" if high < 0 else "worse than" if low > 0 else "not told apart from"
+    print(f"{names[method]}: {verdict} rounding on its own grid, KL {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+
 # %%
 kl = result["kl_divergence"]
 assert max(gaps.values()) < 3 * rounding, f"reloaded logits are not those before saving: {gaps}"
-assert abs(kl["autogptq"] / kl["gptq"] - 1) < 0.15, f"the two packages disagree: {kl.to_dict()}"
-assert kl["gptq"] < kl["rtn-int4"] and kl["autogptq"] < kl["rtn-int4"], "calibration did not pay"
-if found.name.startswith("SmolLM2") and (bits, group_size) == (4, 64) and calibration.numel() >= 2048:
-    assert kl["gptq"] <= 0.24, f"KL {kl['gptq']:.3f}"
-    assert result["share of bf16"].max() < 0.45, result["share of bf16"].to_dict()
+assert result["share of bf16"].max() < 0.45 or not found.name.startswith("SmolLM2"), result["share of bf16"].to_dict()
+assert second["autogptq"].kl_divergence < second["rtn-int4"].kl_divergence, "calibration did not pay in its own genre"
+if bits == 4 and calibration_source == "own" and not found.origin.startswith("random"):
+    assert kl["gptq"] <= 0.8 * kl["rtn-int4-asym"], f"KL {kl.to_dict()}"
+    assert quality["gptq"].kl_high < quality["rtn-int4-asym"].kl_low, "the intervals overlap"
+    assert confirmed["gptq"].kl_divergence < confirmed["rtn-int4-asym"].kl_divergence, "another order on the held-back text"
 
 
 # %% [markdown]
@@ -809,12 +930,12 @@ def damaged(how):
 # %%
 quantized_config = AutoConfig.from_pretrained(checkpoints.folder(output_dir, "gptq"))
 attempts = {
-    "a group size that does not divide": lambda: preflight(config, bits, 2 * max(columns), calibration),
-    "5 bits": lambda: preflight(config, 5, group_size, calibration),
+    "a group size that does not divide": lambda: preflight(config, bits, 2 * max(columns), docs),
+    "5 bits": lambda: preflight(config, 5, group_size, docs),
     "5 bits, auto-gptq itself": lambda: BaseQuantizeConfig(bits=5),
     "no calibration text": lambda: preflight(config, bits, group_size, []),
     "a sample of 3 tokens": lambda: preflight(config, bits, group_size, [[1, 2, 3]]),
-    "a quantized model, once more": lambda: preflight(quantized_config, bits, group_size, calibration),
+    "a quantized model, once more": lambda: preflight(quantized_config, bits, group_size, docs),
     "a truncated checkpoint": lambda: damaged(truncated),
     "two tensors swapped": lambda: damaged(swapped),
 }
@@ -999,14 +1120,14 @@ quiz.Quiz("05_gptq")
 #    Cholesky factor: the weights move further, the output less.
 # 2. **Both packages write one format.** auto-gptq needs its repairs and has no fast kernel of its own left; gptqmodel quantizes today, and
 #    plain transformers loads either checkpoint with gptqmodel's kernels.
-# 3. **Calibrate with a handful of real samples.** The table above says what one sentence, other text, smaller groups and `desc_act` change;
-#    measure them on your model before you believe any recommendation.
+# 3. **Score where nobody calibrated.** GPTQ calibrated on one genre looks good on that genre and can lose to plain rounding elsewhere. The
+#    model's own text, an asymmetric grid and `desc_act` carry over: check it on text of a genre that you did not calibrate on.
 #
 # <!-- navigation -->
 # <!-- /navigation -->
 
 # %% tags=["record"]
-costs = {"autogptq": autogptq_cost, "gptq": gptq_cost, "rtn-int4": None}
+costs = {"autogptq": autogptq_cost, "gptq": gptq_cost, "rtn-int4": None, "rtn-int4-asym": None}
 for method, cost in costs.items():
     size = memory.weight_bytes(nets[method]) if method in nets else None
     records.write(
@@ -1014,7 +1135,7 @@ for method, cost in costs.items():
         bits_per_weight=8 * size / memory.predict(config, bits=16).parameters if size else None,
         weight_bytes=size,
         peak_memory_bytes=(cost.peak_vram if found.device == "cuda" else cost.peak_ram) if cost else None,
-        **vars(quality[method]),
+        scores=quality[method], in_domain=(in_domain, second[method]),
         decode_tokens_per_s=rates[method]["decode_tokens_per_s"] if method in rates else None,
         quantize_seconds=cost.seconds if cost else None,
     )

@@ -25,7 +25,7 @@
 model = "auto"
 output_dir = "build"
 solutions = False
-eval_tokens = 4096
+eval_tokens = 8192
 bits = 4
 group_size = 64
 calibration_samples = 4
@@ -67,6 +67,9 @@ def quietly():
 # ## What cannot work is said first
 #
 # Both libraries notice some mistakes only after minutes of searching. This looks at the config file and the samples alone.
+#
+# A group must divide every layer's inputs. The 576 of SmolLM2-135M take groups of 64; the widths of the Qwen2.5 models are multiples
+# of the guides' 128, so there add `-p group_size 128`.
 
 # %%
 def linear_layers(folder):
@@ -96,9 +99,20 @@ def check_request(folder, bits, group_size, samples, length):
 found = models.find(model)
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)
-reference = evaluation.reference(found, windows)
+in_domain = evaluation.windows(tokenizer, source="pydoc", tokens=eval_tokens // 4)
+letter = evaluation.windows(tokenizer, source="letter", tokens=1536)
+reference, in_domain_reference, letter_reference = (
+    evaluation.reference(found, text) for text in (windows, in_domain, letter))
+
+# %% [markdown]
+# Three texts judge. The four genres are what counts: no method here was calibrated on them. Python's documentation comes second,
+# because AWQ is calibrated on other pages of it. A letter is held back to the end. [05 GPTQ](05_gptq.ipynb) studies what another
+# calibration text changes.
+
+# %%
 calibration = evaluation.windows(
-    tokenizer, "calibration", tokens=calibration_samples * calibration_length, context=calibration_length)
+    tokenizer, "calibration", source="pydoc",
+    tokens=calibration_samples * calibration_length, context=calibration_length)
 samples = calibration.tolist()
 blocks = check_request(found.path, bits, group_size, samples, calibration_length)
 print(f"{found.name} on the {found.device.upper()}; calibration: {blocks} of {len(samples)} samples used, "
@@ -170,7 +184,7 @@ def rtn(weight, group_size, bits=4):
 # Now round every Linear layer of the model except its most important input channels, and measure. Important by which measure?
 
 # %%
-probe = windows[:2]  # a quarter of the text, for the steps in between
+probe = windows[:8]  # a quarter of the text, two windows a genre, for the steps in between
 originals = {name: module.weight.data.cpu().clone() for name, module in linears.items()}
 
 def importance(name, chosen_by, dice=torch.Generator().manual_seed(0)):
@@ -220,8 +234,11 @@ kept.round(4)
 # %%
 round_all_but(0, "-")
 floor = evaluation.score(net, windows, reference)
+in_domain_floor = evaluation.score(net, in_domain, in_domain_reference)
+letter_floor = evaluation.score(net, letter, letter_reference)
 restore()
-print(f"round to nearest, {bits} bits, groups of {group_size}: KL {floor.kl_divergence:.4f}, "
+print(f"round to nearest, {bits} bits, groups of {group_size}: KL {floor.kl_divergence:.4f} "
+      f"({floor.kl_low:.4f} to {floor.kl_high:.4f}), "
       f"perplexity {floor.perplexity:.2f} (untouched: {reference.perplexity:.2f})")
 
 # %% [markdown]
@@ -533,7 +550,7 @@ pd.Series(effects, name="KL on the probe").unstack().round(4)
 from awq.quantize import quantizer
 from awq.utils import calib_data
 
-text = evaluation.text("calibration")
+text = evaluation.text("calibration", source="pydoc")
 documents = [text[:200], text[200:500], text[500:900], text[900:1700], text[1700:8000]]
 lengths = [len(tokenizer.encode(document)) for document in documents]
 print(f"documents of {lengths} tokens, max_calib_seq_len 256")
@@ -685,16 +702,58 @@ assert (reloaded.iloc[:, -1] < same).all(), "two processes must agree on one fil
 
 # %% [markdown]
 # ## How good?
+#
+# Each method against the floor, with the 95 % interval of its KL.
 
 # %%
-scores = {name: evaluation.score(net, windows, reference, batch_size=8)  # every pass unpacks all weights
-          for name, net in loaded.items()}
-table = pd.DataFrame({name: vars(score) for name, score in {"round to nearest": floor, **scores}.items()}).T
-table.columns = ["perplexity", "KL", "same top-1"]
+scores, second = {}, {}
+for name, net in loaded.items():  # in large batches, because every pass unpacks all weights
+    scores[name] = evaluation.score(net, windows, reference, batch_size=8)
+    second[name] = evaluation.score(net, in_domain, in_domain_reference, batch_size=8)
+judged = {"round to nearest": floor, **scores}
+table = pd.DataFrame({
+    name: {"perplexity": score.perplexity, "KL": score.kl_divergence, "from": score.kl_low,
+           "to": score.kl_high, "same top-1": score.top1_agreement}
+    for name, score in judged.items()}).T
+table.round(4)
+
+# %%
 worst = max(score.kl_divergence for score in scores.values())
 assert worst < floor.kl_divergence, "AWQ must beat rounding to nearest"
-assert worst <= 0.20 or not found.name.startswith("SmolLM2"), "a KL above what AWQ reaches on this model"
-table.round(4)
+if found.name.startswith(("SmolLM2", "Qwen")):
+    for name, score in scores.items():
+        assert score.kl_divergence <= 0.65 * floor.kl_divergence, f"{name} removes too little of the error"
+        assert score.kl_high < floor.kl_low, f"{name} and rounding to nearest: their intervals overlap"
+
+# %% [markdown]
+# By genre, and on other pages of what AWQ was calibrated on:
+
+# %%
+genres = pd.DataFrame({name: score.by_genre() for name, score in judged.items()}).T
+genres["Python docs"] = [score.kl_divergence for score in (in_domain_floor, *second.values())]
+genres.round(3)
+
+# %% [markdown]
+# The two libraries run the same method. Their main difference is the last step: gptqmodel always clips, autoawq ran here with
+# `apply_clip=False`. Their difference on the same windows, with its interval:
+
+# %%
+gap, low, high = evaluation.difference(scores["autoawq"], scores["awq"])
+clipping = "helps" if low > 0 else "hurts" if high < 0 else "changes nothing that this text can show"
+print(f"KL of autoawq minus that of gptqmodel: {gap:+.4f} ({low:+.4f} to {high:+.4f}): clipping {clipping}")
+
+# %% [markdown]
+# Last, the letter. Nothing was chosen by looking at it: does it confirm the order?
+
+# %%
+letter_kl = {"round to nearest": letter_floor.kl_divergence}
+for name, net in loaded.items():
+    letter_kl[name] = evaluation.score(net, letter, letter_reference, batch_size=8).kl_divergence
+orders = [sorted(kl, key=kl.get) for kl in (table["KL"].to_dict(), letter_kl)]
+print("on the letter: " + ", ".join(f"{name} {kl:.4f}" for name, kl in letter_kl.items()))
+print("the order is " + ("the same" if orders[0] == orders[1] else "another") + " as on the four genres: "
+      + " < ".join(orders[0]) + (f", here {' < '.join(orders[1])}" if orders[0] != orders[1] else ""))
+assert max(letter_kl, key=letter_kl.get) == "round to nearest", "AWQ must beat rounding here too"
 
 
 # %% [markdown]
@@ -1000,6 +1059,6 @@ for method, used in [("awq", awq_used), ("autoawq", autoawq_used)]:
         bits_per_weight=8 * weight_bytes[method] / full.parameters, weight_bytes=weight_bytes[method],
         peak_memory_bytes=used.peak_vram if found.device == "cuda" else used.peak_ram,
         decode_tokens_per_s=fresh["decode tok/s"][method], quantize_seconds=used.seconds,
-        **vars(scores[method]),
+        scores=scores[method], in_domain=(in_domain, second[method]),
     )
 repair.undo()
