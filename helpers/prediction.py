@@ -1,6 +1,6 @@
 """What a model will need before it is loaded, counted from its config: nothing is downloaded, no weight is allocated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from helpers.cache_size import cache_bytes
 from helpers.metamodel import count, first_line, frozen
@@ -11,16 +11,34 @@ LIBRARIES = ("bitsandbytes", "torchao", "gptq", "awq")
 ONLY_LAYERS = ("bitsandbytes", "torchao")  # they convert Linear modules; experts fused into one tensor stay in 16 bits
 
 
+class _Noted:
+    """Holds the notes out of `vars()`: there a prediction is plain numbers, which records and JSON take as they are."""
+
+    __slots__ = ("notes",)
+
+
 @dataclass(frozen=True)
-class Prediction:
-    """Bytes a model will need, by part. Notes say what a reader would otherwise take for granted."""
+class Prediction(_Noted):
+    """Bytes a model will need, by part. `notes`: sentences on what a reader would otherwise take for granted."""
 
     weights: int  # the weights that the format quantizes: Linear layers, and experts where the library takes them
     scales: int  # their scales and zero points
     rest: int  # what stays as it is: embeddings, norms, output head, experts that a library leaves alone
     kv_cache: int  # keys, values, latents and recurrent states
     parameters: int  # count, not bytes
-    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "notes", ())
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{name}={value:,}" for name, value in vars(self).items())
+        return "\n".join([f"Prediction({numbers})", *self.notes])
+
+    def noting(self, notes) -> "Prediction":
+        """The same with these notes."""
+        found = replace(self)
+        object.__setattr__(found, "notes", tuple(notes))
+        return found
 
     @property
     def model(self) -> int:
@@ -83,8 +101,7 @@ def predict(
         rest=(shape.parameters - quantized) * rest_bits // 8,
         kv_cache=cache,
         parameters=shape.parameters,
-        notes=tuple(notes),
-    )
+    ).noting(notes)
 
 
 def _check(bits, group_size, context, batch, library):
