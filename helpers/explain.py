@@ -191,7 +191,8 @@ def _placed(pattern, raised):
         return True
     if "compiled" in allowed:
         return None if stack[-1].raises and stack[-1].package not in ("torch", tracebacks.PYTHON) else True
-    cut = not any(frame.package for frame in stack) and not inner.raises and raised.type not in _PYTHONS
+    written_by_python = raised.type in _PYTHONS or raised.message.startswith("cannot import name")
+    cut = not any(frame.package for frame in stack) and not inner.raises and not written_by_python
     return False if cut else None  # a report that leaves the library's frames out, of a message that no reader's code writes
 
 

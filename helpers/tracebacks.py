@@ -38,9 +38,11 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\u200b-\u200f\u2060
 _PROCESS = re.compile(
     r"\[(?:rank|default|node)?\d+\]:[ ]?"  # torchrun, accelerate launch
     r"|\([^()\n]{0,60}?\bpid=\d+[^()\n]{0,40}\)[ ]?"  # vLLM, Ray
+    r"|std(?:err|out): "  # accelerate test
     r"|\[\d+,\d+\]<std(?:err|out)>:[ ]?"  # mpirun
     r"|[\w.]+(?:-[\w.]+)*-\d+ {1,4}\|[ ]"  # docker compose
 )
+_LINK = re.compile(r"\[([^\[\]\n]{1,300})\]\((?:vscode-notebook-cell:|file:///|https://(?:localhost|github\.com/[\w/.-]{1,100}/actions/))[^)\n]{0,400}\)")
 _LEVEL = r"(?P<level>DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL)"
 _LOG = tuple(
     re.compile(pattern)
@@ -274,6 +276,7 @@ def clean(text):
     text = redact(text[-LONGEST - 1000 :])  # with a margin: half a token at the cut would not be known as one
     if len(text) > LONGEST:
         text = text[-LONGEST:].partition("\n")[2] or text[-LONGEST:]
+    text = _LINK.sub(r"\1", text)  # VS Code and Colab copy the name of a cell or file as a link
     return textwrap.dedent(text.expandtabs(4))
 
 

@@ -93,4 +93,14 @@ ENTRIES = (
         recorded="papermill issues 776 and 239",
         where="jupyter_client nbclient",
     ),
+    Entry(
+        "kernel-died-at-start", "colab", "The kernel ended while it started",
+        (P("RuntimeError", r"^Kernel died before replying to kernel_info"),),
+        "Its environment is broken: ipykernel is missing or does not fit, or a file of yours hides a module that it imports.",
+        "Start the kernel by hand in the same folder and read its own error.",
+        "https://github.com/jupyter/notebook/issues/6435",
+        code="python -m ipykernel_launcher",
+        recorded="jupyter/notebook issue 6435",
+        where="jupyter_client nbclient",
+    ),
 )

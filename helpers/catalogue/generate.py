@@ -55,7 +55,8 @@ ENTRIES = (
     ),
     Entry(
         "different-devices", "generate", "Model and inputs are on different devices",
-        (P("RuntimeError", r"Expected all tensors to be on the same device|[Tt]ensor on device \w+(:\d+)? is not on the expected device"),),
+        (P("RuntimeError", r"Expected all tensors to be on the same device|[Tt]ensor on device \w+(:\d+)? is not on the expected device",
+           frames=r"\A(?![\s\S]*[/\\](auto_gptq|gptqmodel|awq)[/\\])"),),
         "The tokenizer makes its tensors on the CPU; the model is on the GPU, or a part of it is somewhere else.",
         "Move the inputs to where the model is.",
         "https://docs.pytorch.org/docs/stable/notes/cuda.html",

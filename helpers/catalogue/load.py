@@ -265,7 +265,10 @@ ENTRIES = (
     ),
     Entry(
         "quantization-type-unknown", "load", "The checkpoint's quantization format is not known to this transformers",
-        (P("ValueError", r"^Unknown quantization type, got [\w-]+ - supported types are"),),
+        (
+            P("ValueError", r"^Unknown quantization type, got [\w-]+ - supported types are"),
+            L(r"Unknown quantization type, got [\w-]+ - supported types are.*we will skip the quantization"),
+        ),
         "config.json names a format (fp8, mxfp4, ...) that came after the installed transformers: fp8 after 4.48. No package of the format is missing.",
         "Upgrade transformers in a new environment, or take or make a 16-bit copy of the checkpoint.",
         f"{TRANSFORMERS}/issues/35471",
@@ -297,7 +300,7 @@ ENTRIES = (
     ),
     Entry(
         "tokenizer-json-newer", "load", "tokenizer.json was written by a newer tokenizers",
-        (P("Exception", r"^data did not match any variant of untagged enum \w+Wrapper\b"),),
+        (P("Exception", r"^data did not match any variant of untagged enum \w+"),),
         "The file describes its parts in a way that the installed tokenizers (before 0.20, for example) cannot read. It is not damaged.",
         "Upgrade transformers and tokenizers together, then restart the kernel.",
         "https://github.com/allenai/open-instruct/issues/738",
@@ -322,5 +325,14 @@ ENTRIES = (
         code="pip install --upgrade hf_xet   # or: export HF_HUB_DISABLE_XET=1",
         recorded="transformers issue 43023, xet-core issue 394",
         where="huggingface_hub hf_xet",
+    ),
+    Entry(
+        "gguf-architecture-unknown", "load", "This llama.cpp does not know the architecture in the GGUF file",
+        (L(r"error loading model(?: architecture)?: unknown model architecture: '"),),
+        "The file was made for a newer llama.cpp than the one installed (or bundled with llama-cpp-python).",
+        "Upgrade it.",
+        "https://github.com/oobabooga/textgen/issues/6223",
+        code="pip install --upgrade llama-cpp-python",
+        recorded="textgen issue 6223",
     ),
 )

@@ -74,7 +74,7 @@ ENTRIES = (
     ),
     Entry(
         "mxfp4-dequantized", "memory", "A warning: the MXFP4 checkpoint becomes a bfloat16 model, three times as large",
-        (L(r"MXFP4 quant\w+ .*default to dequantizing the model to bf16|.*[Tt]riton.*kernels.*default to dequantizing the model to bf16"),),
+        (L(r"MXFP4 quant\w+ .*default to dequantizing the model to bf16|(requires|need) [Tt]riton[^\n]{0,200}default to dequantizing the model to bf16"),),
         "The MXFP4 kernels cannot be used here (triton or kernels is missing or too old, or the GPU is), so gpt-oss-20b takes 41.8 GB and not 13.8.",
         "Install triton 3.4 or later and kernels, or plan for the larger model.",
         f"{TRANSFORMERS}/issues/42723",

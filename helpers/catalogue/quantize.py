@@ -189,4 +189,22 @@ ENTRIES = (
         recorded="GPTQModel issue 1497",
         where="gptqmodel",
     ),
+    Entry(
+        "gguf-behind", "quantize", "The gguf package is older than llama.cpp's script",
+        (P("AttributeError", r"^(type object 'MODEL_(ARCH|TENSOR)'|'GGUFWriter' object) has no attribute", where="gguf own"),),
+        "convert_hf_to_gguf.py uses the gguf package of its own checkout; an older one from PyPI is imported instead.",
+        "Install the one that lies beside the script.",
+        "https://github.com/ggml-org/llama.cpp/issues/14315",
+        code="pip install --upgrade ./llama.cpp/gguf-py",
+        recorded="llama.cpp issue 14315",
+    ),
+    Entry(
+        "gguf-from-quantized", "quantize", "A quantized checkpoint cannot be converted to GGUF",
+        (P("ValueError", r"^Can not map tensor '[\w.]+\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight\.\w*absmax\w*)'", where="gguf own"),),
+        "The tensor's name shows GPTQ, AWQ or bitsandbytes codes, which the converter does not read.",
+        "Convert the 16-bit model (merge an adapter into the 16-bit base first), then quantize the GGUF.",
+        "https://github.com/ggml-org/llama.cpp/issues/8134",
+        code="python convert_hf_to_gguf.py folder-in-16-bit --outfile model.gguf",
+        recorded="llama.cpp issue 8134",
+    ),
 )
