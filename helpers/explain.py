@@ -10,6 +10,7 @@ An error is known only where its type, its message and the package that raised i
 the answer is "I do not know", with the three lines to search for: the root cause, the reader's own line, and the library.
 """
 
+import os
 import re
 import sys
 import textwrap
@@ -266,14 +267,12 @@ def _inside(frame):
 
 
 def _version(package):
-    """' 5.0 (installed here)' for a package of this environment, asked of its metadata; '' where it is not installed."""
-    from importlib import metadata
-
-    for name in (catalogue.DISTRIBUTIONS.get(package, package), package.replace(".", "-")):
-        try:
-            return f" {metadata.version(name)} (installed here)"
-        except metadata.PackageNotFoundError:
-            continue
+    """' 5.0 (installed here)' for a package of this environment, as the name of its metadata's folder says."""
+    name = re.sub(r"[-_.]+", "_", catalogue.DISTRIBUTIONS.get(package, package)).lower()
+    for folder in filter(os.path.isdir, sys.path):  # importlib.metadata would take a third of the time this command may take
+        for entry in os.listdir(folder):
+            if entry.endswith(".dist-info") and re.sub(r"[-_.]+", "_", entry.partition("-")[0]).lower() == name:
+                return f" {entry.removesuffix('.dist-info').partition('-')[2]} (installed here)"
     return " (not installed here)"
 
 

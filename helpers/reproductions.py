@@ -337,6 +337,18 @@ def _():
     return "this kernel's own Python finds it"
 
 
+@fails("own-module-missing")
+def _():
+    return other_python("from utils import read_rows")
+
+
+@works("own-module-missing")
+def _():
+    folder = Path(scratch())
+    (folder / "utils.py").write_text("rows = 3\n")
+    return other_python(f"import sys; sys.path.insert(0, {str(folder)!r}); import utils; print(utils.rows, 'rows')").strip()
+
+
 @fails("helpers-missing")
 def _():
     return other_python("from helpers import models")
@@ -651,6 +663,24 @@ def _():
     from transformers import AutoModelForCausalLM
 
     return f"an architecture that transformers has: {type(AutoModelForCausalLM.from_pretrained(tiny_folder())).__name__}"
+
+
+@fails("remote-code-wants-packages")
+def _():
+    from transformers.dynamic_module_utils import check_imports
+
+    file = Path(scratch()) / "modeling_mine.py"
+    file.write_text("import a_package_that_nobody_has\n")
+    check_imports(file)
+
+
+@works("remote-code-wants-packages")
+def _():
+    from transformers.dynamic_module_utils import check_imports
+
+    file = Path(scratch()) / "modeling_mine.py"
+    file.write_text("import torch\n")
+    return f"{len(check_imports(file))} files beside it; all packages are there"
 
 
 @fails("unknown-architecture")

@@ -10,6 +10,7 @@ Jupyter (colours, `Cell In[3], line 2`, `----> 1`), papermill and nbclient, pyte
 Nothing here imports a library, and no token that stands in the text is kept.
 """
 
+import functools
 import json
 import re
 import textwrap
@@ -44,18 +45,23 @@ _PROCESS = re.compile(
 )
 _LINK = re.compile(r"\[([^\[\]\n]{1,300})\]\((?:vscode-notebook-cell:|file:///|https://(?:localhost|github\.com/[\w/.-]{1,100}/actions/))[^)\n]{0,400}\)")
 _LEVEL = r"(?P<level>DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL)"
-_LOG = tuple(
-    re.compile(pattern)
-    for pattern in (
-        rf"{_LEVEL} \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[?[\w./-]+:\d+\][ ]?",  # vLLM
-        r"(?P<glog>[IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [\w./-]+:\d+\][ ]?",  # glog: torch's launcher
-        rf"\[{_LEVEL}\|[\w./-]+:\d+\] \S+ \S+ >>[ ]?",  # transformers
-        rf"\[?(?:\d{{4}}-\d\d-\d\d|\d\d/\d\d/\d{{4}})[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?\]?"  # logging, docker, CI
-        rf"(?:[ ]*[-|:]?[ ]*(?:[\w.]+[ ]*[-|:][ ]*)?[\[(]?{_LEVEL}[\])]?(?:[ ]*[-|:][ ]*[\w.:]+(?=[ ]*[-|:] ))?[ ]*[-|:]?)?[ ]?",
-        rf"\d\d:\d\d:\d\d(?:[.,]\d+)?[ ]+[\[(]?{_LEVEL}[\])]?[ ]*[-|:]?[ ]?",
-        rf"{_LEVEL}:[\w.-]+:[ ]?",  # logging.basicConfig
-        rf"{_LEVEL}: ",  # pip
-    )
+_LOGGED = re.compile(r"[\[\d]|(?:DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|FATAL)[ :]|[IWEF]\d{4} ")  # compiling all of _LOG takes time
+
+
+@functools.cache
+def _logs():
+    return [re.compile(pattern) for pattern in _LOG]
+
+
+_LOG = (
+    rf"{_LEVEL} \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[?[\w./-]+:\d+\][ ]?",  # vLLM
+    r"(?P<glog>[IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [\w./-]+:\d+\][ ]?",  # glog: torch's launcher
+    rf"\[{_LEVEL}\|[\w./-]+:\d+\] \S+ \S+ >>[ ]?",  # transformers
+    rf"\[?(?:\d{{4}}-\d\d-\d\d|\d\d/\d\d/\d{{4}})[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?\]?"  # logging, docker, CI
+    rf"(?:[ ]*[-|:]?[ ]*(?:[\w.]+[ ]*[-|:][ ]*)?[\[(]?{_LEVEL}[\])]?(?:[ ]*[-|:][ ]*[\w.:]+(?=[ ]*[-|:] ))?[ ]*[-|:]?)?[ ]?",
+    rf"\d\d:\d\d:\d\d(?:[.,]\d+)?[ ]+[\[(]?{_LEVEL}[\])]?[ ]*[-|:]?[ ]?",
+    rf"{_LEVEL}:[\w.-]+:[ ]?",  # logging.basicConfig
+    rf"{_LEVEL}: ",  # pip
 )
 _BOX = re.compile(r"^\s*[│┃] ?(.*?)\s*[│┃]?\s*$")
 _MARGIN = re.compile(r"^(?:E {2,}|> ?|[ \t]*[|+][-+| ]*)")  # of pytest, of a quotation, of an exception group
@@ -286,7 +292,7 @@ def undress(line):
     for _ in range(4):  # a rank in front of a time in front of a level
         if (found := _PROCESS.match(line)) and not process:
             process, line = found[0].strip(), line[found.end() :]
-        elif found := next((match for pattern in _LOG if (match := pattern.match(line)) and match.end()), None):
+        elif found := _LOGGED.match(line) and next((match for pattern in _logs() if (match := pattern.match(line)) and match.end()), None):
             level, line = found.groupdict().get("level") or found.groupdict().get("glog") or level, line[found.end() :]
         else:
             break
@@ -322,7 +328,7 @@ class _Process:
     def close(self, number):
         if self.kind is None:
             return
-        kind, message, frames = self.kind.rpartition(".")[2], "\n".join(self.message).strip(), "\n".join(self.frames)
+        kind, message, frames = self.kind.rpartition(".")[2], "\n".join(self.message).rstrip(), "\n".join(self.frames)
         before = self.errors[-1][1] if self.errors else None
         repeats = before and not parse_frames(self.frames) and (before.type, before.message.split("\n")[0]) == (kind, message.split("\n")[0])
         if not repeats:  # nbclient and saved notebooks name the error once more below its traceback

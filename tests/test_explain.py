@@ -1,6 +1,7 @@
 """Every failure of the catalogue is provoked for real, `explain` names it, and no other; any text can be read, no secret comes out."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -296,9 +297,11 @@ def test_saved_notebook_with_an_error(raised):
 
 
 def test_chain_with_an_unknown_end():
+    import torch
+
     try:
         try:
-            raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
+            torch.tensor(1.0).backward()
         except RuntimeError as error:
             raise ValueError("step 3 of my pipeline failed") from error
     except ValueError as error:
@@ -450,14 +453,22 @@ def test_exit_codes(tmp_path):
         assert done.returncode == 2 and done.stderr.startswith(b"error:") and b"Traceback" not in done.stderr
 
 
-def test_fast_and_without_torch():
+def cpu_seconds(text):
+    """Seconds that one call of the command computes: not what other programs on this machine take from it."""
+    before = os.times()
+    run(text=text)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+@pytest.mark.parametrize("name", ["E05", "E11", "A02", "N03", "T04"])
+def test_fast(name):
+    text = (ROOT / "tests" / "error_texts" / f"{name}.txt").read_bytes()
     run(text=b"x")  # compiled once
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        run(text=b"ValueError: Attempting to unscale FP16 gradients.")
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.5
+    assert min(cpu_seconds(text) for _ in range(5)) < 0.2
+
+
+def test_without_torch():
     code = "import sys; from helpers import explain; explain.render(explain.read('KeyError')); print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "set()"
 
@@ -476,14 +487,14 @@ def test_magics(shell, capsys, monkeypatch):
         monkeypatch.delattr(sys, name, raising=False)
     shell.run_line_magic("explain", "")
     assert "no error so far" in capsys.readouterr().out
-    shell.run_cell("raise IndexError('index out of range in self')")
+    shell.run_cell("import torch; torch.nn.Embedding(2, 2)(torch.tensor([5]))")
     capsys.readouterr()
     shell.run_line_magic("explain", "")
     assert "no embedding for" in capsys.readouterr().out
-    shell.run_cell_magic("explain", "", "y = 1\nraise ValueError('Attempting to unscale FP16 gradients.')")
-    assert "float16" in capsys.readouterr().out and shell.user_ns["y"] == 1
+    shell.run_cell_magic("explain", "", "y = 1\ntorch.tensor(1.0).backward()")
+    assert "requires a gradient" in capsys.readouterr().out and shell.user_ns["y"] == 1
     shell.run_line_magic("explain", "error")
-    assert "float16" in capsys.readouterr().out
+    assert "requires a gradient" in capsys.readouterr().out
     shell.run_cell_magic("explain", "", "z = 2")
     shell.run_line_magic("explain", "nothing_here")
     printed = capsys.readouterr().out

@@ -42,7 +42,7 @@ ENTRIES = (
     Entry(
         "batch-encoding-as-ids", "generate", "A whole BatchEncoding was passed where ids belong",
         (
-            P("AttributeError", r"\A\Z", r"tokenization_utils_base.*__getattr__"),
+            P("AttributeError", r"\A(?:\n|\Z)", r"tokenization_utils_base.*__getattr__"),
             P("KeyError", r"^'shape'$"),
             P("TypeError", r"must be Tensor, not BatchEncoding"),
         ),

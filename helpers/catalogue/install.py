@@ -5,13 +5,22 @@ from helpers.catalogue.base import AUTO_GPTQ, BITSANDBYTES, GPTQMODEL, HF_DOCS, 
 ENTRIES = (
     Entry(
         "package-missing", "install", "A package is not installed in the Python that runs this",
-        (P("ModuleNotFoundError|ImportError", r"No module named '(?!helpers')\w+'"),),
+        (P("ModuleNotFoundError|ImportError", r"No module named '(?!helpers')(?!(?:utils?|src|configs?|models?|data|common|lib|scripts?|tools?|modules|core|train)')\w+'"),),
         "The kernel's Python is not the one you installed into, or the package was never installed.",
         "Install into the kernel's own Python from within the notebook, then restart the kernel.",
         f"{TRANSFORMERS}/issues/25210",
         code="%pip install bitsandbytes   # %pip, not !pip: it is the kernel's\nimport sys; print(sys.executable)",
         general=True,
         where="anywhere",
+    ),
+    Entry(
+        "own-module-missing", "install", "A file of the project is not found",
+        (P("ModuleNotFoundError", r"^No module named '(?:utils?|src|configs?|models?|data|common|lib|scripts?|tools?|modules|core|train)(?:\.\w+)*'"),),
+        "A name like this is a file of the project, not a package to install. Python looks for it beside the script, not in the current folder.",
+        "Start from the folder that holds it, or put that folder on the path.",
+        "https://docs.python.org/3/tutorial/modules.html#the-module-search-path",
+        code="PYTHONPATH=. python scripts/train.py   # or: python -m scripts.train",
+        where="own",
     ),
     Entry(
         "helpers-missing", "install", "The course's helpers cannot be imported",
@@ -201,7 +210,7 @@ ENTRIES = (
     ),
     Entry(
         "module-removed", "install", "The installed version of a package has no such module",
-        (P("ModuleNotFoundError", r"No module named '(?!helpers\b)(\w+)(\.\w+)+'(?!; )"),),
+        (P("ModuleNotFoundError", r"No module named '(?!(?:helpers|utils?|src|configs?|models?|data|common|lib|scripts?|tools?|modules|core|train)\.)\w+(\.\w+)+'(?!; )"),),
         "The package itself is there: Python names the top of the path if that is missing. The module was moved or removed, or it is newer than the installed version.",
         "Upgrade the package whose file imports it (the last frame), or install the version it was written for.",
         f"{BITSANDBYTES}/issues/1492",

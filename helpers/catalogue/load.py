@@ -335,4 +335,26 @@ ENTRIES = (
         code="pip install --upgrade llama-cpp-python",
         recorded="textgen issue 6223",
     ),
+    Entry(
+        "remote-code-too-old", "load", "The checkpoint's own Python code was written for an older transformers",
+        (
+            P("AttributeError", r"^'(Dynamic|Static)?Cache' object has no attribute '(seen_tokens|get_max_length|get_usable_length|_seen_tokens)'"),
+            P("ImportError", r"^cannot import name '\w+' from 'transformers[\w.]*'"),
+        ),
+        "The failing file came with the checkpoint (trust_remote_code=True) and uses what transformers has removed or moved.",
+        "Load without trust_remote_code if transformers has the architecture by now, or take the version of transformers that the model card names.",
+        f"{HF_DOCS}/transformers/custom_models",
+        code="AutoModelForCausalLM.from_pretrained(name)   # without trust_remote_code",
+        recorded="transformers' page on custom models",
+        where="transformers_modules",
+    ),
+    Entry(
+        "remote-code-wants-packages", "load", "The checkpoint's own Python code needs packages that are not installed",
+        (P("ImportError", r"^This modeling file requires the following packages that were not found in your environment"),),
+        "transformers reads the imports of the checkpoint's files before it runs them.",
+        "Read that code, then install the packages it names (flash_attn needs a GPU and a compiler), or use the architecture that transformers has.",
+        f"{HF_DOCS}/transformers/custom_models",
+        code="pip install einops   # the names in the message",
+        where="transformers",
+    ),
 )

@@ -27,7 +27,7 @@ ENTRIES = (
         (
             P("CalledProcessError|ProcessExitedException", r"SIGKILL|exit (status|code) (-9|137)"),
             P("DeadKernelError", r"(?i)kernel died"),
-            L(r"(?i:kernel (appears to have|has) died)|(?m:^Killed$)|exit(ed with)? code:? 137|Your session crashed after using all available RAM"),
+            L(r"(?i:kernel (appears to have|has) died)|(?m:^Killed$)|exit(ed with)? code:? 137|exitcode *: -9 |Signal 9 \(SIGKILL\)|Your session crashed after using all available RAM"),
         ),
         "Linux ends the largest process when memory runs out; Python cannot say anything any more. No traceback is the sign.",
         "Use a smaller model or fewer bits, load in bfloat16, close other notebooks: each kernel keeps its models.",
