@@ -26,6 +26,7 @@ ENTRIES = (
         "process-killed", "memory", "The system killed the process: out of memory",
         (
             P("CalledProcessError|ProcessExitedException", r"SIGKILL|exit (status|code) (-9|137)"),
+            P("ChildFailedError", r"exitcode *: -9\b|Signal 9 \(SIGKILL\)"),
             P("DeadKernelError", r"(?i)kernel died"),
             L(r"(?i:kernel (appears to have|has) died)|(?m:^Killed$)|exit(ed with)? code:? 137|exitcode *: -9 |Signal 9 \(SIGKILL\)|Your session crashed after using all available RAM"),
         ),
