@@ -1,13 +1,16 @@
-"""From a traceback to the likeliest cause: read what was pasted, find it in the catalogue, say how sure that is.
+"""From a traceback to the likeliest cause: find the error that stopped the program in the catalogue, and say how sure that is.
 
     python -m helpers explain error.txt      or      some_command 2>&1 | python -m helpers explain
 
 The course's notebooks define a magic in their first cell (elsewhere: `%load_ext helpers.explain`): `%explain` after an error,
 `%explain name` for an exception or a text in a variable, and `%%explain` as the first line of a cell that may fail: it shows the
 explanation in place of the traceback. Nothing here imports torch, and no token that stands in the text is ever printed.
+
+An error is known only where its type, its message and the package that raised it agree with an entry of the catalogue. For any other
+the answer is "I do not know", with the three lines to search for: the root cause, the reader's own line, and the library.
 """
 
-import json
+import os
 import re
 import sys
 import textwrap
@@ -15,139 +18,58 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import catalogue
-from helpers import redact as secrets
+from helpers import catalogue, tracebacks
+from helpers.tracebacks import LONGEST, Raised, Reading, clean, read, redact  # noqa: F401 - what notebooks and tests take from here
 
 KNOWN, UNKNOWN, UNREADABLE = 0, 1, 2  # exit codes
-CERTAIN, LIKELY, POSSIBLE = "certain", "likely", "possible"
-LEVELS = (CERTAIN, LIKELY, POSSIBLE)
+CERTAIN, LIKELY = "certain", "likely"
+LEVELS = (CERTAIN, LIKELY)
+ERROR, PRINTED = "error", "printed"  # what an answer explains
 BECAUSE = {
-    CERTAIN: "type and message agree with the catalogue",
-    LIKELY: "the message agrees, but it is not the last line of a complete traceback",
-    POSSIBLE: "only the kind of error and the place agree",
+    (ERROR, CERTAIN): "type, message and place agree with the catalogue",
+    (ERROR, LIKELY): "type and message agree; the text does not show all of the traceback that leads there",
+    (PRINTED, CERTAIN): "this line was printed, and no error stands in the text",
+    (PRINTED, LIKELY): "this line was printed; the error beside it only reports that something failed",
 }
-LONGEST = 300_000  # characters read, from the end: a traceback stands at the end of a log
-
-# Beside what helpers.redact knows, in a pasted text: a hub token inside a word, and whatever is called a token, key, secret or password
-# and looks like one (pad_token=tokenizer.eos_token does not).
-_NAMED = re.compile(
-    r"(?:hf_oauth|hf_jwt|hf|api_org)_[a-z0-9]{10,}"
-    r"|(?<=bearer )[ \t]*[^\s'\"]{8,}"
-    r"|(?:token|key|secret)['\"]?[ \t]*[=:][ \t]*['\"]?(?=[^\s'\"]*\d)[\w+/.~-]{16,}"
-    r"|passw(?:or)?d['\"]?[ \t]*[=:][ \t]*['\"]?[^\s'\"]{4,}",
-    re.I,
-)
-
-_ANSI = re.compile(r"(?:\x1b|\\x1b|\\u001b|\\033)\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-Z\\-_]")
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\u200b-\u200f\u2060]")
-_MARGIN = re.compile(r"^(?:E {2,}|> ?|[ \t]*[|+][-+| ]*)")  # of pytest, of a quotation, of an exception group
-_NAME = r"(?:[A-Za-z_]\w*\.)*"
-_ENDING = r"(?:Error|Exception|Warning|Interrupt|Exit|Timeout|Group|Expired)"
-_ERROR = re.compile(rf"^({_NAME}_*[A-Z]\w*{_ENDING}|{_NAME}(?:Error|Exception|KeyboardInterrupt|SystemExit))(?::\s?(.*))?\s*$")
-_ANY_NAME = re.compile(rf"^({_NAME}[A-Z]\w+)(?::\s(.*))?$")
-_WARNING = re.compile(r"^\S.*?:\d+: ([\w.]*Warning): (.*)$")
-_JUPYTER = re.compile(r"^(\w+)\s{2,}Traceback \(most recent call last\)")
-_HEADER = re.compile(r"Traceback \(most recent call last\)")
-_CHAIN = re.compile(r"^(?:The above exception was the direct cause|During handling of the above exception)|^-{20,}\s*$")
-
-
-@dataclass(frozen=True)
-class Raised:
-    """One error found in a text: its type (without modules), its message, and the text of the frames above it."""
-
-    type: str
-    message: str
-    frames: str
-
-    def __str__(self):
-        return f"{self.type}: {self.message}" if self.message else self.type
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What `read` found. errors: oldest first, the last one is what stopped the program. cut: a traceback has no last line."""
-
-    text: str
-    errors: tuple
-    cut: bool
+# Python writes these messages itself, whoever's mistake it is: the place must agree. Other messages name their library.
+_PYTHONS = {"AttributeError", "TypeError", "NameError", "KeyError", "IndexError", "AssertionError", "ModuleNotFoundError", "UnboundLocalError"}
+_NOTEBOOK = re.compile(r"^(?:Cell|Input) In|ipython-input|ipykernel_|^<cell>")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """entry of the catalogue; how sure: "certain", "likely" or "possible"; the error it explains (None: found in the text alone)."""
+    """entry of the catalogue; how sure: "certain" or "likely"; the error it explains (None: a printed line)."""
 
     entry: catalogue.Entry
     sure: str
     raised: Raised | None
+    line: str = ""
 
-
-def redact(text):
-    """`text` with everything that looks like a token, key or password, or is one of this process, replaced by [secret]."""
-    return _NAMED.sub(secrets.SECRET, secrets.redact(text))
-
-
-def clean(text):
-    """Plain lines: no colours, control characters, carriage returns or common indentation, and no secrets."""
-    if isinstance(text, bytes):
-        text = _decode(text)
-    text = _CONTROL.sub("", _ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
-    text = redact(text[-LONGEST - 1000 :])  # with a margin: half a token at the cut would not be known as one
-    if len(text) > LONGEST:
-        text = text[-LONGEST:].partition("\n")[2] or text[-LONGEST:]
-    return textwrap.dedent(text.expandtabs(4))
-
-
-def read(text):
-    """A `Reading` of a traceback: Python's, Jupyter's (also a saved .ipynb), pytest's; chained, coloured, CRLF, or half of one."""
-    text = clean(_outputs(text))
-    errors, frames, message, kind, header = [], [], [], None, None
-
-    def close():
-        nonlocal frames, message, kind
-        if kind is not None:
-            errors.append(Raised(kind.rpartition(".")[2], "\n".join(message).strip(), "\n".join(frames)))
-            frames, message, kind = [], [], None
-
-    for line in text.split("\n"):
-        bare = _MARGIN.sub("", line)
-        jupyter = _JUPYTER.match(bare)
-        if jupyter or _HEADER.search(bare):
-            close()
-            header = jupyter[1] if jupyter else "Exception"
-        elif _CHAIN.match(bare):
-            close()
-        elif found := _ERROR.match(bare) or _WARNING.match(bare) or (header and _ANY_NAME.match(bare)):
-            close()
-            kind, message, header = found[1], [found[2] or ""], None
-        elif kind is not None and len(message) < 40:
-            message.append(bare)
-        else:
-            frames.append(bare)
-    close()
-    if header and header != "Exception":  # Jupyter names the type above the frames: half a traceback still has it
-        errors.append(Raised(header, "", "\n".join(frames)))
-    return Reading(text, tuple(errors), bool(header))
+    @property
+    def because(self):
+        return BECAUSE[ERROR if self.raised else PRINTED, self.sure]
 
 
 def explain(text):
     """`Answer`s for a text (or `Reading`), likeliest first; an empty list if nothing in the catalogue fits."""
     reading = text if isinstance(text, Reading) else read(text)
-    best = {}
-    for age, raised in enumerate(reversed(reading.errors)):  # the last error first; the older ones of a chain if it is not known
-        for entry in catalogue.ENTRIES:
-            fitting = next((pattern for pattern in entry.patterns if _fits(pattern, raised)), None)
-            if fitting and entry.id not in best:
-                sure = POSSIBLE if not fitting.text else CERTAIN if age == 0 and not reading.cut else LIKELY
-                best[entry.id] = (entry.general, LEVELS.index(sure), age), Answer(entry, sure, raised)
-        if any(not answer.entry.general for _, answer in best.values()):
-            break
-    if not best:  # a message without its type, a log line, what a command printed
-        for entry in catalogue.ENTRIES:
-            for pattern in entry.patterns:
-                if pattern.text and not pattern.frames and (found := re.search(pattern.text, reading.text)):
-                    sure = LIKELY if pattern.type or reading.errors else CERTAIN
-                    best.setdefault(entry.id, ((entry.general, LEVELS.index(sure), -found.start()), Answer(entry, sure, None)))
-    return [answer for _, answer in sorted(best.values(), key=lambda item: item[0])]
+    for raised in reading.reasons:  # the last error of the chain first; what it follows from if that one is not known
+        if answers := _fitting(raised, whole=raised == reading.root[-1] and not reading.cut):
+            return answers
+    if reading.root:
+        return []
+    for raised in reversed(reading.errors):  # nothing but reports that something failed: by a signal, say
+        if answers := _fitting(raised, whole=not reading.cut):
+            return answers
+    return [] if reading.cut else warnings(reading)
+
+
+def warnings(reading):
+    """`Answer`s for the lines that were printed outside tracebacks, in the order of the catalogue."""
+    sure = LIKELY if reading.errors else CERTAIN
+    found = ((entry, pattern.search(reading.printed)) for entry in catalogue.ENTRIES for pattern in entry.lines)
+    answers = {entry.id: Answer(entry, sure, None, _line(match)) for entry, match in found if match}
+    return list(answers.values())
 
 
 def explain_error(error):
@@ -166,13 +88,12 @@ def render(reading, answers=None, width=100):
     if not answers:
         return _do_not_know(reading, width)
     first = answers[0]
-    lines = [_quote(first.raised, width)] if first.raised else []
-    lines += [f"=> {first.entry.title}", ""]
+    lines = [_quote(first.raised or first.line, width), f"=> {first.entry.title}", ""]
     lines += _paragraph("Cause", first.entry.cause, width)
     lines += _paragraph("Remedy", first.entry.remedy, width)
     if first.entry.code:
         lines += ["", textwrap.indent(first.entry.code.strip("\n"), "    "), ""]
-    lines += _paragraph("How sure", f"{first.sure}: {BECAUSE[first.sure]}; {first.entry.origin}", width)
+    lines += _paragraph("How sure", f"{first.sure}: {first.because}; {first.entry.origin}", width)
     lines += _paragraph("See", first.entry.reference, width)
     if len(answers) > 1:
         lines += _paragraph("Or else", "; ".join(answer.entry.title for answer in answers[1:3]), width)
@@ -236,34 +157,50 @@ def register(shell=None):
     shell.register_magic_function(magic, "line_cell", "explain")
 
 
-def _fits(pattern, raised):
-    if pattern.type and not re.fullmatch(pattern.type, raised.type):
-        return False
-    if pattern.frames and not re.search(pattern.frames, raised.frames):
-        return False
-    return not pattern.text or re.search(pattern.text, raised.message) is not None
+def _fitting(raised, whole):
+    """`Answer`s for one error, special entries before general ones. whole: it ended the program, and its traceback is complete."""
+    answers = []
+    for entry in catalogue.ENTRIES:
+        places = [agrees for pattern in entry.patterns if (agrees := _agrees(pattern, raised)) is not None]
+        if places:
+            answers.append(Answer(entry, CERTAIN if whole and any(places) else LIKELY, raised))
+    return [answer for answer in answers if not answer.entry.general] or answers
 
 
-def _decode(data):
-    """PowerShell redirects in UTF-16; everything else is UTF-8, with what is not replaced."""
-    for mark, encoding in ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
-        if data.startswith(mark):
-            return data.decode(encoding, errors="replace")
-    return data.decode("utf-8", errors="replace")
+def _agrees(pattern, raised):
+    """Whether an error fits a pattern: True, False (the text does not show where it was raised), or None (it does not fit)."""
+    if pattern.type and raised.type not in pattern.type.split("|"):
+        return None
+    if not re.search(pattern.text, raised.message) or (pattern.frames and not re.search(pattern.frames, raised.frames)):
+        return None
+    return _placed(pattern, raised)
 
 
-def _outputs(text):
-    """The tracebacks of a saved notebook's error outputs; any other text as it is."""
-    if isinstance(text, bytes):
-        text = _decode(text)
-    if not text.lstrip("\ufeff \n\r\t").startswith("{"):
-        return text
-    try:
-        cells = json.loads(text)["cells"]
-        outputs = [output for cell in cells for output in cell.get("outputs", []) if output.get("output_type") == "error"]
-        return "\n".join("\n".join([*output["traceback"], f"{output['ename']}: {output['evalue']}"]) for output in outputs)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return text
+def _placed(pattern, raised):
+    """The same for the place alone."""
+    allowed, stack = pattern.where.split(), raised.stack
+    if "anywhere" in allowed:
+        return bool(stack)
+    if not stack:
+        return None if "notebook" in allowed else False
+    inner = raised.innermost
+    if {inner.package, stack[-1].package} & set(allowed):
+        return True
+    if "notebook" in allowed:
+        return True if _NOTEBOOK.search(inner.path) else None
+    if "own" in allowed and not inner.package:
+        return True
+    if "compiled" in allowed:
+        return None if stack[-1].raises and stack[-1].package not in ("torch", tracebacks.PYTHON) else True
+    written_by_python = raised.type in _PYTHONS or raised.message.startswith("cannot import name")
+    cut = not any(frame.package for frame in stack) and not inner.raises and not written_by_python
+    return False if cut else None  # a report that leaves the library's frames out, of a message that no reader's code writes
+
+
+def _line(match):
+    text = match.string
+    end = text.find("\n", match.end())
+    return text[match.start() : end if end >= 0 else None].strip()
 
 
 def _quote(raised, width):
@@ -276,14 +213,72 @@ def _paragraph(label, text, width):
 
 
 def _do_not_know(reading, width):
-    if reading.errors and not reading.cut:
-        lines = [_quote(reading.errors[-1], width), "=> I do not know this error.", ""]
+    report = "`python -m helpers doctor --json` says what a bug report needs."
+    first = reading.first
+    if first and not reading.cut:
+        lines = [_quote(first, width), "=> I do not know this error.", "", *_evidence(reading, first, width)]
         hint = "Search the library's issues for the message, without what is yours in it (names, paths, numbers)."
     elif reading.cut:
-        lines = ["=> I cannot tell: this traceback ends before its last line.", ""]
+        lines = ["=> I cannot tell: this traceback ends before its last line.", "", *_cut_evidence(reading, width)]
         hint = "Paste it down to the line with the type and the message of the error."
+    elif reading.errors:
+        lines = [_quote(reading.errors[-1], width), "=> I do not know this error: it only reports that something else failed.", ""]
+        hint = "The cause stands further up in the log, or in that of another process: paste it from the first `Traceback`."
     else:
         lines = ["=> I see no error in this text that I know.", ""]
         hint = "Paste the whole traceback, from the line with `Traceback` to the one with the error's type and message."
-    report = "`python -m helpers doctor --json` says what a bug report needs."
     return "\n".join([*lines, *_paragraph("Next", f"{hint} {report}", width)])
+
+
+def _evidence(reading, first, width):
+    """What to search for: the root cause, the reader's own line, the library and its version, and how it ended."""
+    lines = _paragraph("Root", str(first).split("\n")[0], width)
+    last = reading.root[-1]
+    if last is not first:
+        lines += _paragraph("Ended as", str(last).split("\n")[0], width)
+    lines += _places(first.stack or last.stack, width)
+    library = next((error.place for error in (first, last) if error.place and error.place != tracebacks.PYTHON), "")
+    lines += _paragraph("Search", f"{library} {_searchable(first)}".strip(), width)
+    if answers := warnings(reading):
+        lines += _paragraph("Besides", f"{answers[0].entry.title}: {answers[0].entry.cause}", width)
+    return lines
+
+
+def _cut_evidence(reading, width):
+    return _places(tracebacks.parse_frames(reading.frames.split("\n")), width)
+
+
+def _places(stack, width):
+    own = [frame for frame in stack if not frame.package]
+    lines = _paragraph("Yours", str(own[0]), width) if own else []
+    if len(own) > 1 and own[-1] != own[0]:
+        lines += _paragraph("", f"down to {own[-1]}", width)
+    libraries = [frame for frame in stack if frame.package and frame.package != tracebacks.PYTHON]
+    if libraries:
+        inner = libraries[-1]
+        lines += _paragraph("Library", f"{inner.package}{_version(inner.package)}, {_inside(inner)}", width)
+    return lines
+
+
+def _inside(frame):
+    """A library's frame with the file's path from the package on."""
+    _, mark, inside = frame.path.replace("\\", "/").rpartition("-packages/")
+    return f"{inside if mark else frame.path}, line {frame.line}"
+
+
+def _version(package):
+    """' 5.0 (installed here)' for a package of this environment, as the name of its metadata's folder says."""
+    name = re.sub(r"[-_.]+", "_", catalogue.DISTRIBUTIONS.get(package, package)).lower()
+    for folder in filter(os.path.isdir, sys.path):  # importlib.metadata would take a third of the time this command may take
+        for entry in os.listdir(folder):
+            if entry.endswith(".dist-info") and re.sub(r"[-_.]+", "_", entry.partition("-")[0]).lower() == name:
+                return f" {entry.removesuffix('.dist-info').partition('-')[2]} (installed here)"
+    return " (not installed here)"
+
+
+def _searchable(raised):
+    """The message as a search term: its first line without paths, quoted names, addresses and numbers."""
+    text = raised.message.split("\n")[0]
+    text = re.sub(r"https?://\S+|(?:[A-Za-z]:)?[/~\\][\w./\\-]{3,}|0x[0-9a-f]+|\b\d[\d.,]*\b", " ", text)
+    words = " ".join(text.split())
+    return f'{raised.type} "{textwrap.shorten(words, 90, placeholder="")}"' if words else raised.type

@@ -337,6 +337,18 @@ def _():
     return "this kernel's own Python finds it"
 
 
+@fails("own-module-missing")
+def _():
+    return other_python("from utils import read_rows")
+
+
+@works("own-module-missing")
+def _():
+    folder = Path(scratch())
+    (folder / "utils.py").write_text("rows = 3\n")
+    return other_python(f"import sys; sys.path.insert(0, {str(folder)!r}); import utils; print(utils.rows, 'rows')").strip()
+
+
 @fails("helpers-missing")
 def _():
     return other_python("from helpers import models")
@@ -436,6 +448,69 @@ def _():
 def _():
     torch.backends.quantized.engine = torch.backends.quantized.supported_engines[-1]
     return f"engine {torch.backends.quantized.engine}, of {torch.backends.quantized.supported_engines}"
+
+
+@fails("module-removed")
+def _():
+    import transformers.deepspeed  # noqa: F401 - transformers.integrations.deepspeed since 4.33
+
+
+@works("module-removed")
+def _():
+    from transformers.integrations import deepspeed
+
+    return f"it is {deepspeed.__name__} now"
+
+
+@fails("torchao-functions-removed")
+def _():
+    from torchao.quantization import int4_weight_only  # noqa: F401
+
+
+@works("torchao-functions-removed")
+def _():
+    from torchao.quantization import Int4WeightOnlyConfig
+
+    return f"{Int4WeightOnlyConfig.__name__} imports"
+
+
+@fails("bitsandbytes-config-elsewhere")
+def _():
+    from bitsandbytes import BitsAndBytesConfig  # noqa: F401
+
+
+@works("bitsandbytes-config-elsewhere")
+def _():
+    from transformers import BitsAndBytesConfig
+
+    return f"{BitsAndBytesConfig.__name__} imports from {BitsAndBytesConfig.__module__.partition('.')[0]}"
+
+
+@fails("name-removed")
+def _():
+    from huggingface_hub import cached_download  # noqa: F401
+
+
+@works("name-removed")
+def _():
+    from huggingface_hub import hf_hub_download
+
+    return f"its successor is {hf_hub_download.__name__}"
+
+
+@fails("dependency-check")
+def _():
+    from transformers.utils.versions import require_version_core
+
+    require_version_core("huggingface-hub<1.0")  # what transformers 4 asks for when it is imported
+
+
+@works("dependency-check")
+def _():
+    from transformers.utils.versions import require_version_core
+
+    require_version_core("huggingface-hub>=1.0")
+    return "the installed huggingface-hub is one that this transformers asks for"
 
 
 # --- load -----------------------------------------------------------------------------------------------------------------------
@@ -588,6 +663,24 @@ def _():
     from transformers import AutoModelForCausalLM
 
     return f"an architecture that transformers has: {type(AutoModelForCausalLM.from_pretrained(tiny_folder())).__name__}"
+
+
+@fails("remote-code-wants-packages")
+def _():
+    from transformers.dynamic_module_utils import check_imports
+
+    file = Path(scratch()) / "modeling_mine.py"
+    file.write_text("import a_package_that_nobody_has\n")
+    check_imports(file)
+
+
+@works("remote-code-wants-packages")
+def _():
+    from transformers.dynamic_module_utils import check_imports
+
+    file = Path(scratch()) / "modeling_mine.py"
+    file.write_text("import torch\n")
+    return f"{len(check_imports(file))} files beside it; all packages are there"
 
 
 @fails("unknown-architecture")
@@ -810,6 +903,50 @@ def _():
 def _():
     with hub() as endpoint:
         return f"{download('someone/open', endpoint)} is downloaded"
+
+
+@fails("quantization-type-unknown")
+def _():
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    AutoQuantizationConfig.from_dict({"quant_method": "fp99"})  # a format of tomorrow
+
+
+@works("quantization-type-unknown")
+def _():
+    from transformers import AutoModelForCausalLM
+
+    return f"the 16-bit copy loads: {type(AutoModelForCausalLM.from_pretrained(tiny_folder())).__name__}"
+
+
+@fails("tokenizer-json-newer")
+def _():
+    from tokenizers import Tokenizer
+
+    data = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    Tokenizer.from_str(json.dumps(data | {"model": {"type": "Tomorrow", "vocab": {}}}))
+
+
+@works("tokenizer-json-newer")
+def _():
+    from tokenizers import Tokenizer
+
+    return f"{Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str()).get_vocab_size()} words, of a model that this version knows"
+
+
+@fails("wrong-auto-class")
+def _():
+    from transformers import AutoModelForCausalLM, T5Config
+
+    AutoModelForCausalLM.from_config(T5Config())
+
+
+@works("wrong-auto-class")
+def _():
+    from transformers import AutoModelForSeq2SeqLM, T5Config
+
+    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return type(AutoModelForSeq2SeqLM.from_config(config)).__name__
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------------------
@@ -1456,6 +1593,41 @@ def _():
     return f"padded to {tuple(collate([{'input_ids': [3, 4]}, {'input_ids': [4]}])['input_ids'].shape)}, padding masked in the labels"
 
 
+@fails("trainer-passes-more")
+def _():
+    from transformers import Trainer, TrainingArguments
+
+    class CustomTrainer(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False):
+            return model(**inputs).loss
+
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}]
+    CustomTrainer(tiny_model(), TrainingArguments(scratch(), max_steps=1, use_cpu=True, report_to=[]), train_dataset=rows).train()
+
+
+@works("trainer-passes-more")
+def _():
+    from transformers import Trainer, TrainingArguments
+
+    class CustomTrainer(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs).loss
+
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}]
+    done = CustomTrainer(tiny_model(), TrainingArguments(scratch(), max_steps=1, use_cpu=True, report_to=[]), train_dataset=rows).train()
+    return f"{done.global_step} step, loss {done.training_loss:.2f}"
+
+
+@fails("target-is-no-layer")
+def _():
+    lora(tiny_model(), target_modules=["self_attn"])
+
+
+@works("target-is-no-layer")
+def _():
+    return f"{len(lora(tiny_model(), target_modules='all-linear').targeted_module_names)} Linear layers have adapters"
+
+
 # --- save -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1575,7 +1747,7 @@ def _():
 
 @fails("cell-not-run")
 def _():
-    exec("tokenizer('hi')", {})  # a fresh kernel, and a cell further down
+    exec(compile("tokenizer('hi')", "<cell>", "exec"), {})  # a fresh kernel, and a cell further down
 
 
 @works("cell-not-run")

@@ -1,6 +1,7 @@
 """Every failure of the catalogue is provoked for real, `explain` names it, and no other; any text can be read, no secret comes out."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -54,10 +55,12 @@ def test_entry_says_what_a_reader_needs(entry):
     assert re.fullmatch(r"[a-z0-9-]+", entry.id) and len(entry.title) < 100
     assert entry.cause.endswith(".") and entry.remedy.endswith(".") and entry.reference.startswith("https://")
     assert entry.code or entry.id == "cell-not-run"
-    assert entry.patterns or entry.silent
+    assert entry.signs or entry.silent
     for pattern in entry.patterns:
-        assert pattern.type or pattern.text
-        re.compile(pattern.type), re.compile(pattern.text), re.compile(pattern.frames)
+        assert pattern.type and pattern.where and all(name.isidentifier() for name in pattern.type.split("|"))
+        re.compile(pattern.text), re.compile(pattern.frames)
+    for line in entry.lines:
+        assert line.search("") is None
 
 
 # --- each failure is provoked, explained and repaired ----------------------------------------------------------------------------
@@ -173,7 +176,49 @@ def test_messages_of_other_versions(text, entry_id):
     ],
 )
 def test_what_is_not_in_the_catalogue_is_not_known(text):
-    assert explain.explain(text) == [] and "not know" in explain.render(explain.read(text)) or "no error" in explain.render(explain.read(text))
+    assert explain.explain(text) == []
+    printed = explain.render(explain.read(text))
+    assert ("=> I do not know this error." if "Error" in text else "=> I see no error in this text that I know.") in printed
+
+
+LOGS = {
+    "pip": "Collecting bitsandbytes\n  Downloading bitsandbytes-0.50.2-py3-none-any.whl (404 kB)\nInstalling collected packages: torch, bitsandbytes, peft\nSuccessfully installed accelerate-1.15.0 bitsandbytes-0.50.2 peft-0.21.2",
+    "pip, nothing to do": "Requirement already satisfied: optimum in /usr/lib/python3/dist-packages (2.3.0)\nRequirement already satisfied: gptqmodel>=7",
+    "training": "{'loss': 2.1404, 'learning_rate': 0.0002, 'epoch': 0.01}\nstep 404: certain layers of bitsandbytes are frozen\n100%|####| 404/404 [10:00<00:00]",
+    "logging": "2026-11-02 10:00:00,404 - trainer - INFO - CUDA is available, 404 MB free, no memory problem\n2026-11-02 10:00:01,000 - trainer - WARNING - KeyError: 'shape' was ignored",
+    "vLLM": "(EngineCore pid=7) INFO 11-02 10:00:00 [core.py:404] Loading weights took 64.57 seconds\n(APIServer pid=1) INFO 11-02 10:00:09 [api.py:1] GET /v1/models 404 Not Found",
+    "prose": "If you see ValueError: Attempting to unscale FP16 gradients, read on. A RuntimeError may also be a 404.",
+    "the message alone": "LlamaForCausalLM.__init__() got an unexpected keyword argument 'load_in_4bit'",
+}
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_what_is_no_error_is_not_explained(name):
+    reading = explain.read(LOGS[name])
+    assert explain.explain(reading) == [] and "no error" in explain.render(reading), explain.render(reading)
+
+
+def raised_by_the_reader(text):
+    """The same type and message, raised by a line of the reader's own."""
+    error = explain.read(text).errors[-1]
+    message = "\n".join(line.lstrip("-") for line in error.message.split("\n"))
+    return f'Traceback (most recent call last):\n  File "/home/user/mine.py", line 404, in check\n    raise Broken(text)\n{error.type}: {message}'
+
+
+ANYWHERE = {entry.id for entry in catalogue.ENTRIES if any("anywhere" in pattern.where for pattern in entry.patterns)}
+
+
+@pytest.mark.parametrize("entry_id", IDS)
+def test_another_type_or_place_is_not_explained(entry_id, seen):
+    text = seen[entry_id]
+    errors = explain.read(text).errors
+    if not errors:
+        return
+    other_type = explain.read(raised_by_the_reader(text).replace(f"\n{errors[-1].type}:", "\nStrangeError:"))
+    assert explain.explain(other_type) == [], known(other_type)
+    allowed = {name for pattern in catalogue.find(entry_id).patterns for name in pattern.where.split()}
+    if entry_id not in ANYWHERE and "own" not in allowed:  # what reader's code may raise by itself
+        assert entry_id not in known(raised_by_the_reader(text))
 
 
 # --- the reader -----------------------------------------------------------------------------------------------------------------
@@ -252,9 +297,11 @@ def test_saved_notebook_with_an_error(raised):
 
 
 def test_chain_with_an_unknown_end():
+    import torch
+
     try:
         try:
-            raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
+            torch.tensor(1.0).backward()
         except RuntimeError as error:
             raise ValueError("step 3 of my pipeline failed") from error
     except ValueError as error:
@@ -276,9 +323,7 @@ def test_half_a_traceback(raised):
     assert all(answer.sure != explain.CERTAIN for answer in explain.explain(top))
     jupyter_top = "\n".join(jupyter(raised["batch-encoding-as-ids"]).split("\n")[:-1])
     assert explain.read(jupyter_top).errors[-1].type == "AttributeError"
-    message_alone = str(raised["load-in-4bit"])
-    (answer,) = explain.explain(message_alone)
-    assert answer.entry.id == "load-in-4bit" and answer.sure == explain.LIKELY
+    assert explain.explain(str(raised["load-in-4bit"])) == [], "a message without its type says too little"
 
 
 def test_the_last_of_several_tracebacks_counts(seen):
@@ -408,14 +453,22 @@ def test_exit_codes(tmp_path):
         assert done.returncode == 2 and done.stderr.startswith(b"error:") and b"Traceback" not in done.stderr
 
 
-def test_fast_and_without_torch():
+def cpu_seconds(text):
+    """Seconds that one call of the command computes: not what other programs on this machine take from it."""
+    before = os.times()
+    run(text=text)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+@pytest.mark.parametrize("name", ["E05", "E11", "A02", "N03", "T04"])
+def test_fast(name):
+    text = (ROOT / "tests" / "error_texts" / f"{name}.txt").read_bytes()
     run(text=b"x")  # compiled once
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        run(text=b"ValueError: Attempting to unscale FP16 gradients.")
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.5
+    assert min(cpu_seconds(text) for _ in range(5)) < 0.2
+
+
+def test_without_torch():
     code = "import sys; from helpers import explain; explain.render(explain.read('KeyError')); print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "set()"
 
@@ -434,14 +487,14 @@ def test_magics(shell, capsys, monkeypatch):
         monkeypatch.delattr(sys, name, raising=False)
     shell.run_line_magic("explain", "")
     assert "no error so far" in capsys.readouterr().out
-    shell.run_cell("raise IndexError('index out of range in self')")
+    shell.run_cell("import torch; torch.nn.Embedding(2, 2)(torch.tensor([5]))")
     capsys.readouterr()
     shell.run_line_magic("explain", "")
     assert "no embedding for" in capsys.readouterr().out
-    shell.run_cell_magic("explain", "", "y = 1\nraise ValueError('Attempting to unscale FP16 gradients.')")
-    assert "float16" in capsys.readouterr().out and shell.user_ns["y"] == 1
+    shell.run_cell_magic("explain", "", "y = 1\ntorch.tensor(1.0).backward()")
+    assert "requires a gradient" in capsys.readouterr().out and shell.user_ns["y"] == 1
     shell.run_line_magic("explain", "error")
-    assert "float16" in capsys.readouterr().out
+    assert "requires a gradient" in capsys.readouterr().out
     shell.run_cell_magic("explain", "", "z = 2")
     shell.run_line_magic("explain", "nothing_here")
     printed = capsys.readouterr().out

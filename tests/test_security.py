@@ -48,9 +48,9 @@ RUNS_TEXT = {
 # What looks like it and is not: (file, the line), why.
 EXHIBITS = {
     ("reproductions.py", "torch.load(file)"): "shows that torch refuses a pickle unless it is told otherwise",
-    ("reproductions.py", "exec(\"tokenizer('hi')\", {})  # a fresh kernel"): "a fixed text, in an empty namespace: a cell that was not run",
+    ("reproductions.py", "exec(compile(\"tokenizer('hi')\", \"<cell>\", \"exec\"), {})  # a fresh kernel"): "a fixed text, in an empty namespace: a cell that was not run",
     ("reproductions.py", "exec(\"tokenizer('hi')\", {\"tokenizer\": tiny_tokenizer()})"): "the same, repaired",
-    ("catalogue.py", "trust_remote_code=True, revision="): "the text of a remedy, which asks to read the code first",
+    ("catalogue/load.py", "trust_remote_code=True, revision="): "the text of a remedy, which asks to read the code first",
     ("explain.py", "exec(compile(shell.transform_cell(cell), "): "runs the reader's own cell under %%explain, as the cell itself would",
 }
 

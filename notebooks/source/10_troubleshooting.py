@@ -135,7 +135,7 @@ def card(entry, result):
         parts += [block("python", failure), block("text", short(result["message"])), cause,
                   block("python", repair), f"→ {short(result['repair'])}"]
     else:
-        signs = " or ".join(f"`{pattern.text}`" for pattern in entry.patterns if pattern.text)
+        signs = " or ".join(f"`{pattern.text}`" for pattern in entry.signs)
         parts += [f"*{result['reason'] or 'Recorded from ' + entry.recorded}.* Recognized by {signs}.", cause,
                   block("python", entry.code)]
     return "\n\n".join([*parts, link, "</details>"])

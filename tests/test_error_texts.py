@@ -1,0 +1,123 @@
+"""Error texts from public issue threads, shortened and with neutral names: each is explained right or honestly not known.
+
+error_texts/table.json says for each file the thread, the right cause, the catalogue's entries that are right, and whether "I do not know"
+is right too. A*, E* and N* are the reports that the catalogue was extended by; T* were collected afterwards.
+"""
+
+import json
+
+import pytest
+
+from conftest import ROOT
+from helpers import explain
+
+FOLDER = ROOT / "tests" / "error_texts"
+TABLE = json.loads((FOLDER / "table.json").read_text(encoding="utf-8"))
+RIGHT, UNKNOWN, MISLEADING = "right", "unknown", "misleading"
+
+
+def text(name):
+    return (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def verdict(name):
+    answers = explain.explain(text(name))
+    return UNKNOWN if not answers else RIGHT if answers[0].entry.id in TABLE[name]["right"] else MISLEADING
+
+
+def test_every_text_has_its_row():
+    assert {path.stem for path in FOLDER.glob("*.txt")} == set(TABLE)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_right_or_honestly_unknown(name):
+    found = verdict(name)
+    assert found == RIGHT or (found == UNKNOWN and TABLE[name]["unknown"]), (found, TABLE[name])
+
+
+@pytest.mark.parametrize(("letters", "least"), [("AEN", 0.9), ("T", 0.5)])
+def test_confusion_table(letters, least, capsys):
+    """How many of a group are right, unknown and misleading."""
+    names = [name for name in TABLE if name[0] in letters]
+    found = {name: verdict(name) for name in names}
+    with capsys.disabled():
+        counts = {word: list(found.values()).count(word) for word in (RIGHT, UNKNOWN, MISLEADING)}
+        print(f"\n{letters}: {len(names)} texts, {counts}")
+        print(*(f"{name:4} {found[name]:10} {TABLE[name]['thread']}" for name in names), sep="\n")
+    assert counts[MISLEADING] == 0 and counts[RIGHT] >= least * len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    {
+        "A02": ["AssertionError", "/home/user/infer.py, line 40", "bitsandbytes", "bitsandbytes/nn/modules.py, line 373"],
+        "T08": ["RuntimeError: b_q_weight type is not kInt", "/home/user/infer.py, line 9", "gptqmodel"],
+        "T17": ["has no attribute 'quantize'", "/home/user/quant.py, line 78", "torch"],
+    }.items(),
+)
+def test_not_knowing_shows_root_own_frame_and_library(name, parts):
+    printed = " ".join(explain.render(explain.read(text(name))).split())
+    assert "I do not know this error" in printed
+    assert all(part in printed for part in parts), printed
+
+
+DRESSES = {
+    "torchrun": lambda line: f"[rank0]: {line}",
+    "vLLM": lambda line: f"(EngineCore pid=123) ERROR 11-02 10:00:00 [core.py:700] {line}",
+    "older vLLM": lambda line: f"ERROR 11-02 10:00:00 core.py:387] {line}",
+    "Ray": lambda line: f"(RayWorkerWrapper pid=123, ip=10.0.0.1) {line}",
+    "docker's times": lambda line: f"2026-11-02T10:00:00.123456789Z {line}",
+    "an exception group": lambda line: f"  | {line}",
+    "accelerate test": lambda line: f"stderr: {line}",
+    "colours": lambda line: f"\x1b[0;31m{line}\x1b[0m",
+}
+
+
+@pytest.mark.parametrize("dress", DRESSES)
+def test_dressed_up_it_is_the_same_error(dress):
+    changed = {}
+    for name in TABLE:
+        plain = text(name)
+        if not plain.startswith("Traceback") or "RuntimeError: Failed to import" in plain:
+            continue
+        dressed = "\n".join(map(DRESSES[dress], plain.splitlines()))
+        before, after = ([answer.entry.id for answer in explain.explain(version)] for version in (plain, dressed))
+        if before != after:
+            changed[name] = (before, after)
+    assert not changed, changed
+
+
+LAUNCHER = """Traceback (most recent call last):
+  File "/home/user/.venv/bin/torchrun", line 8, in <module>
+    sys.exit(main())
+  File "/home/user/.venv/lib/python3.12/site-packages/torch/distributed/launcher/api.py", line 264, in launch_agent
+    raise ChildFailedError(
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+train.py FAILED
+"""
+NCCL = """Traceback (most recent call last):
+  File "/home/user/train.py", line 9, in <module>
+    trainer.train()
+  File "/home/user/.venv/lib/python3.12/site-packages/torch/distributed/c10d.py", line 7, in wrapper
+    return func(*args, **kwargs)
+torch.distributed.DistBackendError: NCCL error: remote process exited or there was a network error
+"""
+
+
+def test_the_first_real_failure_of_several_ranks_counts():
+    ranks = [("[rank1]: ", NCCL.splitlines()), ("[rank0]: ", text("E21").splitlines())]
+    mixed = [prefix + lines[n] for n in range(20) for prefix, lines in ranks if n < len(lines)]
+    assert [answer.entry.id for answer in explain.explain("\n".join(mixed) + "\n" + LAUNCHER)] == ["quantized-on-another-device"]
+
+
+@pytest.mark.parametrize("end", ["KeyboardInterrupt", "SystemExit: 1", "papermill.exceptions.PapermillExecutionError: \n" + "-" * 75])
+def test_the_end_of_a_run_does_not_hide_its_cause(end):
+    whole = text("E21") + f'\nTraceback (most recent call last):\n  File "/home/user/run.py", line 3, in <module>\n    main()\n{end}\n'
+    assert [answer.entry.id for answer in explain.explain(whole)] == ["quantized-on-another-device"]
+
+
+def test_what_was_caught_on_the_way_is_not_the_cause():
+    caught = "Traceback (most recent call last):\n  File \"/home/user/a.py\", line 1, in f\n    import flash_attn\nModuleNotFoundError: No module named 'flash_attn'\n"
+    link = "\nDuring handling of the above exception, another exception occurred:\n\n"
+    assert explain.explain(caught + link + text("T20")) == []
