@@ -37,7 +37,7 @@ def rounded(weight, group_size: int, sym: bool):
     """A weight [rows, columns] rounded to nearest in 4 bits."""
     groups = weight.float().unflatten(-1, (-1, group_size))
     if sym:
-        scale = 2 * groups.abs().amax(-1, keepdim=True) / 15
+        scale = (2 * groups.abs().amax(-1, keepdim=True) / 15).clamp(min=1e-8)  # some groups are all zeros
         return ((groups / scale).round().clamp(-8, 7) * scale).flatten(-2)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     scale = ((high - low) / 15).clamp(min=1e-8)

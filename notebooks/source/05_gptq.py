@@ -152,7 +152,7 @@ figures.show(fig, alt="The diagonal of the Hessian: how loud each input column o
 # %%
 def group_scale(group, bits):
     """A scale per row of a group [..., rows, columns]: the largest magnitude is half a step above the top."""
-    return 2 * group.abs().amax(-1) / (2**bits - 1)
+    return (2 * group.abs().amax(-1) / (2**bits - 1)).clamp(min=1e-8)  # a group of zeros too
 
 def to_grid(values, scale, bits):
     """The nearest of the 2^bits levels -2^(bits-1) ... 2^(bits-1) - 1, times scale."""
