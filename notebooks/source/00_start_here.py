@@ -30,7 +30,7 @@
 model = "auto"
 output_dir = "build"
 solutions = False
-eval_tokens = 8192
+eval_tokens = 4096
 max_new_tokens = 48
 
 # %%

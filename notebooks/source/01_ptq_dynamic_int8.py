@@ -25,7 +25,7 @@
 model = "auto"
 output_dir = "build"
 solutions = False
-eval_tokens = 8192
+eval_tokens = 4096
 probe_tokens = 1024
 calibration_tokens = 2048
 calibration_text = None

@@ -25,7 +25,7 @@
 model = "auto"
 output_dir = "build"
 solutions = False
-eval_tokens = 8192
+eval_tokens = 4096
 bits = 4
 group_size = 64
 steps = 14
@@ -263,7 +263,7 @@ memory.release()
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)  # four genres that no training sees
 in_domain = evaluation.windows(tokenizer, source="pydoc", tokens=eval_tokens // 4)
 judges = max(1, len(windows) // 2)  # windows for comparing; the recorded model gets all of them
-teacher = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.bfloat16).to(found.device).eval()
+teacher = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.fast).to(found.device).eval()
 held_out = evaluation.windows(tokenizer, "calibration", 512, source="pydoc").to(found.device)
 
 with torch.no_grad():

@@ -25,7 +25,7 @@
 model = "auto"
 output_dir = "build"
 solutions = False
-eval_tokens = 8192
+eval_tokens = 4096
 bits = 4
 group_size = 64
 sym = False
@@ -98,7 +98,7 @@ reference = evaluation.reference(found, windows)
 in_domain_reference = evaluation.reference(found, in_domain)
 docs = evaluation.windows(tokenizer, "calibration", 24 * 128, 128, source="pydoc")
 preflight(config, bits, group_size, docs)
-fast = torch.bfloat16  # the reference is computed in the model's full precision, everything else in this
+fast = found.fast  # the reference is computed in the model's full precision, everything else in this
 print(f"{found.name} on the {found.device.upper()}, {found.origin}")
 print(f"documentation to calibrate on: {len(docs)} samples of {docs.shape[1]} tokens")
 
@@ -509,7 +509,7 @@ with memory.track() as autogptq_cost:
     autogptq = AutoGPTQForCausalLM.from_pretrained(
         found.path,
         quantize_config=quantize_config,
-        torch_dtype=torch.bfloat16,
+        torch_dtype=fast,
     )
     autogptq.quantize(examples, batch_size=4)
 layer_log.bar.close()
@@ -621,7 +621,7 @@ gptq_config = QuantizeConfig(
 rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in calibration]
 
 with quietly(), memory.track() as gptq_cost:
-    quantized = GPTQModel.load(found.path, gptq_config, dtype=torch.bfloat16, device=found.device)
+    quantized = GPTQModel.load(found.path, gptq_config, dtype=fast, device=found.device)
     log = quantized.quantize(rows, batch_size=8)
 
 # %%
@@ -659,12 +659,15 @@ memory.release()
 import torch
 from transformers import AutoModelForCausalLM, GPTQConfig
 
+has_bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+dtype = torch.bfloat16 if has_bf16 else torch.float32  # a CPU without such instructions emulates bfloat16
+
 def reload(folder):
-    """A GPTQ checkpoint in plain transformers, in bfloat16."""
+    """A GPTQ checkpoint in plain transformers."""
     where = {"device_map": "cpu"}
     if torch.cuda.is_available():
         where = {"device_map": "cuda", "quantization_config": GPTQConfig(bits=4, backend="gptq_triton")}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **where).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where).eval()
 
 
 # %% [markdown]
@@ -700,7 +703,7 @@ for folder in folders.values():
     check_seal(folder)
 with tempfile.TemporaryDirectory() as scratch:
     order = [str(found.path), precisions, folders, question_ids.tolist(), found.device, scratch]
-    program = PROGRAM.format(reload=inspect.getsource(reload))
+    program = PROGRAM.format(reload=f"dtype = {dtype}\n{inspect.getsource(reload)}")
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(order)], capture_output=True, text=True,
         env=helpers.child_environment())
@@ -750,8 +753,9 @@ memory.release()
 
 # %%
 exact = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.float32).to(found.device)
-rounding = relative_gap(logits_of(reference_net), logits_of(exact))  # what bfloat16 alone does
-del exact
+bf16_net = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.bfloat16).to(found.device)
+rounding = relative_gap(logits_of(bf16_net), logits_of(exact))  # what bfloat16 alone does
+del exact, bf16_net
 
 # %%
 nets, sizes_of = {}, {}

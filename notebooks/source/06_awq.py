@@ -25,7 +25,7 @@
 model = "auto"
 output_dir = "build"
 solutions = False
-eval_tokens = 8192
+eval_tokens = 4096
 bits = 4
 group_size = 64
 calibration_samples = 4
@@ -125,7 +125,7 @@ print(f"{found.name} on the {found.device.upper()}; calibration: {blocks} of {le
 # One pass over the calibration text gives each channel's mean magnitude:
 
 # %%
-net = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.bfloat16).to(found.device)
+net = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.fast).to(found.device)
 net.eval().requires_grad_(False)
 linears = {name: module for name, module in net.model.named_modules() if isinstance(module, nn.Linear)}
 
@@ -650,7 +650,7 @@ print(json.dumps(rates))
 """
 
 # %%
-dtype = "bfloat16" if found.device == "cpu" else "float16"  # the GPU kernels compute in float16
+dtype = str(found.fast).removeprefix("torch.") if found.device == "cpu" else "float16"  # as GPU kernels do
 plain_dtype = str(found.dtype).removeprefix("torch.")
 folders = {name: str(checkpoints.folder(output_dir, name)) for name in before}
 dtypes = {plain_dtype: plain_dtype, "bfloat16": "bfloat16", **dict.fromkeys(before, dtype)}

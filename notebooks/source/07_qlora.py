@@ -25,7 +25,7 @@
 model = "auto"
 output_dir = "build"
 solutions = False
-eval_tokens = 8192
+eval_tokens = 4096
 data_file = ""  # your own JSON lines with "question" and "answer"; "" takes the course's
 target_modules = "all-linear"  # or a list of names; the guide's are tried first in any case
 r = 16

@@ -26,7 +26,7 @@
 model = "auto"
 output_dir = "build"
 solutions = False
-eval_tokens = 8192
+eval_tokens = 4096
 sort_by = "kl_divergence"
 cache_bits = 4
 cache_group_size = 32

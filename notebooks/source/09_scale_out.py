@@ -24,7 +24,7 @@
 model = "auto"
 output_dir = "build"
 solutions = False
-eval_tokens = 8192
+eval_tokens = 4096
 shares = [1.0, 0.7, 0.4]
 budget_gb = 0
 steps = 4
