@@ -19,6 +19,7 @@ from helpers import catalogue, checkpoints, cores, memory, models, notebooks, re
 
 pytestmark = pytest.mark.notebook
 
+EVAL_TOKENS = 2048  # half of what the committed runs take: enough for every check here, on machines that are slow in 16 bits too
 BF16_BYTES = 269_030_016  # SmolLM2-135M: 134,515,008 parameters in 16 bits
 
 
@@ -58,7 +59,8 @@ def executions(together, build, tmp_path_factory, found):
 
 
 def solved(path, build, cwd, threads):
-    return execute(path, build, cwd, threads, solutions=True)
+    parameters = {"eval_tokens": EVAL_TOKENS} if path.stem not in WITHOUT_METHOD else {}
+    return execute(path, build, cwd, threads, solutions=True, **parameters)
 
 
 def outcome(path, build, result):
@@ -76,7 +78,7 @@ def baseline(found):
 
     from helpers import evaluation
 
-    return evaluation.reference(found, evaluation.windows(AutoTokenizer.from_pretrained(found.path))).perplexity
+    return evaluation.reference(found, evaluation.windows(AutoTokenizer.from_pretrained(found.path), tokens=EVAL_TOKENS)).perplexity
 
 
 @pytest.mark.parametrize("path", notebooks.paths(), ids=lambda path: path.stem)
@@ -94,7 +96,7 @@ def test_notebook(path, build, executions, found):
 
     perplexity = baseline(found)
     for method, record in written.items():
-        assert record["eval_tokens"] == 8192 and record["eval_context"] == 256 and record["eval_text"] == "course"
+        assert record["eval_tokens"] == EVAL_TOKENS and record["eval_context"] == 256 and record["eval_text"] == "course"
         assert 0.98 < record["perplexity"] / perplexity, f"{method} is better than the model it came from"
         check = CHECKS.get(method)
         assert check, f"no check for {method}"
@@ -239,8 +241,8 @@ RELOADS = {
     "hybrid": "reload",
     "gptq": "reload",
     "autogptq": "reload",
-    "awq": "AutoModelForCausalLM.from_pretrained",
-    "autoawq": "AutoModelForCausalLM.from_pretrained",
+    "awq": "plainly",
+    "autoawq": "plainly",
     "qlora": "reload",
 }
 
@@ -250,8 +252,10 @@ from pathlib import Path
 {reload}
 from helpers import evaluation
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder = Path(sys.argv[1])
-windows = evaluation.windows(AutoTokenizer.from_pretrained(folder))
+import torch
+folder, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
+plainly = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+windows = evaluation.windows(AutoTokenizer.from_pretrained(folder), tokens=int(sys.argv[3]))
 print(evaluation.score({function}(folder), windows).perplexity)
 """
 
@@ -263,7 +267,8 @@ def perplexity_elsewhere(method, build, threads):
     notebook = nbformat.read(ROOT / "notebooks" / f"{record['notebook']}.ipynb", as_version=4)
     reload = "\n".join(cell.source for cell in notebooks.tagged(notebook, "reload"))
     program = FRESH.format(reload=reload, function=RELOADS[method])
-    command = [sys.executable, "-c", program, str(checkpoints.folder(build, method))]
+    dtype = str(models.Found("", "", "", "cpu").fast).removeprefix("torch.")
+    command = [sys.executable, "-c", program, str(checkpoints.folder(build, method)), dtype, str(record["eval_tokens"])]
     env = os.environ | run.BATCH | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -289,6 +294,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 folder, ids = Path(sys.argv[1]), torch.arange(100, 164)[None]
+plainly = AutoModelForCausalLM.from_pretrained
 try:
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
 except Exception as problem:
@@ -314,7 +320,7 @@ def test_no_checkpoint_loads_as_garbage(build, elsewhere):
     for folder in folders:
         stem = written[folder.name]["notebook"] if folder.name in written else "02_qat_fake_quant" if folder.name.startswith("qat") else None
         cells = notebooks.tagged(nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4), "reload") if stem else []
-        function = {"qat-int8-eager": "load_eager", **RELOADS}.get(folder.name, "AutoModelForCausalLM.from_pretrained")  # it has no record
+        function = {"qat-int8-eager": "load_eager", **RELOADS}.get(folder.name, "plainly")  # it has no record
         program = PLAIN.format(reload="\n".join(cell.source for cell in cells), function=function)
         done = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=ROOT, capture_output=True, text=True, env=os.environ | run.BATCH)
         assert done.returncode == 0, (folder.name, done.stderr[-2000:])
