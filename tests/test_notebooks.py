@@ -60,6 +60,8 @@ def executions(together, build, tmp_path_factory, found):
 
 def solved(path, build, cwd, threads):
     parameters = {"eval_tokens": EVAL_TOKENS} if path.stem not in WITHOUT_METHOD else {}
+    if path.stem == "05_gptq":
+        parameters["calibration_samples"] = 16
     return execute(path, build, cwd, threads, solutions=True, **parameters)
 
 
