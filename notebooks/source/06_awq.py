@@ -507,8 +507,9 @@ print("; ".join(f"KL {' and '.join(key)}: {value:.4f}" for key, value in effects
 # %% [markdown]
 # ## autoawq on the whole model
 #
-# The guide's call and its `quant_config`. Three arguments are added:
+# The guide's call and its `quant_config`. Four arguments are added:
 #
+# - `torch_dtype`: float32 on a CPU that only emulates 16 bits, where the search is slow in the stored bfloat16;
 # - `calib_data`: the default is fetched from the hub;
 # - `apply_clip=False`: the library's clip search takes the seconds predicted above, or more;
 # - `export_compatible=True`: stop before packing, so that we can look at the scaled model. `pack()` does the rest.
@@ -522,7 +523,8 @@ quant_config = {
     "w_bit": bits,
     "version": "GEMM",           # layout of the packed weights
 }
-awq_model = AutoAWQForCausalLM.from_pretrained(found.path, low_cpu_mem_usage=True, use_cache=False)
+awq_model = AutoAWQForCausalLM.from_pretrained(
+    found.path, low_cpu_mem_usage=True, use_cache=False, torch_dtype=found.fast)
 with memory.track() as autoawq_used, quietly():
     awq_model.quantize(
         tokenizer, quant_config=quant_config, calib_data=samples, max_calib_seq_len=calibration_length,
@@ -577,6 +579,7 @@ triton = mock.patch("awq.modules.linear.gemm.TRITON_AVAILABLE", found.device == 
 with triton, warnings.catch_warnings():
     warnings.simplefilter("ignore")
     before["autoawq"] = logits_of(awq_model.model.to(found.device))
+awq_model.model.half()  # embeddings and norms are stored in 16 bits
 with checkpoints.writing(output_dir, "autoawq") as scratch:
     awq_model.save_quantized(str(scratch))
     tokenizer.save_pretrained(scratch)
@@ -608,13 +611,14 @@ awq_config = AWQConfig(bits=bits, group_size=group_size, sym=False,  # sym=False
                        offload_to_disk=False)  # keep the layers in memory, to compare them with the file
 lent = mock.patch.object(AWQProcessor, "_compute_best_clip", fast_clip)
 with lent, quietly():
-    q_model = GPTQModel.load(found.path, awq_config, device=found.device)
+    q_model = GPTQModel.load(found.path, awq_config, dtype=found.fast, device=found.device)
     with memory.track() as awq_used:
         q_model.quantize(rows, batch_size=len(rows), backend=backend)
 print(f"{awq_used.seconds:.0f} s, {awq_used.seconds / layers:.2f} s a layer")
 
 # %%
 before["awq"] = logits_of(q_model.model.to(found.device))
+q_model.model.half()
 with quietly(), checkpoints.writing(output_dir, "awq") as scratch:
     q_model.save(str(scratch))
     tokenizer.save_pretrained(scratch)
@@ -856,7 +860,7 @@ for name, net in {"untouched": plain, **loaded}.items():
 # %%
 del plain, loaded, net
 memory.release()
-short = AutoAWQForCausalLM.from_pretrained(found.path)
+short = AutoAWQForCausalLM.from_pretrained(found.path, torch_dtype=found.fast)
 short.model.model.layers = short.model.model.layers[:1]
 widths = set(linear_layers(found.path).values())
 wrong_group = next(size for size in (128, 96, 80) if any(width % size for width in widths))
