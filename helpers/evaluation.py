@@ -174,7 +174,7 @@ def _dialogue_ids(tokenizer, split):
     return _ids(tokenizer, "\n\n".join(lines))
 
 
-def score(model, windows, reference=None, batch_size=4):
+def score(model, windows, reference=None, batch_size=8):
     """`Scores` of a causal language model on windows [n, context]; `reference` from `reference()` on windows that begin with these."""
     length = windows.shape[1] - 1
     nll, agree = 0.0, 0.0
@@ -201,7 +201,7 @@ def score(model, windows, reference=None, batch_size=4):
     return Scores(perplexity, float(kl.sum() / count), *interval(kl / length), agree / count, kl / length)
 
 
-def reference(found, windows, batch_size=4):
+def reference(found, windows, batch_size=8):
     """The untouched model's predictions on the windows: computed once per model, device and windows, then read from the cache.
 
     found: `models.Found`; it is evaluated in `found.dtype` (float32 on a CPU, bfloat16 on a GPU). Takes 2 bytes of disk per
