@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
@@ -41,7 +41,7 @@ class Scores:
     kl_low: float | None = None
     kl_high: float | None = None
     top1_agreement: float | None = None
-    kl_by_window: numpy.ndarray | None = None
+    kl_by_window: numpy.ndarray | None = field(default=None, repr=False)
 
     def summary(self):
         """The three means, for tables: {"perplexity", "kl_divergence", "top1_agreement"}."""

@@ -797,8 +797,12 @@ table.round(3)
 # %%
 recovered = table.loc["QAT, distillation", "recovered"]
 also = table.loc["QAT, cross-entropy", "recovered"]
-print(f"{bits} bits: distillation recovers {recovered:.0%} of the lost KL, cross-entropy {also:.0%}")
-assert bits != 4 or steps < 14 or recovered >= 0.40, f"{recovered:.0%} of the KL recovered, 40 % expected"
+at_home = 1 - watch["QAT, distillation"].iloc[-1] / held_out_rtn
+print(f"{bits} bits: distillation recovers {recovered:.0%} of the lost KL, cross-entropy {also:.0%}, on other genres; "
+      f"on the genre of the training text, distillation recovers {at_home:.0%}")
+gained = evaluation.difference(scores["QAT, distillation"], scores["round to nearest"])
+print("KL after distillation minus KL of rounding: {:+.3f} [{:+.3f}, {:+.3f}]".format(*gained))
+assert bits != 4 or steps < 14 or gained[2] < 0, "no recovery on genres that were not trained on"
 nll = table["perplexity"].astype(float).map(math.log)
 gap = nll["fp32, fine-tuned, then rounded"] - nll["fp32, fine-tuned"]
 closed = 1 - (nll["QAT, cross-entropy"] - nll["fp32, fine-tuned"]) / gap
