@@ -68,12 +68,13 @@ found = models.find(model)
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
-# GPUs before Ampere (a T4, for one) have no bfloat16 of their own.
-has_bf16 = found.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-half = torch.bfloat16 if has_bf16 else torch.float16
+# GPUs before Ampere (a T4, for one) have no bfloat16 of their own. A CPU that only emulates it computes in float32.
+half = found.fast
+if found.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    half = torch.float16
 
 def quantize_4bit(path):
-    """The model in NF4, computing in 16 bits."""
+    """The model in NF4, computing in 16 bits where the machine can."""
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=half)
     return AutoModelForCausalLM.from_pretrained(
@@ -485,7 +486,7 @@ rate = learning_rate or (3e-3 if width < 2048 else 2e-4)
 arguments = TrainingArguments(
     str(run_folder), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=rate,
     lr_scheduler_type="cosine", warmup_steps=max(1, steps // 12), optim="adamw_torch", weight_decay=0.0,
-    bf16=has_bf16, fp16=not has_bf16, use_cpu=found.device == "cpu",
+    bf16=half == torch.bfloat16, fp16=half == torch.float16, use_cpu=found.device == "cpu",
     gradient_checkpointing=found.device == "cuda",  # short rows: on a CPU it would only cost time
     gradient_checkpointing_kwargs={"use_reentrant": False},
     logging_steps=1, save_steps=steps // 2, save_total_limit=1, seed=seed,
@@ -637,8 +638,9 @@ def reload(folder):
 
     config = json.loads((pathlib.Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     found = models.find(config["base_model_name_or_path"])
-    has_bf16 = found.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    half = torch.bfloat16 if has_bf16 else torch.float16
+    half = found.fast
+    if found.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        half = torch.float16
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=half)
     base = AutoModelForCausalLM.from_pretrained(

@@ -258,7 +258,7 @@ print(f"adapter weights up to {largest:.3f}, {apart:.1e} apart; written by rank 
 from peft import PeftModel
 
 with memory.track() as cost:
-    net = AutoModelForCausalLM.from_pretrained(found.path, quantization_config=nf4, dtype=dtype)
+    net = AutoModelForCausalLM.from_pretrained(found.path, quantization_config=nf4, dtype=found.fast)
     net = PeftModel.from_pretrained(net, Path(scratch.name) / f"{processes} processes" / "adapter").eval()
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)
 reference = evaluation.reference(found, windows)
