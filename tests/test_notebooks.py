@@ -13,6 +13,7 @@ import sysconfig
 import nbformat
 import papermill
 import pytest
+import torch
 
 from conftest import ROOT
 from helpers import catalogue, checkpoints, cores, memory, models, notebooks, records, run
@@ -20,6 +21,7 @@ from helpers import catalogue, checkpoints, cores, memory, models, notebooks, re
 pytestmark = pytest.mark.notebook
 
 EVAL_TOKENS = 1024  # a window of each genre, a quarter of what the committed runs take: a CPU may have to emulate 16 bits
+EXACT_INT8 = torch.cpu._is_vnni_supported()  # without these instructions sums of 8-bit products overflow: notebook 01 keeps 7 bits there
 BF16_BYTES = 269_030_016  # SmolLM2-135M: 134,515,008 parameters in 16 bits
 
 
@@ -127,16 +129,16 @@ def check_int8_dynamic(record, ratio):
 
 
 def check_int8_rescued(record, ratio):
-    assert record["kl_divergence"] < 0.2 and ratio < 1.2
+    assert record["kl_divergence"] < (0.2 if EXACT_INT8 else 0.3) and ratio < (1.2 if EXACT_INT8 else 1.4)
 
 
 def check_int8_torchao(record, ratio):
-    assert record["kl_divergence"] <= 0.06 and ratio < 1.1
+    assert record["kl_divergence"] <= (0.06 if EXACT_INT8 else 0.3) and ratio < (1.1 if EXACT_INT8 else 1.3)
     assert 12 < record["bits_per_weight"] < 14, "the float embedding must be counted"
 
 
 def check_int8_static(record, ratio):
-    assert record["kl_divergence"] < 0.1 and ratio < 1.2
+    assert record["kl_divergence"] < (0.1 if EXACT_INT8 else 0.2) and ratio < 1.2
 
 
 def check_qat(record, ratio):
