@@ -82,8 +82,14 @@ class Found:
         """
         import torch
 
-        tests = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        return torch.bfloat16 if self.device != "cpu" or any(test() for test in tests) else torch.float32
+        return torch.bfloat16 if self.device != "cpu" or cpu_multiplies_bfloat16() else torch.float32
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """True where this CPU has instructions for products in bfloat16 (AVX512-BF16 or AMX)."""
+    import torch
+
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 def compute_in(net, dtype):

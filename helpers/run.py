@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 
-from helpers import cores, memory, notebooks, records, redact, report
+from helpers import cores, memory, models, notebooks, records, redact, report
 
 BATCH = {
     "COURSE_BATCH": "1",  # widgets show text instead
@@ -252,7 +252,7 @@ def commit_outputs(path, executed, result, disk):
         notebook.metadata.pop(key, None)
     cost = notebook.metadata.setdefault("course", {}).setdefault("cost", {})
     cost["cpu"] = {
-        "machine": f"CPU ({cores()} cores), SmolLM2-135M",
+        "machine": f"CPU ({cores()} cores, bfloat16 {'in hardware' if models.cpu_multiplies_bfloat16() else 'emulated'}), SmolLM2-135M",
         "seconds": round(result.seconds),
         "peak_ram_bytes": result.peak_ram_bytes,
         "disk_bytes": disk,
