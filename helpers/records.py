@@ -59,9 +59,14 @@ def write(output_dir, *, method, notebook, found, windows=None, eval_text="cours
     windows    the evaluation windows [n, context], or None where nothing was evaluated
     scores     `evaluation.Scores` on them, or None
     in_domain  (windows, `evaluation.Scores`) on pydoc, which some methods are calibrated on, or None
-    numbers    the other NUMBERS; None where one does not apply. Raises RecordError for a missing or unknown field, NaN or infinity.
+    numbers    the other NUMBERS; None where one does not apply. Quality may stand here instead of `scores`, never beside it.
+
+    Raises RecordError for a missing or unknown field, NaN or infinity.
     """
-    numbers |= {name: getattr(scores, name) if scores else None for name in QUALITY}
+    twice = sorted(numbers.keys() & set(QUALITY))
+    if scores and twice:
+        raise RecordError(f"{method}: {', '.join(twice)} given beside scores, which hold the same; pass one of the two")
+    numbers = {name: getattr(scores, name) if scores else None for name in QUALITY} | numbers
     missing = [name for name in NUMBERS if name not in numbers]
     if missing:
         raise RecordError(f"{method}: {', '.join(missing)} not given; pass None where it does not apply")

@@ -24,8 +24,9 @@ ENTRIES = (
     Entry(
         "no-chat-template", "generate", "The tokenizer has no chat template",
         (P("ValueError", r"Cannot use chat template functions because tokenizer\.chat_template is not set|Cannot use apply_chat_template"),),
-        "It belongs to a base model, which was never trained on conversations.",
-        "Take the instruct version; an invented template gives worse answers, silently.",
+        "The folder brings none. A base model was never trained on conversations; some instruct models keep theirs elsewhere: in "
+        "chat_template.jinja, beside the processor, in mistral-common, on the model card.",
+        "For a base model, take the instruct version; else load the template from where it is. An invented one gives worse answers, silently.",
         f"{HF_DOCS}/transformers/chat_templating",
         code='AutoTokenizer.from_pretrained("mistralai/Mistral-7B-Instruct-v0.3")',
         where="transformers vllm",

@@ -222,10 +222,11 @@ output = net.generate(inputs, attention_mask=mask, max_new_tokens=max_new_tokens
 print(tokenizer.decode(output[0, len(ids):], skip_special_tokens=True))
 
 # %% [markdown]
-# A session keeps the history, drops the oldest turns when the budget is full, and streams. In Jupyter this box is live:
+# A session keeps the history, drops the oldest turns when the budget is full, and streams. `enable_thinking=False` goes to the chat
+# template: Qwen3's answers at once then, others do not read it. In Jupyter this box is live:
 
 # %%
-session = chat.ChatSession(net, tokenizer, max_new_tokens=max_new_tokens)
+session = chat.ChatSession(net, tokenizer, max_new_tokens=max_new_tokens, enable_thinking=False)
 box = chat.ChatBox(session)
 box.ask("Name one planet with rings.")
 box

@@ -466,7 +466,7 @@ memory.release()
 # The template comes from the tokenizer, as token ids: rendering it to text and tokenizing that would add a second BOS.
 
 # %%
-session = chat.ChatSession(net, tokenizer, max_new_tokens=max_new_tokens)
+session = chat.ChatSession(net, tokenizer, max_new_tokens=max_new_tokens, enable_thinking=False)
 for question in ("What is the capital of France?", "And what is it famous for?"):
     print("user:", question)
     print("assistant: ", end="")

@@ -843,9 +843,9 @@ def answer_perplexity(session):
 
 # %%
 for method, net in nets.items():
-    session = chat.ChatSession(net, tokenizer, max_new_tokens=max_new_tokens)
+    session = chat.ChatSession(net, tokenizer, max_new_tokens=max_new_tokens, enable_thinking=False)
     answer = session.send("What is the capital of France, and what is it famous for?")
-    likely = answer_perplexity(session)
+    likely = answer_perplexity(session) if answer else float("inf")
     print(f"{method}: {answer}\n  perplexity under the untouched model: {likely:.1f}\n")
     if not found.origin.startswith("random"):  # random weights find nothing likely
         assert likely < 20, f"{method} answers with what the untouched model would never say: {answer!r}"
