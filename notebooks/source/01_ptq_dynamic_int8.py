@@ -52,7 +52,7 @@ pd.options.display.precision = 3
 # torch's own int8 modules run on a CPU and want float32 weights, so everything here runs on the CPU, also where there is a GPU.
 
 # %%
-found = models.find("smollm2-offline" if model == "auto" and torch.cuda.is_available() else model)
+found = models.find("smollm2-offline" if model == "auto" and torch.cuda.is_available() else model, copies=2.5)
 found = replace(found, device="cpu")
 parameters = memory.predict(AutoConfig.from_pretrained(found.path)).parameters
 if 4 * 4 * parameters > memory.free_ram():

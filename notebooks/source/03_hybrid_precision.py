@@ -49,7 +49,7 @@ figures.style()
 transformers_logging.disable_progress_bar()
 
 # %%
-found = models.find(model)
+found = models.find(model, copies=1.5)
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 net = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype).to(found.device).eval()
 parameters = sum(parameter.numel() for parameter in net.parameters())
@@ -116,7 +116,7 @@ probe = probe_windows(calibration_text, probe_tokens).to(found.device)
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)  # four genres that the map has not seen
 in_domain = evaluation.windows(tokenizer, source="pydoc", tokens=eval_tokens // 4)
 judges = windows[: max(1, len(windows) // 2)]  # to compare plans; the two that are recorded get all of them
-reference = evaluation.reference(found, windows)
+reference = evaluation.reference(found, windows, model=net)
 print(f"{probe.numel():,} probe tokens; {judges.numel():,} of other genres judge the plans at the end")
 
 # %% [markdown]

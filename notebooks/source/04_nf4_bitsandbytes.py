@@ -56,7 +56,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its 8-bit layers re
 assert quant_type in ("nf4", "fp4"), f'quant_type must be "nf4" or "fp4", not {quant_type!r}'
 assert compute_dtype in ("bfloat16", "float16", "float32"), f"no such compute_dtype: {compute_dtype!r}"
 
-found = models.find(model)
+found = models.find(model, copies=1.5)
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)
 in_domain = evaluation.windows(tokenizer, source="pydoc", tokens=eval_tokens // 4)

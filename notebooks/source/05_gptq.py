@@ -87,7 +87,7 @@ def preflight(config, bits, group_size, samples):
 
 
 # %%
-found = models.find(model)
+found = models.find(model, copies=2.5)
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 config = AutoConfig.from_pretrained(found.path)
 

@@ -96,7 +96,7 @@ def check_request(folder, bits, group_size, samples, length):
 
 
 # %%
-found = models.find(model)
+found = models.find(model, copies=2.5)
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)
 in_domain = evaluation.windows(tokenizer, source="pydoc", tokens=eval_tokens // 4)

@@ -53,7 +53,7 @@ for name in ("accelerate.big_modeling", "bitsandbytes"):
 warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks for names that transformers renamed
 
 # %%
-found = models.find(model)
+found = models.find(model, copies=2)
 gpus = torch.cuda.device_count() if found.device == "cuda" else 0
 cores = helpers.cores()
 files = Path(helpers.__file__).parent.parent / "notebooks"

@@ -48,7 +48,7 @@ from transformers.utils import logging as transformers_logging
 from helpers import catalogue, chat, exercises, explain, memory, models, records, reproductions, speed
 
 transformers_logging.disable_progress_bar()
-found = models.find(model)
+found = models.find(model, copies=2)
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 print(f"{found.name} on the {found.device.upper()}, {found.origin}")
 
