@@ -299,8 +299,14 @@ def free_vram():
 
 
 def free_ram():
-    """Bytes this process may still take: what the system has available, or less where a container caps it."""
+    """Bytes this process may still take: what the system has available, or less where a container or `ulimit -v` caps it."""
     available = psutil.virtual_memory().available
+    if sys.platform == "linux":
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            available = max(0, min(available, limit - psutil.Process().memory_info().vms))
     try:
         with open("/sys/fs/cgroup/memory.max") as cap, open("/sys/fs/cgroup/memory.current") as now:
             return min(available, int(cap.read()) - int(now.read()))

@@ -322,15 +322,23 @@ def test_no_checkpoint_loads_as_garbage(build, elsewhere):
     concurrent.futures.wait(elsewhere.values())
     written, folders = records.read(build), sorted(path for path in checkpoints.folder(build, "x").parent.iterdir() if path.is_dir())
     assert {folder.name for folder in folders} >= set(RELOADS)
-    for folder in folders:
-        stem = written[folder.name]["notebook"] if folder.name in written else "02_qat_fake_quant" if folder.name.startswith("qat") else None
+    stems = {folder.name: written[folder.name]["notebook"] if folder.name in written else None for folder in folders}
+    stems |= {name: "02_qat_fake_quant" for name, stem in stems.items() if not stem and name.startswith("qat")}  # they have no record
+
+    def both_ways(folder):
+        stem = stems[folder.name]
         cells = notebooks.tagged(nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4), "reload") if stem else []
-        function = {"qat-int8-eager": "load_eager", **RELOADS}.get(folder.name, "plainly")  # it has no record
+        function = {"qat-int8-eager": "load_eager", **RELOADS}.get(folder.name, "plainly")
         program = PLAIN.format(reload="\n".join(cell.source for cell in cells), function=function)
-        done = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=ROOT, capture_output=True, text=True, env=os.environ | run.BATCH)
+        env = os.environ | run.BATCH | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run([sys.executable, "-c", program, str(folder)], cwd=ROOT, capture_output=True, text=True, env=env)
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, min(2, cores()))) as pool:
+        finished = list(pool.map(both_ways, folders))
+    for folder, done in zip(folders, finished):
         assert done.returncode == 0, (folder.name, done.stderr[-2000:])
         answer = done.stdout.strip().splitlines()[-1]
-        adapter = (folder / "adapter_config.json").is_file()
+        adapter, stem = (folder / "adapter_config.json").is_file(), stems[folder.name]
         if answer.startswith("REFUSED"):
             assert adapter or stem and f"in notebook {stem}.ipynb" in answer, (folder.name, answer)
         else:
@@ -394,6 +402,18 @@ def test_a_wrong_parameter_stops_before_the_work(tmp_path):
             parameters={"quant_type": "int4", "output_dir": str(tmp_path)}, cwd=str(tmp_path), progress_bar=False,
         )  # fmt: skip
     assert not (tmp_path / "records").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v limits memory on Linux only")
+def test_a_model_that_is_too_large_ends_in_one_line(tmp_path):
+    """The README's 7B shape under a limit of 25 GB, where the system would kill the kernel: nothing is made, nothing loaded."""
+    notebook = ROOT / "notebooks" / "00_start_here.ipynb"
+    command = f'ulimit -v 25000000; exec "{sys.executable}" -m papermill "{notebook}" out.ipynb -p model {models.GEOMETRY} --no-progress-bar'
+    env = os.environ | run.BATCH | {"COURSE_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=env)
+    last = [line for line in done.stderr.splitlines() if "ModelError" in line][-1]
+    assert done.returncode and re.search(r"mistral-7b-geometry needs about \d+\.\d GB of (RAM|GPU memory).* are free", last), done.stderr[-2000:]
+    assert not (tmp_path / "cache" / models.GEOMETRY).exists()
 
 
 def bare(path, folder, kernel, threads):

@@ -144,7 +144,8 @@ asked_about = {
     "DeepSeek-V3": dict(model_type="deepseek_v3", quantization_config=fp8),
     "Qwen3-Next-80B": dict(model_type="qwen3_next"),
 }
-needs = {name: memory.predict(AutoConfig.for_model(**asked), context=32768) for name, asked in asked_about.items()}
+needs = {name: memory.predict(AutoConfig.for_model(**asked), context=32768)
+         for name, asked in asked_about.items()}
 pd.DataFrame({
     name: {"parameters, 10^9": p.parameters / 1e9, "model, GB": p.model / 1e9, "cache, GB": p.kv_cache / 1e9}
     for name, p in needs.items()

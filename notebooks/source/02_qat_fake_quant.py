@@ -798,7 +798,8 @@ table.round(3)
 recovered = table.loc["QAT, distillation", "recovered"]
 also = table.loc["QAT, cross-entropy", "recovered"]
 at_home = 1 - watch["QAT, distillation"].iloc[-1] / held_out_rtn
-print(f"{bits} bits: distillation recovers {recovered:.0%} of the lost KL, cross-entropy {also:.0%}, on other genres; "
+print(f"{bits} bits: distillation recovers {recovered:.0%} of the lost KL, cross-entropy {also:.0%}, "
+      "on other genres; "
       f"on the genre of the training text, distillation recovers {at_home:.0%}")
 gained = evaluation.difference(scores["QAT, distillation"], scores["round to nearest"])
 print("KL after distillation minus KL of rounding: {:+.3f} [{:+.3f}, {:+.3f}]".format(*gained))

@@ -410,7 +410,7 @@ for name, plan in tqdm(plans.items(), "plans", disable=None):
     size = memory.weight_bytes(candidate)
     assert abs(size / plan_bytes(plan) - 1) < 0.002, f"{name}: {size:,} bytes, predicted {plan_bytes(plan):,}"
     rate = speed.decode(candidate, prompt_tokens=32, new_tokens=8, runs=2)
-    if found.fast != torch.bfloat16:  # the same weights, computed in float32: this CPU emulates bfloat16 slowly
+    if found.fast != torch.bfloat16:  # the same weights, in float32: this CPU emulates bfloat16 slowly
         candidate = apply(plan, found.fast)
     judged = evaluation.score(candidate, judges, reference)
     if name in recorded:

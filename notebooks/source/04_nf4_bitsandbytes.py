@@ -227,7 +227,8 @@ found = models.find({str(found.path)!r})
 call = f"four_bit({quant_type!r}, {double_quant!r}, {compute_dtype!r})"
 loads = memory.peaks(program, call, runs=5 if found.device == "cpu" else 2)
 own = [load.gained_own for load in loads]
-print(f"{len(loads)} loads in new processes took {min(own) / 1e6:.0f} to {max(own) / 1e6:.0f} MB of RAM of their own, "
+print(f"{len(loads)} loads in new processes took {min(own) / 1e6:.0f} to {max(own) / 1e6:.0f} MB "
+      "of RAM of their own, "
       f"and up to {max(load.gained_ram for load in loads) / 1e6:.0f} MB with mapped files")
 
 # %% [markdown]
@@ -603,8 +604,8 @@ quiz.Quiz("04_nf4_bitsandbytes")
 #
 # 1. **NF4 is 16 normal quantiles and one scale per block.** A dozen lines give the same codes as the library.
 # 2. **The size follows from the config**, within 3 %. Double quantization saves 0.37 bits per weight; embeddings stay as they are.
-# 3. **Compare formats at equal bytes, and with their zero point.** NF4 against INT4 depends on which INT4.
-# 4. **Quality and speed are properties of your model and machine.** A 135M model loses visibly; the speed depends on the kernel.
+# 3. **Quality and speed are properties of your model and machine.** A 135M model loses visibly; the speed depends on the kernel. Compare
+#    formats at equal bytes, and with their zero point: NF4 against INT4 depends on which INT4.
 #
 # <!-- navigation -->
 # <!-- /navigation -->

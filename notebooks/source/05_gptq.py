@@ -345,7 +345,8 @@ def put(weights):
 
 
 # %%
-probes = {"other genres": (windows[:8], reference), "Python documentation": (in_domain[:1], in_domain_reference)}
+probes = {"other genres": (windows[:8], reference),
+          "Python documentation": (in_domain[:1], in_domain_reference)}
 
 def study(quantize):
     """{text: Scores} with the chosen layers quantized by quantize(part)."""
@@ -368,10 +369,12 @@ def study_gptq(hessian, size=group_size, **settings):
 @torch.inference_mode()
 def own_text(net, samples, length, seed=0):
     """Token ids that the model samples from its first token on, int64 [samples, length]."""
-    start = tokenizer.bos_token_id or net.config.bos_token_id or tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    start = (tokenizer.bos_token_id or net.config.bos_token_id
+             or tokenizer.convert_tokens_to_ids("<|endoftext|>"))
     torch.manual_seed(seed)
     ids = net.generate(
-        torch.full((samples, 1), start, device=net.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        torch.full((samples, 1), start, device=net.device),
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         repetition_penalty=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=start)
     return ids.cpu()
 
@@ -432,13 +435,14 @@ for text, color, marker in zip(answers, figures.PALETTE, "os"):
     ax.plot(answers[text], answers.index, marker, color=color, label=f"scored on {text}")
 ax.invert_yaxis()
 ax.axvline(answers["other genres"]["round-to-nearest"], color="grey", linestyle=":")
-ax.set(xscale="log", xlabel=f"KL with {len(chosen)} of {config.num_hidden_layers} layers in {bits} bits (less is better)",
-       title="Calibration helps most on its own genre")
+ax.set(xscale="log", title="Calibration helps most on its own genre",
+       xlabel=f"KL with {len(chosen)} of {config.num_hidden_layers} layers in {bits} bits (less is better)")
 ax.legend(loc="lower center", bbox_to_anchor=(0.4, -0.38), ncols=2)
 best_text = answers["other genres"].idxmin()
 figures.show(fig, alt=f"KL of each choice on two texts. On other genres the best is {best_text} with "
              f"{answers['other genres'].min():.3f}; rounding has {answers['other genres'].iloc[0]:.3f}. "
-             f"On documentation the best is {answers['Python documentation'].idxmin()}.", table=answers.round(4))
+             f"On documentation the best is {answers['Python documentation'].idxmin()}.",
+             table=answers.round(4))
 
 # %%
 def told(difference):
@@ -817,12 +821,16 @@ for method, floor in (("autogptq", "rtn-int4"), ("gptq", "rtn-int4-asym")):
 # %%
 kl = result["kl_divergence"]
 assert max(gaps.values()) < 3 * rounding, f"reloaded logits are not those before saving: {gaps}"
-assert result["share of bf16"].max() < 0.45 or not found.name.startswith("SmolLM2"), result["share of bf16"].to_dict()
-assert second["autogptq"].kl_divergence < second["rtn-int4"].kl_divergence, "calibration did not pay in its own genre"
-if bits == 4 and calibration_source == "own" and found.name.startswith("SmolLM2"):  # the model this was tuned on
+shares = result["share of bf16"]
+assert shares.max() < 0.45 or not found.name.startswith("SmolLM2"), shares.to_dict()
+in_its_genre = second["autogptq"].kl_divergence
+assert in_its_genre < second["rtn-int4"].kl_divergence, "calibration did not pay in its own genre"
+tuned_here = found.name.startswith("SmolLM2")  # the settings were chosen on this model
+if bits == 4 and calibration_source == "own" and tuned_here:
     assert kl["gptq"] <= 0.8 * kl["rtn-int4-asym"], f"KL {kl.to_dict()}"
     assert quality["gptq"].kl_high < quality["rtn-int4-asym"].kl_low, "the intervals overlap"
-    assert confirmed["gptq"].kl_divergence < confirmed["rtn-int4-asym"].kl_divergence, "another order on the held-back text"
+    held_back = confirmed["rtn-int4-asym"].kl_divergence
+    assert confirmed["gptq"].kl_divergence < held_back, "another order on the held-back text"
 
 
 # %% [markdown]

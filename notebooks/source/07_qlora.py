@@ -68,7 +68,8 @@ found = models.find(model, copies=2)
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
-# GPUs before Ampere (a T4, for one) have no bfloat16 of their own. A CPU that only emulates it computes in float32.
+# GPUs before Ampere (a T4, for one) have no bfloat16 of their own.
+# A CPU that only emulates it computes in float32.
 half = found.fast
 if found.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
     half = torch.float16
