@@ -1,0 +1,34 @@
+"""The notebooks on models of other families: each runs, or refuses in one line before the long work."""
+
+import nbformat
+import pytest
+
+import families
+from conftest import ROOT
+from helpers import run
+
+pytestmark = pytest.mark.slow
+
+NOTEBOOKS = {
+    "00_start_here": {},
+    "03_hybrid_precision": {},
+    "04_nf4_bitsandbytes": {},
+    "05_gptq": {"calibration_samples": 4},
+    "06_awq": {},
+    "07_qlora": {"steps": 4},
+}
+REFUSALS = {}  # (family, notebook): the words it refuses with
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_a_model_of_another_family_runs_or_is_refused_in_one_line(family, notebook, tokenizer, tmp_path):
+    folder = families.write(tmp_path / "models", family, tokenizer)
+    path = ROOT / "notebooks" / f"{notebook}.ipynb"
+    parameters = {"model": str(folder), "output_dir": str(tmp_path / "build"), "eval_tokens": 1024, **NOTEBOOKS[notebook]}
+    result = run.execute(path, tmp_path / "out.ipynb", parameters, cwd=tmp_path)
+    if (family, notebook) in REFUSALS:
+        assert REFUSALS[family, notebook] in result.verdict and result.seconds < 60, result.verdict
+    else:
+        assert result.ok, result.verdict
+        assert run.unexecuted(nbformat.read(tmp_path / "out.ipynb", as_version=4)) == []
