@@ -60,8 +60,8 @@ def choose(found, memory_gb, hardware="CPU", fine_tune=False, need="quality", si
     fitting = {method: record for method, record in usable.items() if needed[method] <= memory_gb * 1e9}
     if not fitting:
         least = min(needed, key=needed.get)
-        return Advice(None, "09", f"{size} needs {needed[least] / 1e9:.1f} GB even in {least} (with {CONTEXT:,} tokens of context), and you have {memory_gb:g}: "
-                      "offload, or take a smaller model (notebook 09).")  # fmt: skip
+        return Advice(None, "12", f"{size} needs {needed[least] / 1e9:.1f} GB even in {least} (with {CONTEXT:,} tokens of context), and you have {memory_gb:g}: "
+                      "offload, or take a smaller model (notebook 12).")  # fmt: skip
     device = {reference.on_cpu(record["device"]) for record in fitting.values()}
     measured_there = device == {hardware == "CPU"}
     ranks = {
@@ -100,7 +100,7 @@ def _training(found, memory_gb, size):
     if small <= memory_gb * 1e9:
         measured = f"; measured after training here: KL {found['qlora']['kl_divergence']:.2f} from the untouched model" if "qlora" in found else ""
         return Advice("qlora", "07", f"training all weights of {size} takes {full / 1e9:.0f} GB, adapters on 4-bit weights about {small / 1e9:.1f} of your {memory_gb:g} GB{measured}.")
-    return Advice(None, "09", f"{size} takes about {small / 1e9:.1f} GB to train even with QLoRA, and you have {memory_gb:g}: take a smaller model, or several GPUs (notebook 09).")
+    return Advice(None, "12", f"{size} takes about {small / 1e9:.1f} GB to train even with QLoRA, and you have {memory_gb:g}: take a smaller model, or several GPUs (notebook 12).")
 
 
 @functools.cache

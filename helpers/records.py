@@ -1,4 +1,4 @@
-"""One JSON record per method, always with the same fields, so that notebook 08 can lay them side by side."""
+"""One JSON record per method, always with the same fields, so that notebook 11 can lay them side by side."""
 
 import json
 import math

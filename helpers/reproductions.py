@@ -1,4 +1,4 @@
-"""Failures of the catalogue, provoked for real and repaired, on random models of two layers: notebook 10 and the tests share them.
+"""Failures of the catalogue, provoked for real and repaired, on random models of two layers: notebook 13 and the tests share them.
 
     text = provoke("load-in-4bit")     # runs the failure: the traceback, or what was printed where nothing is raised
     evidence = repair("load-in-4bit")  # runs the repair to its end and says what it gave

@@ -223,7 +223,7 @@ def sorts(page, table):
 def test_the_table_of_methods_sorts_in_the_report_and_on_the_site(tab, served):
     tab.goto(served + "report.html")
     assert sorts(tab, tab.get_by_role("region", name="All methods of this run").get_by_role("table")) == 1
-    tab.goto(served + "08_compare_methods.html")
+    tab.goto(served + "11_compare_methods.html")
     assert sorts(tab, tab.get_by_role("region", name="All methods of this run").get_by_role("table")) == 0
     assert tab.wrong == []
 
@@ -409,8 +409,8 @@ def run_all(tab, lab, notebook, name, seconds):
 
 @pytest.fixture(scope="module")
 def widgets(browser, lab):
-    """(page, {name: its output}) of a notebook that has run, with each of the course's widgets, and the table of notebook 08."""
-    lines = [line for cell in nbformat.read(ROOT / "notebooks" / "08_compare_methods.ipynb", as_version=4).cells for line in cell.source.splitlines()]
+    """(page, {name: its output}) of a notebook that has run, with each of the course's widgets, and the table of notebook 11."""
+    lines = [line for cell in nbformat.read(ROOT / "notebooks" / "11_compare_methods.ipynb", as_version=4).cells for line in cell.source.splitlines()]
     table, guide = (next(line for line in lines if line.startswith(start)) for start in ("HTML(tables.methods(", "guide.Guide("))
     with opened(browser) as page:
         run_all(page, lab, notebook_of(RECORDS + table, guide, CHAT, MONITOR, QUIZ), "widgets", 300)

@@ -279,9 +279,9 @@ def test_the_ledger_and_the_table_agree(apart):
 
 def test_collected_findings_are_kept_by_device_and_model(apart):
     write(apart, claims.finding("nf4-double-quant", 0.36))
-    write(apart, claims.finding("colab-config", 1), notebook="10_troubleshooting")
+    write(apart, claims.finding("colab-config", 1), notebook="13_troubleshooting")
     paths = claims.collect(apart)
-    assert [path.name for path in paths] == ["04_nf4_bitsandbytes.json", "10_troubleshooting.json"]
+    assert [path.name for path in paths] == ["04_nf4_bitsandbytes.json", "13_troubleshooting.json"]
     assert len({path.parent for path in paths}) == 1 and paths[0].parent.name.endswith("--smollm2-135m-instruct")
     assert {each.claim for each in claims.evidence()} == {"nf4-double-quant", "colab-config"}
     write(apart, claims.finding("nf4-double-quant", 0.37))

@@ -1,4 +1,4 @@
-"""What notebook 08 and the report stand on: the frontier, the table, the decision guide, the report, the harness's task."""
+"""What notebook 11 and the report stand on: the frontier, the table, the decision guide, the report, the harness's task."""
 
 import json
 from collections import Counter
@@ -218,7 +218,7 @@ def test_guide_never_offers_what_does_not_fit_or_ruins_the_model(measured):
 
 def test_guide_says_when_nothing_fits(measured):
     advice = guide.choose(measured, 3)
-    assert advice.method is None and advice.notebook == "09" and "you have 3" in advice.reason
+    assert advice.method is None and advice.notebook == "12" and "you have 3" in advice.reason
     assert guide.choose(measured, 3, size="SmolLM2-135M").method
 
 

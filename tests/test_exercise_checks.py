@@ -99,12 +99,12 @@ def for_03():
     return {"units": units, "layer_bytes": layer_bytes, "rest": 100, "measured": measured, "plans": {"int8, attention bf16 (guide)": guide}}
 
 
-def for_08():
+def for_11():
     sizes = {"fp32": (500, 0.0), "bf16": (250, 0.001), "int8": (260, 0.03), "nf4": (110, 0.3), "awq": (115, 0.13), "worse": (115, 0.2)}
     return {"shown": {name: {"weight_bytes": size, "kl_divergence": kl} for name, (size, kl) in sizes.items()}}
 
 
-def for_10():
+def for_13():
     messages = {
         "cast-quantized": "ValueError: You cannot cast a bitsandbytes model in a new `dtype`.",
         "move-8bit": "ValueError: Calling `cuda()` is not supported for `8-bit` quantized models.",
@@ -335,7 +335,7 @@ CASES = {
         "lambda config, gib: 0": "one more",
         "lambda config, gib: 100000 if gib == 8 else 0": "more than 8",
     }),
-    ("09", "bytes_per_gpu"): (dict, [
+    ("12", "bytes_per_gpu"): (dict, [
         "lambda base, adapters, n, sharded: (base + adapters * (4 + 4 + 4)) / (n if sharded else 1)",
         "def bytes_per_gpu(base_bytes, adapter_parameters, n, sharded):\n    total = base_bytes + 4 * adapter_parameters\n    total += 2 * 4 * adapter_parameters\n"
         "    if sharded:\n        total /= n\n    return total",
@@ -344,7 +344,7 @@ CASES = {
         "lambda base, adapters, n, sharded: base + 12 * adapters": "FSDP cuts",
         "lambda base, adapters, n, sharded: base / (n if sharded else 1) + 12 * adapters": "FSDP cuts",
     }),
-    ("09", "accumulation_steps"): (dict, [
+    ("12", "accumulation_steps"): (dict, [
         "def accumulation_steps(global_batch, per_device_batch, n):\n    if global_batch % (per_device_batch * n):\n        raise ValueError('uneven')\n"
         "    return global_batch // per_device_batch // n",
         "def accumulation_steps(g, p, n):\n    steps = g / (p * n)\n    if not steps.is_integer():\n        raise ValueError(steps)\n    return int(steps)",
@@ -352,7 +352,7 @@ CASES = {
         "lambda g, p, n: g // (p * n)": "raise ValueError",
         "lambda g, p, n: g // p": "4 times",
     }),
-    ("09", "split_mlp"): (dict, [
+    ("12", "split_mlp"): (dict, [
         "def split_mlp(x, gate, up, down, n):\n    size = len(gate) // n\n    parts = []\n    for k in range(n):\n        at = slice(k * size, (k + 1) * size)\n"
         "        h = x @ gate[at].T\n        parts.append((h * torch.sigmoid(h) * (x @ up[at].T)) @ down[:, at].T)\n    return parts",
         "lambda x, gate, up, down, n: [(torch.nn.functional.silu(x @ gate[k::n].T) * (x @ up[k::n].T)) @ down[:, k::n].T for k in range(n)]",
@@ -361,7 +361,7 @@ CASES = {
         "lambda x, gate, up, down, n: [(torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T] + [torch.zeros(5, 16)] * (n - 1)": "first slice did all",
         "lambda x, gate, up, down, n: []": "one partial result for each",
     }),
-    ("10", "last_error"): (for_10, [
+    ("13", "last_error"): (for_13, [
         "def last_error(text):\n    line = text.strip().splitlines()[-1]\n    kind, _, message = line.partition(': ')\n    return kind.split('.')[-1], message",
         "lambda text: (lambda line: (line.split(':')[0].split('.')[-1], line.split(': ', 1)[1] if ': ' in line else ''))(text.rstrip().split('\\n')[-1])",
     ], {
@@ -369,7 +369,7 @@ CASES = {
         "def last_error(text):\n    found = re.findall(r'^(\\w+): (.*)$', text, re.M) or [('', '')]\n    return found[0]": "",
         "lambda text: text.strip().splitlines()[-1]": "expected",
     }),
-    ("10", "cast_or_move_pattern"): (for_10, [
+    ("13", "cast_or_move_pattern"): (for_13, [
         "lambda: r'(cannot cast a bitsandbytes)|(is not supported for `[48]-bit`)'",
         "def cast_or_move_pattern():\n    return '(?i)(cast|`cuda\\\\(\\\\)`|`.to`).*(bitsandbytes|-bit`)'",
     ], {
@@ -377,7 +377,7 @@ CASES = {
         "lambda: 'ValueError'": "finds this too",
         "lambda: ''": "regular expression as text",
     }),
-    ("08", "tokens_that_fit"): (dict, [
+    ("11", "tokens_that_fit"): (dict, [
         "lambda free, layers, heads, dim, bits=16: int(free // (2 * layers * heads * dim * bits / 8))",
         "def tokens_that_fit(free_bytes, layers, kv_heads, head_dim, cache_bits=16):\n    one = layers * kv_heads * head_dim * cache_bits\n"
         "    tokens = 0\n    while 2 * one * (tokens + 1) <= 8 * free_bytes:\n        tokens += 1\n    return tokens",
@@ -388,7 +388,7 @@ CASES = {
         "lambda free, layers, heads, dim, bits=16: free * 8 / (2 * layers * heads * dim * bits)": "whole tokens",
         "lambda *_: None": "return a number",
     }),
-    ("08", "best_of"): (for_08, [
+    ("11", "best_of"): (for_11, [
         "def best_of(points):\n    kept = []\n    for name, (size, kl) in sorted(points.items(), key=lambda item: item[1]):\n"
         "        if not kept or kl < points[kept[-1]][1]:\n            kept.append(name)\n    return kept",
         "def best_of(points):\n    def beaten(name):\n        a = points[name]\n"
@@ -400,7 +400,7 @@ CASES = {
         "lambda points: [name for name in sorted(points, key=points.get, reverse=True) if name != 'c']": "in this order",
         "lambda points: None": "return a list",
     }),
-    ("10", "holders"): (for_10, [
+    ("13", "holders"): (for_13, [
         "def holders(namespace, target):\n    def reaches(value):\n        if value is target:\n            return True\n        if isinstance(value, (list, tuple)):\n"
         "            return any(item is target for item in value)\n        step = getattr(value, '__traceback__', None)\n        while step is not None:\n"
         "            if any(v is target for v in step.tb_frame.f_locals.values()):\n                return True\n            step = step.tb_next\n        return False\n"

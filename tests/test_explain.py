@@ -94,7 +94,7 @@ def test_confusion_matrix(seen, capsys):
 
 
 def test_a_repacked_4bit_model_learns_nothing():
-    """Silent (torch warns once per process at most): what notebook 10 measures, on two layers."""
+    """Silent (torch warns once per process at most): what notebook 13 measures, on two layers."""
     import torch
     from bitsandbytes.functional import has_avx512bf16
 

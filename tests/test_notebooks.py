@@ -233,7 +233,7 @@ def check_troubleshooting(build):
 
 
 # A notebook about diagnosis measures no method, so it has nothing to say in a record: it writes a file of its own.
-WITHOUT_METHOD = {"10_troubleshooting": check_troubleshooting}
+WITHOUT_METHOD = {"13_troubleshooting": check_troubleshooting}
 
 # Checkpoints, and the function of the notebook's cell tagged `reload` that brings each back. Where a notebook has none, plain
 # transformers must do.

@@ -1,4 +1,4 @@
-"""The scripts of notebook 09, started as their README says."""
+"""The scripts of notebook 12, started as their README says."""
 
 import json
 import os

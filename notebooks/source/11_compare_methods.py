@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 08 Compare the methods
+# # 11 Compare the methods
 #
 # Lay all measured methods side by side, choose one for your machine, and find what is left to gain once the weights are small.
 #
@@ -102,7 +102,7 @@ def measure(method, dtype):
         scores = scored(net, dtype, windows, baseline)
         second = scored(net, dtype, in_domain, second_baseline)
     size = memory.weight_bytes(net)
-    records.write(output_dir, method=method, notebook="08_compare_methods", found=found, windows=windows,
+    records.write(output_dir, method=method, notebook="11_compare_methods", found=found, windows=windows,
                   bits_per_weight=8 * size / net.num_parameters(), weight_bytes=size,
                   scores=scores, in_domain=(in_domain, second),
                   peak_memory_bytes=used.peak_vram if found.device == "cuda" else used.peak_ram,
@@ -650,11 +650,11 @@ findings = [
     claims.finding("long-sequences", long, text=long_prompt),
     claims.finding("benchmark-drop", sum(fallen) / len(fallen), *evaluation.interval(fallen)),
 ]
-claims.write(output_dir, notebook="08_compare_methods", found=found, findings=findings)
+claims.write(output_dir, notebook="11_compare_methods", found=found, findings=findings)
 
 # %%
 with pd.option_context("display.max_colwidth", None):
-    display(claims.table(output_dir, "08_compare_methods"))
+    display(claims.table(output_dir, "11_compare_methods"))
 
 # %% [markdown]
 # Now every claim. `notebooks/data/claims.json` holds the guide's words, what they speak of, and the values for which they hold.
@@ -747,7 +747,7 @@ if solutions:
 # %%
 from helpers import quiz
 
-quiz.Quiz("08_compare_methods")
+quiz.Quiz("11_compare_methods")
 
 # %% [markdown]
 # ## Takeaways
@@ -765,7 +765,7 @@ quiz.Quiz("08_compare_methods")
 # %% tags=["record"]
 size = memory.weight_bytes(nets["bf16"])
 records.write(
-    output_dir, method=f"bf16-kv{cache_bits}", notebook="08_compare_methods", found=found, windows=windows,
+    output_dir, method=f"bf16-kv{cache_bits}", notebook="11_compare_methods", found=found, windows=windows,
     bits_per_weight=8 * size / nets["bf16"].num_parameters(), weight_bytes=size,
     peak_memory_bytes=used.peak_vram if found.device == "cuda" else used.peak_ram,
     scores=quality, in_domain=(in_domain, second), decode_tokens_per_s=quantized_rate, quantize_seconds=None,

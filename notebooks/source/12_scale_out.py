@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 09 Beyond one GPU
+# # 12 Beyond one GPU
 #
 # Run a model that does not fit, train it with several processes without changing the result, and find the engine for the next step.
 #
@@ -491,11 +491,11 @@ findings = [claims.finding("offload", same_answer, text=offloaded)]
 if tensor_parallel:
     findings.append(claims.finding("model-parallel", off,
                                    text=f"{slices} processes, logits within {off:.0e}"))
-claims.write(output_dir, notebook="09_scale_out", found=found, findings=findings)
+claims.write(output_dir, notebook="12_scale_out", found=found, findings=findings)
 
 # %%
 with pd.option_context("display.max_colwidth", None):
-    display(claims.table(output_dir, "09_scale_out"))
+    display(claims.table(output_dir, "12_scale_out"))
 
 
 # %% [markdown]
@@ -597,7 +597,7 @@ if solutions:
 # %%
 from helpers import quiz
 
-quiz.Quiz("09_scale_out")
+quiz.Quiz("12_scale_out")
 
 # %% [markdown]
 # ## Takeaways
@@ -614,7 +614,7 @@ quiz.Quiz("09_scale_out")
 # %% tags=["record"]
 scratch.cleanup()
 records.write(
-    output_dir, method="qlora-ddp", notebook="09_scale_out", found=found, windows=windows,
+    output_dir, method="qlora-ddp", notebook="12_scale_out", found=found, windows=windows,
     bits_per_weight=8 * weights / predicted.parameters, weight_bytes=weights,
     peak_memory_bytes=cost.peak_vram if found.device == "cuda" else cost.peak_ram,
     scores=scores, decode_tokens_per_s=rate, quantize_seconds=reports[f"{processes} processes"]["seconds"])

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 10 Troubleshooting
+# # 13 Troubleshooting
 #
 # Provoke the failures that readers meet, see what they really say, and repair each of them; then find those that say nothing.
 #
@@ -634,11 +634,11 @@ rest = [
                    text=f"this model's template begins with {text[:22]!r}"),
 ]
 findings = [*dont, *do, *rest]
-claims.write(output_dir, notebook="10_troubleshooting", found=found, findings=findings)
+claims.write(output_dir, notebook="13_troubleshooting", found=found, findings=findings)
 
 # %%
 with pd.option_context("display.max_colwidth", None):
-    display(claims.table(output_dir, "10_troubleshooting"))
+    display(claims.table(output_dir, "13_troubleshooting"))
 
 # %% [markdown]
 # What to do instead, where the guide's advice does not hold or holds partly:
@@ -773,7 +773,7 @@ if solutions:
 # %%
 from helpers import quiz
 
-quiz.Quiz("10_troubleshooting")
+quiz.Quiz("13_troubleshooting")
 
 
 # %% [markdown]
@@ -793,7 +793,7 @@ def plain_text(result):
     texts = {key: short(value) if isinstance(value, str) else value for key, value in result.items()}
     return {key: value for key, value in texts.items() if value is not None}
 
-record = {"notebook": "10_troubleshooting", "device": records.device_name(found.device),
+record = {"notebook": "13_troubleshooting", "device": records.device_name(found.device),
           "versions": records.versions(),
           "entries": {name: plain_text(result) for name, result in outcomes.items()}}
 path = records.folder(output_dir) / "troubleshooting.json"
