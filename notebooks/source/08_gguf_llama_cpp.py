@@ -1,0 +1,1374 @@
+# %% [markdown]
+# # 08 GGUF and llama.cpp
+#
+# Open the kind of file that most people without a GPU run a model from, write one, and talk to it through llama.cpp.
+#
+# <!-- badge -->
+# <!-- /badge -->
+#
+# <!-- cost -->
+# <!-- /cost -->
+
+# %% [markdown]
+# ## Goals
+#
+# 1. Rebuild the block formats Q8_0, Q4_0, Q4_1 and Q4_K, and get the same bytes and numbers as the libraries.
+# 2. Write the whole model to GGUF files, with and without an importance matrix, and say what a name such as Q4_K_M really holds.
+# 3. Run the files in llama.cpp's server, and measure quality, size and speed against transformers in the same run.
+#
+# **Before you start:** [00 Start here](00_start_here.ipynb) for the measure of quality, [04 NF4](04_nf4_bitsandbytes.ipynb) for blocks
+# and their scales.
+
+# %% tags=["bootstrap"]
+# `make notebooks` fills in the bootstrap cell.
+
+# %% tags=["parameters"]
+model = "auto"
+output_dir = "build"
+solutions = False
+eval_tokens = 4096
+calibration_tokens = 6144
+new_tokens = 32
+port = 0
+
+# %%
+import contextlib, json, os, pathlib, socket, struct, subprocess, sys, tempfile, time, types
+
+import gguf
+import httpx
+import libgguf
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import helpers
+from helpers import chat, evaluation, exercises, figures, memory, models, records, speed
+
+figures.style()
+Type = gguf.GGMLQuantizationType
+
+# %%
+found = models.find(model, copies=2.5)
+config = AutoConfig.from_pretrained(found.path)
+tokenizer = AutoTokenizer.from_pretrained(found.path)
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # transformers' name: GGUF's
+if config.model_type not in ARCHITECTURES:
+    raise ValueError(f"this notebook writes {', '.join(ARCHITECTURES)} models, not {config.model_type}")
+print(f"{found.name} on the {found.device.upper()}, {found.origin}")
+
+# %%
+windows = evaluation.windows(tokenizer, tokens=eval_tokens)  # four genres, in turn
+in_domain = evaluation.windows(tokenizer, source="pydoc", tokens=eval_tokens // 4)
+reference = evaluation.reference(found, windows)
+in_domain_reference = evaluation.reference(found, in_domain)
+
+# %% [markdown]
+# ## The idea: a block of weights and its scale
+#
+# llama.cpp stores weights in **blocks**. A block of Q8_0 is 32 neighbours of one row: 32 signed bytes (the *codes*) and one number that
+# they are all multiplied with (the *scale*). Four weights are enough to do it by hand. The largest magnitude, 1.27, becomes the code
+# 127. So the scale is 0.01, and each weight is rounded to a multiple of it:
+
+# %%
+four = np.array([0.314, -1.27, 0.052, 0.637], np.float32)
+scale = abs(four).max() / 127
+codes = (four / scale).round()
+pd.DataFrame({"weight": four, "code": codes, "restored": codes * scale}).round(3)
+
+# %% [markdown]
+# A byte a weight and two bytes a scale: 34 bytes for 32 weights, **8.5 bits a weight**. With 4 bits there are 16 codes, and two ways to
+# place them. **Q4_0** has a scale alone: its codes -8 to 7 are multiples of it, and the weight with the largest magnitude gets -8. **Q4_1** has a
+# scale and a minimum: its codes 0 to 15 reach from the smallest weight to the largest. One block of the model on both grids:
+
+# %%
+def read_weight(name):
+    """One tensor of the model's safetensors, as a float32 array."""
+    for file in sorted(pathlib.Path(found.path).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():
+                return tensors.get_tensor(name).float().numpy()
+    raise ValueError(f"there is no tensor {name} in {found.name}")
+
+middle = config.num_hidden_layers // 2
+down_name = f"model.layers.{middle}.mlp.down_proj"
+weight = read_weight(f"{down_name}.weight")
+block = weight[0, :32]
+
+# %%
+largest = block[abs(block).argmax()]
+grids = {
+    "Q4_0": largest / -8 * (np.arange(16) - 8),
+    "Q4_1": np.linspace(block.min(), block.max(), 16),
+}
+nearest = {name: abs(block[:, None] - levels).min(1) for name, levels in grids.items()}
+distances = pd.DataFrame({name: {"step": abs(levels[1] - levels[0]), "mean error": nearest[name].mean()}
+                          for name, levels in grids.items()}).T
+
+# %%
+fig, axes = plt.subplots(2, 1, figsize=(7, 2.6), sharex=True, layout="constrained")
+for ax, (name, levels) in zip(axes, grids.items()):
+    ax.eventplot(levels, lineoffsets=0, linelengths=1, color=figures.PALETTE[0])
+    ax.plot(block, np.zeros(32), "o", color=figures.PALETTE[1], markersize=4)
+    ax.set(yticks=[], ylabel=name)
+axes[1].set_xlabel("value (dots: the 32 weights, lines: the 16 levels)")
+ratio = distances["mean error"]["Q4_1"] / distances["mean error"]["Q4_0"]
+figures.show(fig, alt=f"One block of 32 weights of {found.name} on the 16 levels of Q4_0 and of Q4_1. The mean distance "
+             f"to the nearest level of Q4_1 is {ratio:.2f} of that of Q4_0.", table=distances.round(5))
+
+
+# %% [markdown]
+# ## From scratch: blocks of 32
+#
+# The scale is kept as a float16, two bytes. A block of zeros has scale 0, and dividing by it must not give NaN.
+
+# %%
+def inverse(scale):
+    """1 / scale, and 0 where the scale is 0."""
+    return np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+
+def as_bytes(values):
+    """Numbers [n, 1] as float16, seen as bytes [n, 2]."""
+    return values.astype(np.float16).view(np.uint8)
+
+def two_in_a_byte(codes):
+    """4-bit codes [n, 32] in bytes [n, 16]: the first half in the low bits, the second in the high ones."""
+    return codes[:, :16] | codes[:, 16:] << 4
+
+
+# %%
+def q8_0(rows):
+    """float32 [rows, columns] -> bytes [rows, 34 * columns / 32]."""
+    blocks = rows.reshape(-1, 32)
+    scale = abs(blocks).max(1, keepdims=True) / 127
+    magnitudes = abs(blocks * inverse(scale))
+    whole = np.floor(magnitudes)
+    codes = np.sign(blocks) * (whole + (magnitudes - whole >= 0.5))  # halves go away from zero, as in C
+    return np.concatenate([as_bytes(scale), codes.astype(np.int8).view(np.uint8)], 1).reshape(len(rows), -1)
+
+
+# %%
+def q4_0(rows):
+    """float32 [rows, columns] -> bytes [rows, 18 * columns / 32]."""
+    blocks = rows.reshape(-1, 32)
+    largest = np.take_along_axis(blocks, abs(blocks).argmax(1, keepdims=True), 1)
+    scale = largest / -8
+    codes = (blocks * inverse(scale) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
+    return np.concatenate([as_bytes(scale), two_in_a_byte(codes)], 1).reshape(len(rows), -1)
+
+def q4_1(rows):
+    """float32 [rows, columns] -> bytes [rows, 20 * columns / 32]."""
+    blocks = rows.reshape(-1, 32)
+    low = blocks.min(1, keepdims=True)
+    scale = (blocks.max(1, keepdims=True) - low) / 15
+    codes = ((blocks - low) * inverse(scale) + np.float32(0.5)).astype(np.uint8).clip(0, 15)
+    return np.concatenate([as_bytes(scale), as_bytes(low), two_in_a_byte(codes)], 1).reshape(len(rows), -1)
+
+
+# %% [markdown]
+# The way back reads the bytes of each block:
+
+# %%
+def half(blocks, at):
+    """The float16 at byte `at` of every block, as float32 [n, 1]."""
+    return blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32)
+
+def two_from_a_byte(packed):
+    return np.concatenate([packed & 15, packed >> 4], 1).astype(np.float32)
+
+def decode_q8_0(data):
+    blocks = data.reshape(-1, 34)
+    return half(blocks, 0) * blocks[:, 2:].view(np.int8)
+
+def decode_q4_0(data):
+    blocks = data.reshape(-1, 18)
+    return half(blocks, 0) * (two_from_a_byte(blocks[:, 2:]) - 8)
+
+def decode_q4_1(data):
+    blocks = data.reshape(-1, 20)
+    return half(blocks, 0) * two_from_a_byte(blocks[:, 4:]) + half(blocks, 2)
+
+
+# %% [markdown]
+# The package `gguf` has the same quantizers. Ours must give **every byte** and every number as it does:
+
+# %%
+ours = {Type.Q8_0: (q8_0, decode_q8_0), Type.Q4_0: (q4_0, decode_q4_0), Type.Q4_1: (q4_1, decode_q4_1)}
+rows = {}
+for kind, (encode_ours, decode_ours) in ours.items():
+    data = encode_ours(weight)
+    restored = decode_ours(data).reshape(weight.shape)
+    different = (data != gguf.quantize(weight, kind)).sum() + (restored != gguf.dequantize(data, kind)).sum()
+    error = np.linalg.norm(restored - weight) / np.linalg.norm(weight)
+    rows[kind.name] = [8 * data.size / weight.size, error, different]
+blocks_of_32 = pd.DataFrame(rows, index=["bits per weight", "relative error", "bytes and numbers that differ"]).T
+assert not blocks_of_32.iloc[:, 2].any(), "other bytes than gguf"
+blocks_of_32.round(4)
+
+
+# %% [markdown]
+# ## A K-quant: the scales are quantized too
+#
+# Q4_1 spends 32 bits on the scale and the minimum of 32 weights. **Q4_K** takes eight such blocks together, a *super-block* of 256 weights. The
+# eight scales become whole numbers from 0 to 63 (6 bits) times one float16, and so do the eight minima:
+#
+# | part of a super-block | bytes |
+# |---|---|
+# | unit of the scales, unit of the minima (float16 each) | 4 |
+# | 8 scales and 8 minima, 6 bits each | 12 |
+# | 256 codes, 4 bits each | 128 |
+#
+# 144 bytes for 256 weights are **4.5 bits a weight**: the size of Q4_0 with the minimum of Q4_1. A weight is restored as
+# `unit * scale * code - unit of minima * minimum`. The 6-bit numbers do not fit whole bytes, so their upper two bits lie apart:
+
+# %%
+def unpack_six_bits(packed):
+    """bytes [n, 12] -> 8 scales and 8 minima, 0 to 63, each [n, 8]."""
+    first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate([first & 63, (third & 15) | (first >> 6) << 4], 1)
+    minima = np.concatenate([second & 63, (third >> 4) | (second >> 6) << 4], 1)
+    return scales, minima
+
+def decode_q4_k(data):
+    """bytes -> float32 [super-blocks, 256]."""
+    blocks = data.reshape(-1, 144)
+    scales, minima = unpack_six_bits(blocks[:, 4:16])
+    pairs = blocks[:, 16:].reshape(-1, 4, 1, 32)
+    codes = np.concatenate([pairs & 15, pairs >> 4], 2).reshape(-1, 8, 32)
+    step, low = half(blocks, 0) * scales, half(blocks, 2) * minima
+    return (step[..., None] * codes - low[..., None]).reshape(-1, 256)
+
+
+# %% [markdown]
+# `gguf` decodes K-quants and cannot encode them. [libgguf](https://pypi.org/project/libgguf/) carries llama.cpp's own encoders. Our
+# decoder on its bytes, against gguf's decoder:
+
+# %%
+samples = weight.reshape(-1)[: weight.size // 256 * 256].reshape(-1, 256)  # a row is a super-block
+theirs = libgguf.quantize_rows(samples, int(Type.Q4_K))
+decoded = decode_q4_k(theirs)
+assert np.array_equal(decoded, gguf.dequantize(theirs, Type.Q4_K))
+print(f"{decoded.size:,} numbers, all equal; relative error {np.linalg.norm(decoded - samples) / np.linalg.norm(samples):.4f}")
+
+
+# %% [markdown]
+# Encoding is a search, because the file format leaves it open which scale and minimum to take. For each block we try 21 grids, round to
+# each, and then solve for the best scale and minimum of those codes. That is a straight line through 32 points, fitted by weighted least
+# squares: `value = scale * code - minimum`. The minimum must not be negative.
+
+# %%
+def fit_line(values, weights, codes):
+    """Scale, minimum and weighted squared error of the best line through (code, value), each [..., 1]."""
+    def total(numbers):
+        return (weights * numbers).sum(-1, keepdims=True)
+
+    count, first, second = total(np.ones_like(codes)), total(codes), total(codes * codes)
+    value, product = total(values), total(values * codes)
+    spread = np.maximum(count * second - first * first, 1e-20)
+    scale, low = (count * product - value * first) / spread, (value * second - first * product) / spread
+    scale = np.where(low > 0, product / np.maximum(second, 1e-20), scale)  # then the line goes through zero
+    low = np.minimum(low, 0)
+    return scale, -low, total((scale * codes + low - values) ** 2)
+
+
+# %%
+def fit_blocks(values, weights, tries=21):
+    """The best scale and minimum of blocks [n, 8, 32], each [n, 8]."""
+    low = np.minimum(values.min(-1, keepdims=True), 0)
+    span = np.maximum(values.max(-1, keepdims=True) - low, 1e-12)
+    best = None
+    for top in np.linspace(14, 16, tries, dtype=np.float32):
+        codes = np.rint((values - low) * (top / span)).clip(0, 15)
+        found_now = fit_line(values, weights, codes)
+        if best is None:
+            best = found_now
+        better = found_now[2] < best[2]
+        best = [np.where(better, new, old) for new, old in zip(found_now, best)]
+    return best[0][..., 0], best[1][..., 0]
+
+
+# %% [markdown]
+# The eight scales of a super-block are rounded to 6 bits in the same spirit: try some units, keep the best.
+
+# %%
+def six_bits(values, weights):
+    """values [n, 8] -> (unit float16 [n, 1], codes 0 to 63 [n, 8]) with a small weighted error."""
+    best, unit, codes = np.full((len(values), 1), np.inf), 0, 0
+    largest = np.maximum(values.max(1, keepdims=True), 1e-12)
+    for top in range(55, 68):
+        tried = np.rint(values * top / largest).clip(0, 63)
+        square = np.maximum((weights * tried * tried).sum(1, keepdims=True), 1e-20)
+        step = ((weights * values * tried).sum(1, keepdims=True) / square).astype(np.float16)
+        error = (weights * (step.astype(np.float32) * tried - values) ** 2).sum(1, keepdims=True)
+        better = error < best
+        best, unit, codes = (np.where(better, *pair) for pair in ((error, best), (step, unit), (tried, codes)))
+    return unit.astype(np.float16), codes.astype(np.uint8)
+
+
+# %%
+def q4_k(rows, importance=None):
+    """float32 [rows, columns], columns a multiple of 256 -> bytes [super-blocks, 144]."""
+    values = rows.reshape(-1, 8, 32)
+    weights = error_weights(rows, importance)
+    scales, minima = fit_blocks(values, weights)
+    (unit, scales), (low_unit, minima) = (six_bits(part, weights.sum(-1)) for part in (scales, minima))
+    step, low = unit.astype(np.float32) * scales, low_unit.astype(np.float32) * minima
+    codes = np.rint((values + low[..., None]) * inverse(step)[..., None]).clip(0, 15).astype(np.uint8)
+    pairs = codes.reshape(-1, 4, 2, 32)
+    nibbles = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(-1, 128)
+    return np.concatenate([as_bytes(unit), as_bytes(low_unit), pack_six_bits(scales, minima), nibbles], 1)
+
+def pack_six_bits(scales, minima):
+    """The inverse of `unpack_six_bits`."""
+    upper = [part[:, :4] | part[:, 4:] >> 4 << 6 for part in (scales, minima)]
+    return np.concatenate([*upper, scales[:, 4:] & 15 | minima[:, 4:] << 4], 1)
+
+
+# %% [markdown]
+# Which error counts how much? Without anything else known, llama.cpp lets large weights count more. With an **importance** for each input
+# column it lets the columns count that see large inputs:
+
+# %%
+def error_weights(rows, importance=None):
+    """The weight of every squared error, [super-blocks, 8, 32]."""
+    values = rows.reshape(-1, 8, 32)
+    if importance is None:
+        return np.sqrt((values**2).mean(-1, keepdims=True)) + abs(values)
+    typical = 2 * (rows.reshape(-1, 1, 256) ** 2).mean(-1, keepdims=True)
+    return np.tile(importance, len(rows)).reshape(values.shape) * np.sqrt(typical + values**2)
+
+
+# %%
+def weighted_error(restored, importance=None):
+    """Weighted squared error of the sample, as the encoders see it."""
+    difference = (restored.reshape(samples.shape) - samples) ** 2
+    return (error_weights(samples, importance).reshape(samples.shape) * difference).sum()
+
+mine = gguf.dequantize(q4_k(samples), Type.Q4_K)
+against_library = weighted_error(mine) / weighted_error(decoded)
+print(f"our weighted error is {against_library:.3f} of the library's")
+assert against_library < 1.02
+
+
+# %% [markdown]
+# ## An importance matrix, from scratch
+#
+# A layer multiplies each column of its weight with one input channel. An error in a column counts as much as that channel is loud. So the
+# importance of a column is its **mean squared input** on some text. llama.cpp calls the collection of these numbers an *imatrix*. We
+# collect it on Python's documentation, from topics that no evaluation text holds.
+
+# %%
+def importance_matrix(net, text):
+    """{module: mean squared input of each column, float32} of the decoder's Linear layers."""
+    totals = {}
+
+    def watch(name):
+        def hook(_, args):
+            totals[name] = totals.get(name, 0) + args[0].flatten(0, -2).float().square().sum(0)
+        return hook
+
+    layers = ((name, module) for name, module in net.named_modules() if isinstance(module, torch.nn.Linear))
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in layers if name != "lm_head"]
+    with torch.inference_mode():
+        for batch in text.to(net.device).split(4):
+            net.model(input_ids=batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: (total / text.numel() + 1e-12).cpu().numpy() for name, total in totals.items()}
+
+
+# %%
+calibration = evaluation.windows(tokenizer, "calibration", calibration_tokens, source="pydoc")
+net = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.fast).to(found.device).eval()
+importance = importance_matrix(net, calibration)
+del net
+memory.release()
+loud = np.sort(importance[down_name])[::-1]
+print(f"{len(importance)} layers; in the one above, the loudest 1 % of the columns hold "
+      f"{loud[: len(loud) // 100].sum() / loud.sum():.0%} of the mean squared input")
+
+
+# %% [markdown]
+# The same layer with the importance: our encoder and the library's, by the error that the layer's *output* would have if its input
+# channels were independent.
+
+# %%
+def output_error(data):
+    """Squared error of the weight, each column weighted by its mean squared input."""
+    restored = gguf.dequantize(data, Type.Q4_K).reshape(weight.shape)
+    return float((importance[down_name] * (restored - weight) ** 2).sum())
+
+if weight.shape[1] % 256 == 0:
+    plain = output_error(theirs)
+    library = output_error(libgguf.quantize_rows(weight, int(Type.Q4_K), importance[down_name]))
+    scratch = output_error(q4_k(weight, importance[down_name]))
+    print(f"with the importance matrix: library {library / plain:.2f}, ours {scratch / plain:.2f} of the error without it")
+    assert scratch < 1.02 * library
+
+
+# %% [markdown]
+# ## What a name promises, and what the shapes allow
+#
+# Q8_0 and Q4_K are types of a *tensor*. **Q4_K_M** and **Q2_K** are names of a *recipe* for the whole file: most tensors get the type in the
+# name, and some get more bits. llama.cpp's recipes, in short:
+#
+# | | Q4_K_M | Q2_K |
+# |---|---|---|
+# | output head (or the embedding that serves as one) | Q6_K | Q6_K |
+# | value projection | Q6_K in half of the layers, Q4_K in the others | Q3_K (Q4_K if 4 query heads share a key) |
+# | feed-forward down projection | Q6_K in half of the layers, Q4_K in the others | Q3_K |
+# | attention output | Q4_K | Q3_K |
+# | all other matrices | Q4_K | Q2_K |
+# | norms, biases | float32 | float32 |
+
+# %%
+def more_bits(layer, layers):
+    """True for the layers that Q4_K_M treats better: the first and the last eighth, and every third between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+def asked_type(recipe, name, config):
+    """The type that a recipe asks for; name: a matrix in GGUF's words."""
+    if recipe in ("F16", "Q8_0"):
+        return Type[recipe]
+    if name.startswith("token_embd." if config.tie_word_embeddings else "output."):
+        return Type.Q6_K
+    part = name.split(".")[2] if name.startswith("blk.") else ""
+    if recipe == "Q4_K_M":
+        rich = part in ("attn_v", "ffn_down") and more_bits(int(name.split(".")[1]), config.num_hidden_layers)
+        return Type.Q6_K if rich else Type.Q4_K
+    if part == "attn_v" and config.num_attention_heads >= 4 * config.num_key_value_heads:
+        return Type.Q4_K
+    return Type.Q3_K if part in ("attn_v", "ffn_down", "attn_output") else Type.Q2_K
+
+
+# %% [markdown]
+# The trap: a K-quant needs rows of a multiple of 256 weights. llama.cpp does not fail on other rows. It **falls back** to a type with
+# blocks of 32, and that type is larger:
+
+# %%
+FALLBACK = {Type.Q2_K: Type.IQ4_NL, Type.Q3_K: Type.IQ4_NL, Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
+
+def given_type(asked, columns):
+    """The type that rows of this length can have."""
+    for kind in (asked, FALLBACK.get(asked, asked), Type.F16):
+        if columns % gguf.GGML_QUANT_SIZES[kind][0] == 0:
+            return kind
+
+def bits_of(kind):
+    """Bits per weight of a tensor's type, its scales included."""
+    size, byte_count = gguf.GGML_QUANT_SIZES[kind]
+    return 8 * byte_count / size
+
+pd.DataFrame([[asked.name, bits_of(asked), kind.name, bits_of(kind)] for asked, kind in FALLBACK.items()],
+             columns=["asked", "bits per weight", "fallback", "bits per weight "])
+
+
+# %% [markdown]
+# Shapes follow from the config, so each file's size can be told before it is written. `gguf` knows how transformers' names translate:
+# `model.layers.5.mlp.down_proj` is `blk.5.ffn_down`.
+
+# %%
+def name_in_gguf(key, config):
+    """GGUF's name of a parameter."""
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config.model_type])
+    module, kind = key.rsplit(".", 1)
+    return f"{gguf.get_tensor_name_map(arch, config.num_hidden_layers).get_name(module)}.{kind}"
+
+def plan(recipe, config):
+    """DataFrame of every matrix: weights, type asked, type given, bytes. Nothing is allocated."""
+    with torch.device("meta"):
+        shapes = {key: p.shape for key, p in AutoModelForCausalLM.from_config(config).named_parameters() if p.dim() == 2}
+    rows = []
+    for key, shape in shapes.items():
+        asked = asked_type(recipe, name_in_gguf(key, config), config)
+        kind = given_type(asked, shape[1])
+        rows.append([key, shape.numel(), asked.name, kind.name, shape.numel() * bits_of(kind) / 8])
+    return pd.DataFrame(rows, columns=["matrix", "weights", "asked", "given", "bytes"])
+
+
+# %%
+configs = {found.name: config, "Qwen2.5-Coder-1.5B": models.qwen_config(), "Mistral-7B": models.mistral_config()}
+promised = {}
+for name, shape in configs.items():
+    for recipe in ("Q4_K_M", "Q2_K"):
+        matrices = plan(recipe, shape)
+        fell = matrices.weights[matrices.asked != matrices.given].sum() / matrices.weights.sum()
+        promised[name, recipe] = [shape.hidden_size, 8 * matrices.bytes.sum() / matrices.weights.sum(), 100 * fell]
+promised = pd.DataFrame(promised, index=["row length", "bits per weight", "fell back, %"]).T
+promised.round(2)
+
+# %%
+own = promised.loc[found.name]
+for recipe in own.index:
+    print(f"{recipe} of {found.name}: {own['fell back, %'][recipe]:.0f} % of the weights fall back, "
+          f"{own['bits per weight'][recipe]:.2f} bits a weight; Mistral-7B: {promised['bits per weight']['Mistral-7B', recipe]:.2f}")
+
+
+# %% [markdown]
+# The same name is another file on another model. Where the rows are 576 long, a file called Q2_K holds more than 4 bits a weight, and no
+# recipe of llama.cpp goes lower: every type with blocks of 32 costs 4.25 bits or more.
+#
+# ## Write a file
+#
+# A GGUF file is one file for everything: sizes, tokenizer, chat template, weights. First the tokenizer. Its pre-tokenizer, the rule that cuts
+# text into words, is stored as a *name* that llama.cpp must know:
+
+# %%
+RULES = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm", ("Split", "ByteLevel"): "qwen2"}
+
+def token_lists(data, size):
+    """Tokens and their types, in the order of their ids; data: what tokenizer.json holds."""
+    tokens, kinds = [f"[PAD{number}]" for number in range(size)], [gguf.TokenType.UNUSED] * size
+    for token, number in data["model"]["vocab"].items():
+        is_byte = data["model"].get("byte_fallback") and token.startswith("<0x")
+        tokens[number], kinds[number] = token, gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
+    for added in data["added_tokens"]:
+        special = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        tokens[added["id"]], kinds[added["id"]] = added["content"], special
+    return tokens, kinds
+
+
+# %%
+def add_tokenizer(writer, folder, config):
+    """Everything that turns text into ids."""
+    data = json.loads((pathlib.Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+    pieces = bool(data["model"].get("byte_fallback"))  # as in Mistral's tokenizer
+    rule = data.get("pre_tokenizer") or {}
+    steps = tuple(step["type"] for step in rule.get("pretokenizers", [rule]) if step)
+    if not pieces and steps not in RULES:
+        raise ValueError(f"no name in llama.cpp is known here for the pre-tokenizer {steps}")
+    tokens, kinds = token_lists(data, config.vocab_size)
+    writer.add_tokenizer_model("llama" if pieces else "gpt2")
+    writer.add_tokenizer_pre("default" if pieces else RULES[steps])
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    if pieces:
+        writer.add_token_scores([-float(number) for number in range(len(tokens))])
+    else:
+        writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in data["model"]["merges"]])
+
+
+# %% [markdown]
+# Then the template, the token that ends an answer, and the model's sizes:
+
+# %%
+def add_conversation(writer, tokenizer):
+    """Chat template, first token, and the token at which an answer ends."""
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    first = tokenizer("a").input_ids[0]
+    writer.add_add_bos_token(first == tokenizer.bos_token_id)
+
+def add_sizes(writer, config):
+    """The hyperparameters that llama.cpp builds the network from."""
+    if config.rope_parameters.get("rope_type", "default") != "default":
+        raise ValueError(f"rope scaling {config.rope_parameters['rope_type']!r} is not written by this notebook")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+# %% [markdown]
+# Rotary embeddings turn pairs of numbers in each head of queries and keys. transformers pairs the first half of a head with the second,
+# llama.cpp's `llama` pairs neighbours. So the rows of these two projections change their order. A file without that step loads, and
+# answers nonsense.
+
+# %%
+def rotary_heads(key, config):
+    """Heads of a projection whose rows change their order, else 0."""
+    counts = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return counts.get(key.split(".")[-2], 0) if ARCHITECTURES[config.model_type] == "llama" else 0
+
+def pairs_side_by_side(weight, heads):
+    """From transformers' order of rows to llama.cpp's."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads else weight
+
+def halves_apart(weight, heads):
+    """And back."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) if heads else weight
+
+
+# %%
+def add_tensors(writer, folder, config, recipe, importance):
+    """Every weight, in its type; matrices by libgguf, the rest in float32."""
+    for file in sorted(pathlib.Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as stored:
+            for key in stored.keys():
+                if key == "lm_head.weight" and config.tie_word_embeddings:
+                    continue
+                values = stored.get_tensor(key).float()
+                values = pairs_side_by_side(values, rotary_heads(key, config)).contiguous().numpy()
+                name = name_in_gguf(key, config)
+                kind = given_type(asked_type(recipe, name, config), values.shape[1]) if values.ndim == 2 else Type.F32
+                if kind == Type.F16:
+                    data = values.astype(np.float16)
+                elif kind != Type.F32:
+                    data = libgguf.quantize_rows(values, int(kind), importance.get(key.removesuffix(".weight")))
+                writer.add_tensor(name, values if kind == Type.F32 else data, raw_dtype=kind)
+
+
+# %% [markdown]
+# The file appears under its name only when it is whole. Who reads it never sees half of it, and a full disk leaves nothing behind.
+
+# %%
+def write_gguf(path, recipe, importance=None):
+    """The model as a GGUF file of one recipe, atomically. Raises OSError if the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    writer = gguf.GGUFWriter(scratch, ARCHITECTURES[config.model_type])
+    writer.add_name(found.name)
+    writer.add_file_type(FILE_TYPES[recipe])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_sizes(writer, config)
+    add_tokenizer(writer, found.path, config)
+    add_conversation(writer, tokenizer)
+    try:
+        add_tensors(writer, found.path, config, recipe, importance or {})
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+FILE_TYPES = {name: gguf.LlamaFileType[f"MOSTLY_{name}"] for name in ("F16", "Q8_0", "Q4_K_M", "Q2_K")}
+
+# %% [markdown]
+# Four files and one in 16 bits, which is not kept: it serves as a check. The importance matrix changes the rounding and not the format.
+
+# %%
+recipes = {
+    "f16": ("F16", None),
+    "q8_0": ("Q8_0", None),
+    "q4_k_m": ("Q4_K_M", None),
+    "q4_k_m-imatrix": ("Q4_K_M", importance),
+    "q2_k": ("Q2_K", None),
+}
+folder = records.folder(output_dir) / "gguf"
+files = {name: folder / f"{found.name}-{name}.gguf" for name in recipes}
+
+# %%
+seconds = {}
+for name, (recipe, weights_of_columns) in recipes.items():
+    started = time.perf_counter()
+    write_gguf(files[name], recipe, weights_of_columns)
+    seconds[name] = time.perf_counter() - started
+    memory.release()
+pd.DataFrame({"MB": {name: path.stat().st_size / 1e6 for name, path in files.items()}, "seconds": seconds}).round(1)
+
+
+# %% [markdown]
+# A checkpoint of [GPTQ](05_gptq.ipynb) or [AWQ](06_awq.ipynb) does not become a GGUF file directly. Its groups and zero points fit none of
+# these blocks, so it would be dequantized and rounded a second time. Start from the 16-bit model.
+#
+# ## What is in the file
+#
+# The first 24 bytes: the letters GGUF, a version, the number of tensors, the number of metadata entries. Ours and gguf's reader:
+
+# %%
+def header(path):
+    """(version, tensors, metadata entries) of a GGUF file; ValueError for another file."""
+    with open(path, "rb") as file:
+        start = file.read(24)
+    if start[:4] != b"GGUF":
+        raise ValueError(f"{path.name} begins with {start[:4]!r} and not with b'GGUF': it is no GGUF file")
+    if len(start) < 24:
+        raise ValueError(f"{path.name} ends after {len(start)} bytes, inside its header")
+    return struct.unpack("<IQQ", start[4:])
+
+def open_gguf(path):
+    """gguf's reader; ValueError that says what is wrong with a damaged file."""
+    header(path)
+    try:
+        return gguf.GGUFReader(path)
+    except Exception as error:
+        if "GGMLQuantizationType" in str(error):
+            raise ValueError(f"{path.name}: {error}. A newer gguf may know this tensor type.") from error
+        raise ValueError(f"{path.name} is cut off or damaged ({error}). Compare its size with the original's.") from error
+
+
+# %%
+reader = open_gguf(files["q4_k_m"])
+version, tensor_count, entry_count = header(files["q4_k_m"])
+print(f"version {version}, {tensor_count} tensors, {entry_count} metadata entries")
+entries = {name: str(field.contents() if len(field.data) < 20 else f"{len(field.data):,} values")
+           for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+pd.Series({name: text[:70].replace("\n", " ") for name, text in entries.items()}, name="value").to_frame()
+
+# %% [markdown]
+# After the metadata comes a list of the tensors (name, shape, type, place), then the tensors themselves, each at a multiple of 32 bytes so
+# that the file can be mapped into memory as it is:
+
+# %%
+list_start = reader.tensors[0].field.offset
+size = files["q4_k_m"].stat().st_size
+edges = {"header": 0, "metadata": 24, "list of tensors": list_start, "tensors": reader.data_offset}
+layout = pd.DataFrame({"from byte": edges, "to byte": [24, list_start, reader.data_offset, size]})
+layout["share, %"] = 100 * (layout["to byte"] - layout["from byte"]) / size
+layout.round(2)
+
+
+# %%
+def bytes_by_type(path):
+    """{type: bytes} of the tensors in a GGUF file."""
+    return pd.Series({t.name: [t.tensor_type.name, int(t.n_bytes)] for t in open_gguf(path).tensors}).apply(
+        pd.Series).groupby(0)[1].sum()
+
+by_type = pd.DataFrame({name: bytes_by_type(path) for name, path in files.items()}).fillna(0).T / 1e6
+by_type = by_type[sorted(by_type, key=lambda name: -bits_of(Type[name]))]
+
+# %%
+fig, ax = plt.subplots(figsize=(7.5, 2.8))
+left = np.zeros(len(by_type))
+shades = plt.cm.cividis(np.linspace(0, 0.95, len(by_type.columns)))
+for kind, color in zip(by_type, shades):
+    ax.barh(by_type.index, by_type[kind], left=left, color=color, label=kind)
+    left += by_type[kind].to_numpy()
+ax.invert_yaxis()
+ax.set(xlabel="MB of tensors", title="The same recipe name can hold many types")
+ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+mixed = by_type.loc["q4_k_m"]
+figures.show(fig, alt=f"Bytes of each tensor type in the files of {found.name}. In the file that is called Q4_K_M, "
+             f"{100 * mixed.get('Q4_K', 0) / mixed.sum():.0f} % of the bytes are of type Q4_K.", table=by_type.round(1))
+
+
+# %% [markdown]
+# ## The files in transformers: quality
+#
+# The course scores every method in one protocol. So each file is dequantized into a transformers model in full precision:
+
+# %%
+@torch.inference_mode()
+def in_transformers(path):
+    """A transformers model with the weights of a GGUF file."""
+    net = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype)
+    tensors = {tensor.name: tensor for tensor in open_gguf(path).tensors}
+    for key, parameter in net.named_parameters():
+        tensor = tensors[name_in_gguf(key, config)]
+        values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
+        parameter.copy_(halves_apart(values, rotary_heads(key, config)))
+    return net.to(found.device).eval()
+
+
+# %% [markdown]
+# transformers can do this on its own. Its call, and the largest difference of a weight to ours:
+
+# %%
+net = in_transformers(files["q4_k_m"])
+theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files["q4_k_m"].name, dtype=found.dtype)
+pairs = zip(net.parameters(), theirs.parameters())
+gap = max((one.detach().cpu() - other.detach().cpu()).abs().max().item() for one, other in pairs)
+print("largest difference of a weight:", gap)
+assert gap == 0
+del theirs, net
+memory.release()
+
+# %%
+quality, second = {}, {}
+for name in recipes:
+    if name == "f16":
+        continue
+    net = in_transformers(files[name])
+    quality[name] = evaluation.score(net, windows, reference)
+    second[name] = evaluation.score(net, in_domain, in_domain_reference)
+    del net
+    memory.release()
+
+# %%
+parameters = plan("F16", config).weights.sum()
+tensor_bytes = {name: int(1e6 * by_type.loc[name].sum()) for name in quality}
+bits = {name: 8 * size / parameters for name, size in tensor_bytes.items()}
+scores = pd.DataFrame({name: {
+    "bits per weight": bits[name], "perplexity": each.perplexity, "KL": each.kl_divergence, "from": each.kl_low,
+    "to": each.kl_high, "same top-1": each.top1_agreement, "KL on pydoc": second[name].kl_divergence,
+} for name, each in quality.items()}).T
+scores.round(4)
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 3))
+for (name, row), color in zip(scores.iterrows(), figures.PALETTE):
+    ax.errorbar(row["bits per weight"], row["KL"], [[row["KL"] - row["from"]], [row["to"] - row["KL"]]],
+                fmt="D", color=color, capsize=3)
+    below = name == "q4_k_m-imatrix"  # of the two at one size
+    ax.annotate(name, (row["bits per weight"], row["KL"]), (8, -12 if below else 6), textcoords="offset points", color=color)
+ax.set(xlabel="bits per weight of the file", ylabel="KL, nats (less is better)", yscale="log", xlim=(None, 9.5))
+least, most = scores["KL"].min(), scores["KL"].max()
+figures.show(fig, alt=f"KL divergence of the GGUF files of {found.name} on four genres, weights dequantized, against bits per "
+             f"weight: from {least:.4f} ({scores['KL'].idxmin()}) to {most:.3f} ({scores['KL'].idxmax()}).",
+             table=scores[["bits per weight", "KL", "from", "to"]].round(4))
+
+# %% [markdown]
+# Does the importance matrix help? The texts above are of genres that it was not collected on, the second one is of its own genre. The
+# paired difference tells:
+
+# %%
+def in_words(mean, low, high):
+    verdict = "better" if high < 0 else "worse" if low > 0 else "not told apart"
+    return f"{verdict} with it, KL {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+gain = evaluation.difference(quality["q4_k_m-imatrix"], quality["q4_k_m"])
+gain_in_domain = evaluation.difference(second["q4_k_m-imatrix"], second["q4_k_m"])
+print("other genres:", in_words(*gain))
+print("documentation:", in_words(*gain_in_domain))
+
+# %%
+if found.name.startswith("SmolLM2"):
+    assert scores["KL"]["q8_0"] < scores["KL"]["q4_k_m"] < scores["KL"]["q2_k"], scores["KL"].to_dict()
+    assert gain[1] <= 0, "the importance matrix makes it worse, outside the error bar"
+assert all(each.perplexity < 3 * reference.perplexity for each in quality.values()), "garbage without an error"
+
+
+# %% [markdown]
+# ## Run it: llama.cpp's server
+#
+# `xllamacpp` is llama.cpp as a Python package: `pip install`, no compiler. This program loads a file and serves it under an
+# OpenAI-compatible address. Port 0 takes any free one. 127.0.0.1 is this machine alone.
+
+# %%
+SERVER = """
+import json, sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, settings = sys.argv[1], json.loads(sys.argv[2])
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings.pop("threads")
+for name, value in settings.items():
+    setattr(params, name, value)
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()  # until the notebook closes the pipe, or is gone
+"""
+
+# %% [markdown]
+# The notebook starts it in a process of its own. The process ends with the `with` block, with the kernel, and if it fails, the first line
+# of its log that is an error becomes our message.
+
+# %%
+def first_error(log):
+    """The first error in llama.cpp's log, without its time stamp; the last line where there is none."""
+    log.seek(0)
+    lines = log.read().strip().splitlines() or ["no message"]
+    errors = (line.split(" E ", 1)[1] for line in lines if " E " in line)
+    return " ".join(next(errors, lines[-1]).split())
+
+def started(path, log, **settings):
+    """The process and the address of a server; RuntimeError with its own words where it does not come up."""
+    settings = {"n_ctx": 1024, "n_parallel": 1, "threads": torch.get_num_threads(), **settings}
+    command = [sys.executable, "-c", SERVER, str(path), json.dumps(settings)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                               env=helpers.child_environment())
+    address = process.stdout.readline().strip()
+    if not address:
+        process.wait()
+        raise RuntimeError(f"llama.cpp does not serve {path.name}: {first_error(log)}")
+    return process, address
+
+
+# %%
+@contextlib.contextmanager
+def serving(path, **settings):
+    """A running server: .client to ask, .process, .load_seconds. settings: fields of xllamacpp.CommonParams."""
+    with tempfile.TemporaryFile("w+") as log:
+        begun = time.perf_counter()
+        process, address = started(path, log, **settings)
+        took = time.perf_counter() - begun
+        try:
+            with httpx.Client(base_url=address, timeout=300) as client:
+                yield types.SimpleNamespace(client=client, process=psutil.Process(process.pid), load_seconds=took)
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            process.stdout.close()
+
+
+# %%
+def ask(server, route, **body):
+    """The server's answer as a dict; RuntimeError in its own words where it refuses, or when it is gone."""
+    try:
+        answer = server.client.post(route, json=body)
+    except httpx.TransportError as error:
+        raise RuntimeError(f"the server at {server.client.base_url} is gone ({type(error).__name__}): start it again") from error
+    if answer.is_error:
+        raise RuntimeError(answer.json()["error"]["message"])
+    return answer.json()
+
+
+# %%
+question = [{"role": "user", "content": "What is the capital of France?"}]
+with serving(files["q4_k_m"], port=port) as server:
+    print(f"loaded in {server.load_seconds:.1f} s")
+    answer = ask(server, "/v1/chat/completions", messages=question, temperature=0, max_tokens=48)
+choice = answer["choices"][0]
+print(choice["message"]["content"], f"\n({choice['finish_reason']}; {answer['usage']['completion_tokens']} tokens)")
+
+
+# %% [markdown]
+# Streamed, the answer comes as lines of JSON, one for each piece:
+
+# %%
+def stream(server, messages, **settings):
+    """Yield the pieces of an answer as they come."""
+    body = {"messages": messages, "stream": True, "temperature": 0, **settings}
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                yield json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content") or ""
+
+with serving(files["q4_k_m"], port=port) as server:
+    for piece in stream(server, [{"role": "user", "content": "Why is the sky blue?"}], max_tokens=48):
+        print(piece, end="", flush=True)
+
+
+# %% [markdown]
+# ### The same file, the same answer?
+#
+# Give llama.cpp and transformers the same token ids, let both always take the most likely token, and compare. First the tokenizers: the ids
+# of our texts must be equal, or everything after that is another question.
+
+# %%
+texts = [tokenizer.decode(window, skip_special_tokens=True) for window in windows[:8]]
+with serving(files["q8_0"]) as server:
+    theirs = [ask(server, "/tokenize", content=text, add_special=False)["tokens"] for text in texts]
+    llama_prompt = ask(server, "/apply-template", messages=question)["prompt"]
+equal = [ids == tokenizer(text, add_special_tokens=False).input_ids for text, ids in zip(texts, theirs)]
+print(f"{sum(equal)} of {len(equal)} texts have the same ids")
+if tokenizer.chat_template:
+    same_prompt = tokenizer(llama_prompt, add_special_tokens=False).input_ids == chat.render(tokenizer, question)
+    print("the chat template gives the same prompt:", same_prompt)
+    assert same_prompt and all(equal)
+
+
+# %%
+request = [{"role": "user", "content": "Describe a rainy day in a small town."}]
+prompt = chat.render(tokenizer, request) if tokenizer.chat_template else windows[0, :32].tolist()
+
+def llama_tokens(path, prompt):
+    """Greedy continuation by llama.cpp: token ids."""
+    with serving(path) as server:
+        answer = ask(server, "/completion", prompt=prompt, n_predict=new_tokens, temperature=0, return_tokens=True)
+    return answer["tokens"]
+
+@torch.inference_mode()
+def transformers_tokens(net, prompt):
+    """The same by transformers."""
+    ids = torch.tensor([prompt], device=net.device)
+    out = net.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+    return out[0, len(prompt):].tolist()
+
+
+# %%
+def first_difference(ours, theirs):
+    """Number of tokens before the two part; all of them where they do not."""
+    return next((n for n, (one, other) in enumerate(zip(ours, theirs)) if one != other), min(len(ours), len(theirs)))
+
+together = {}
+for name in ("f16", "q8_0", "q4_k_m"):
+    net, theirs = in_transformers(files[name]), llama_tokens(files[name], prompt)
+    ours = transformers_tokens(net, prompt)
+    together[name] = first_difference(ours, theirs), min(len(ours), len(theirs))
+    print(f"{name}: {together[name][0]} of {together[name][1]} tokens equal\n  transformers: {tokenizer.decode(ours)!r}")
+    print(f"  llama.cpp:    {tokenizer.decode(theirs)!r}")
+del net
+memory.release()
+
+# %% [markdown]
+# With weights in 16 bits the two programs agree for longest. With quantized weights they part, although both read the same file. The reason: for
+# a product with quantized weights, llama.cpp **rounds the layer's inputs to 8 bits too**, in blocks with a scale each. Integer products
+# are what makes it fast. The score above, of dequantized weights, does not see that.
+#
+# How much is it? The server returns the probability of every token in the vocabulary if asked for. At some positions of the evaluation
+# texts, the KL divergence of what llama.cpp predicts, and of the same file's weights in transformers:
+
+# %%
+places = [window[:64].tolist() for window in windows[:12]]
+
+def llama_log_probs(path):
+    """Log-probabilities of the token after each place, float32 [places, vocabulary]."""
+    rows = torch.full((len(places), config.vocab_size), -60.0)
+    with serving(path) as server:
+        for row, ids in zip(rows, places):
+            answer = ask(server, "/completion", prompt=ids, n_predict=1, temperature=0, n_probs=config.vocab_size)
+            every = answer["completion_probabilities"][0]["top_logprobs"]
+            row[[each["id"] for each in every]] = torch.tensor([max(each["logprob"], -60) for each in every])
+    return rows
+
+@torch.inference_mode()
+def log_probs(net):
+    """The same by transformers."""
+    logits = net(input_ids=torch.tensor(places, device=net.device), logits_to_keep=1).logits[:, -1]
+    return logits.float().log_softmax(-1).cpu()
+
+
+# %%
+untouched = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype).to(found.device).eval()
+expected = log_probs(untouched)
+rows = {}
+for name in ("f16", "q8_0", "q4_k_m"):
+    net = in_transformers(files[name])
+    for engine, predicted in (("transformers", log_probs(net)), ("llama.cpp", llama_log_probs(files[name]))):
+        kl = (expected.exp() * (expected - predicted)).sum(-1).numpy()
+        rows[name, engine] = [kl.mean(), *evaluation.interval(kl)]
+    del net
+memory.release()
+engines = pd.DataFrame(rows, index=["KL", "from", "to"]).T
+engines.round(4)
+
+# %%
+extra = engines["KL"]["q8_0", "llama.cpp"] - engines["KL"]["q8_0", "transformers"]
+print(f"Q8_0 at {len(places)} positions: rounding weights costs {engines['KL']['q8_0', 'transformers']:.4f} nats; "
+      f"llama.cpp, which rounds activations too, {extra:+.4f} more")
+if found.name.startswith("SmolLM2"):
+    assert engines["KL"]["f16", "llama.cpp"] < 0.01, "with 16-bit weights llama.cpp must agree with transformers"
+
+# %% [markdown]
+# So the records of this notebook say what the *weights* of a file lost. An engine adds its own rounding, which depends on the engine and not on
+# the file.
+#
+# ## What goes wrong in Ollama and llama.cpp
+#
+# Most "this model is bad" is a wrong prompt. Here the same file with another template, one of those that are built into llama.cpp:
+
+# %%
+def templated(template):
+    """(prompt, answer) of the server with another chat template than the file's."""
+    settings = {"chat_template": template} if template else {}
+    with serving(files["q8_0"], **settings) as server:
+        prompt = ask(server, "/apply-template", messages=request)["prompt"]
+        answer = ask(server, "/v1/chat/completions", messages=request, temperature=0, max_tokens=new_tokens)
+    return prompt, answer["choices"][0]["message"]["content"], answer["choices"][0]["finish_reason"]
+
+templates = {"the file's own": "", "llama.cpp's where a file has none": "chatml", "of another family": "llama2"}
+prompts = pd.DataFrame({name: templated(template) for name, template in templates.items()},
+                       index=["prompt", "answer", "ended by"]).T
+with pd.option_context("display.max_colwidth", None):
+    display(prompts)
+
+
+# %% [markdown]
+# How far does that lead from the model that was meant? The KL divergence of the first token of the answer, between the right prompt and
+# each of the others, in the untouched model:
+
+# %%
+@torch.inference_mode()
+def first_token(text):
+    """Log-probabilities of the token after a prompt."""
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(untouched.device)
+    return untouched(input_ids=ids, logits_to_keep=1).logits[0, -1].float().log_softmax(-1)
+
+right = first_token(prompts["prompt"].iloc[0])
+template_cost = pd.Series({name: (right.exp() * (right - first_token(text))).sum().item()
+                           for name, text in prompts["prompt"].items()}, name="KL of the first token")
+assert template_cost.iloc[0] == 0
+template_cost.to_frame().round(3)
+
+# %% [markdown]
+# Compare that with the KL of any quantization above before you blame the bits.
+#
+# **A stop token that is not one.** The file says which token ends an answer. If the engine does not treat it so, the model talks on, often in
+# the user's name. `ignore_eos` does that on purpose:
+
+# %%
+brief = [{"role": "user", "content": "Answer with one word: what is the capital of France?"}]
+with serving(files["q8_0"]) as server:
+    stops = {name: ask(server, "/v1/chat/completions", messages=brief, temperature=0, max_tokens=60, **settings)["choices"][0]
+             for name, settings in {"with its stop token": {}, "without": {"ignore_eos": True}}.items()}
+for name, choice in stops.items():
+    print(f"{name} ({choice['finish_reason']}): {choice['message']['content'][:300]!r}")
+assert stops["without"]["finish_reason"] == "length"
+
+# %% [markdown]
+# **A context that is too short.** The server's context is a setting and not a property of the file, and it is often smaller than the model's.
+# A prompt that is longer is refused in words. Programs that cut it instead lose the start of the conversation, and with it the
+# instructions:
+
+# %%
+with serving(files["q8_0"], n_ctx=256) as server:
+    try:
+        ask(server, "/completion", prompt=windows.flatten()[:600].tolist(), n_predict=1)
+        too_long = "no error"
+    except RuntimeError as error:
+        too_long = str(error)
+print(f"{config.max_position_embeddings:,} tokens in the model, 256 in the server:\n{too_long}")
+assert too_long != "no error"
+
+
+# %% [markdown]
+# ## Is it faster?
+#
+# The same work as everywhere in this course: a prompt of 64 random tokens, then 20 tokens one by one, the median of three runs. llama.cpp runs
+# with as many threads as torch. transformers in full precision is measured in the same run.
+
+# %%
+def llama_speed(server, prompt_tokens=64, steps=20, runs=3):
+    """`speed.Speed` of a running server, from its own clock."""
+    ids = torch.randint(config.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    body = dict(prompt=ids, n_predict=steps, temperature=0, ignore_eos=True, cache_prompt=False)
+    times = [ask(server, "/completion", **body)["timings"] for _ in range(runs + 1)][1:]  # the first one warms up
+    decodes = sorted(each["predicted_per_second"] for each in times)
+    prefills = sorted(each["prompt_per_second"] for each in times)
+    return speed.Speed(prefills[runs // 2], decodes[runs // 2], decodes[0], decodes[-1])
+
+
+# %%
+full = f"transformers, {str(found.dtype).removeprefix('torch.')}"
+rates, loads, peaks = {full: speed.decode(untouched)}, {}, {}
+del untouched
+memory.release()
+for name in quality:
+    with serving(files[name]) as server:
+        with memory.track(process=server.process) as used:
+            rates[name] = llama_speed(server)
+    loads[name], peaks[name] = server.load_seconds, used.peak_ram
+
+# %%
+speeds = pd.DataFrame({name: vars(rate) for name, rate in rates.items()}).T
+speeds.columns = ["prefill tok/s", "decode tok/s", "slowest run", "fastest run"]
+speeds["GB/s of weights"] = speeds["decode tok/s"] * pd.Series({full: parameters * found.dtype.itemsize, **tensor_bytes}) / 1e9
+speeds["load s"], speeds["peak RAM, MB"] = pd.Series(loads), pd.Series(peaks) / 1e6
+times_faster = speeds["decode tok/s"]["q4_k_m"] / speeds["decode tok/s"][full]
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 2.4))
+ax.barh(speeds.index, speeds["decode tok/s"], color=[figures.PALETTE[4], *[figures.PALETTE[0]] * len(quality)])
+ax.invert_yaxis()
+ax.set(xlabel="decoded tokens per second, batch 1")
+figures.show(fig, alt=f"Decode speed of {found.name}: q4_k_m in llama.cpp on the CPU is {times_faster:.1f} times as fast as {full} "
+             f"on the {found.device.upper()}, {torch.get_num_threads()} threads.", table=speeds.round(2))
+
+# %% [markdown]
+# Two things make the difference. **Bytes**: each new token reads all weights once, and a file of 6 bits a weight has a fifth of the bytes of
+# float32. **Kernels**: llama.cpp multiplies 8-bit integers, and transformers spends much of a token's time in Python between small
+# operations. What this build can use of your processor:
+
+# %%
+import xllamacpp
+
+print(xllamacpp.get_system_info())
+if found.device == "cpu" and found.name.startswith("SmolLM2"):
+    assert times_faster >= 3, f"q4_k_m in llama.cpp is only {times_faster:.1f} times as fast as {full}"
+
+# %% [markdown]
+# The wheel is built for many machines: it has AVX2 and not AVX-512. A llama.cpp that you compile on your own machine can be faster.
+#
+# ## What stops, and how it says so
+#
+# A damaged file is refused in one line, by our reader and by llama.cpp. A port that is taken and a server that dies are, too. Nothing is left
+# running.
+
+# %%
+def damaged(scratch, change):
+    """Path of a copy of the Q2_K file that `change` has altered."""
+    data = bytearray(files["q2_k"].read_bytes())
+    path = pathlib.Path(scratch) / f"{change.__name__}.gguf"
+    path.write_bytes(change(data) or data)
+    return path
+
+def truncated(data):
+    return data[: len(data) // 2]
+
+def wrong_magic(data):
+    data[:4] = b"GGML"
+
+def unknown_type(data):
+    name = b"blk.0.ffn_down.weight"
+    at = data.index(name) + len(name)
+    data[at + 4 + 16 : at + 8 + 16] = struct.pack("<I", 99)  # after the number of dimensions and two sizes
+
+
+# %%
+def serve(path, **settings):
+    with serving(path, **settings):
+        pass
+
+def serve_on_taken_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        serve(files["q2_k"], port=taken.getsockname()[1])
+
+def server_dies():
+    with serving(files["q2_k"]) as server:
+        server.process.kill()
+        server.process.wait()
+        ask(server, "/completion", prompt="a", n_predict=1)
+
+# %%
+def refusal(attempt):
+    """What an attempt says when it is refused."""
+    try:
+        attempt()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("it was not refused")
+
+refusals = {"port in use": [refusal(serve_on_taken_port)] * 2, "server dies": [refusal(server_dies)] * 2,
+            "template that does not parse": [refusal(lambda: serve(files["q2_k"], chat_template="{% for m in messages %}{{ m"))] * 2}
+with tempfile.TemporaryDirectory() as scratch:
+    for change in (truncated, wrong_magic, unknown_type):
+        path = damaged(scratch, change)
+        refusals[change.__name__] = [refusal(lambda: open_gguf(path)), refusal(lambda: serve(path))]
+
+# %%
+with pd.option_context("display.max_colwidth", None):
+    display(pd.DataFrame(refusals, index=["our reader", "llama.cpp"]).T)
+left = [child for child in psutil.Process().children(recursive=True) if "xllamacpp" in " ".join(child.cmdline())]
+assert not left, "a server is still running"
+files["f16"].unlink()
+
+# %% [markdown]
+# ## What the guides claim
+#
+# The five guides that this course grew out of say nothing about GGUF. One of them names an article on llama.cpp among its sources and does
+# not use it. Their "2 to 3 times faster" for 4 bits is judged in [04 NF4](04_nf4_bitsandbytes.ipynb). So the table of this notebook is empty.
+
+# %%
+from helpers import claims
+
+findings = []
+claims.write(output_dir, notebook="08_gguf_llama_cpp", found=found, findings=findings)
+print(f"{len(claims.table(output_dir, '08_gguf_llama_cpp'))} claims about GGUF; q4_k_m in llama.cpp decodes {times_faster:.1f} "
+      f"times as fast as {full}")
+
+
+# %% [markdown]
+# ## Exercises
+#
+# **1 (easy).** Bits per weight of a block format, one line. A block has `size` weights of `bits` bits each, and `extra_bytes` for scales and minima.
+
+# %%
+def bits_per_weight(bits, size, extra_bytes):
+    ...
+
+
+# %%
+def test_bits(function):
+    assert function(4, 32, 2) is not None, "return a number"
+    assert abs(function(4, 32, 2) - 4) > 1e-9, "the scale is missing: every block carries extra_bytes"
+    assert abs(function(4, 32, 2) - 4.0625) > 1e-9, "extra_bytes are bytes, and a byte has 8 bits"
+    assert abs(function(4, 32, 2) - 4.5) < 1e-9, f"Q4_0 (4 bits, 32 weights, 2 bytes) has 4.5, you have {function(4, 32, 2)}"
+    assert abs(function(4, 256, 16) - 4.5) < 1e-9, "Q4_K (4 bits, 256 weights, 4 + 12 bytes) has 4.5: is size used?"
+    assert abs(function(8, 32, 2) - 8.5) < 1e-9, "Q8_0 has 8.5: is bits used?"
+
+exercises.check(bits_per_weight, test_bits)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+if solutions:
+    def bits_per_weight(bits, size, extra_bytes):
+        return bits + 8 * extra_bytes / size
+
+    exercises.require(bits_per_weight, test_bits)
+
+
+# %% [markdown]
+# **2 (medium).** Predict, then measure. Qwen2.5-0.5B has rows of 896, and its down projection has rows of 4,864. Write down first which share of
+# its matrices can be K-quants. Then write the function: the share of the weights, from 0 to 1, that falls back. `shapes` is a list of
+# (rows, columns); a K-quant needs columns in multiples of `block`. Two lines.
+
+# %%
+def share_falling_back(shapes, block=256):
+    ...
+
+
+# %%
+def test_share(function):
+    assert function([(10, 256)]) is not None, "return a number"
+    assert function([(10, 256), (20, 512)]) == 0, "256 and 512 are multiples of 256: nothing falls back"
+    assert function([(256, 576)]) == 1, "the columns count, not the rows: 576 is no multiple of 256"
+    mixed = function([(576, 1536), (1536, 576), (1536, 576)])
+    assert abs(mixed - 2 / 3) < 1e-9, f"two of three equal matrices fall back, you have {mixed}"
+    assert abs(function([(100, 256), (1, 576)]) - 576 / 26176) < 1e-9, "count weights, not matrices"
+    assert function([(4, 96)], 32) == 0, "block is not used"
+    qwen = [(896, 896), (128, 896), (128, 896), (896, 896), (4864, 896), (4864, 896), (896, 4864)]
+    print(f"Qwen2.5-0.5B: {function(qwen):.0%} of the weights in a layer fall back")
+
+exercises.check(share_falling_back, test_share)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+if solutions:
+    def share_falling_back(shapes, block=256):
+        fallen = sum(rows * columns for rows, columns in shapes if columns % block)
+        return fallen / sum(rows * columns for rows, columns in shapes)
+
+    exercises.require(share_falling_back, test_share)
+
+
+# %% [markdown]
+# **3 (medium).** What did I download? Given the tensors of a file, as `open_gguf(path).tensors` has them (each with `.tensor_type.name`,
+# `.n_elements` and `.n_bytes`), return a dict with `"bits"`, the bits per weight of all tensors together, and `"mostly"`, the name of the type that
+# holds the most weights. Four lines.
+
+# %%
+def what_is_it(tensors):
+    ...
+
+
+# %%
+def test_what(function):
+    kinds = {"Q4_K": (512, 288), "Q6_K": (256, 210), "F32": (64, 256)}
+    tensors = [types.SimpleNamespace(tensor_type=types.SimpleNamespace(name=name), n_elements=count, n_bytes=size)
+               for name, (count, size) in kinds.items()]
+    answer = function(tensors)
+    assert isinstance(answer, dict) and answer.keys() == {"bits", "mostly"}, 'return {"bits": ..., "mostly": ...}'
+    assert answer["mostly"] == "Q4_K", f"Q4_K holds 512 of 832 weights, you have {answer['mostly']}"
+    assert abs(answer["bits"] - 8 * 754 / 832) < 1e-9, "all bytes times 8, by all weights"
+    several = function([tensors[0], *[tensors[1]] * 3])
+    assert several["mostly"] == "Q6_K", "add up the tensors of one type before you compare"
+
+exercises.check(what_is_it, test_what)
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+if solutions:
+    def what_is_it(tensors):
+        weights = {}
+        for tensor in tensors:
+            weights[tensor.tensor_type.name] = weights.get(tensor.tensor_type.name, 0) + tensor.n_elements
+        total_bytes = sum(tensor.n_bytes for tensor in tensors)
+        return {"bits": 8 * total_bytes / sum(weights.values()), "mostly": max(weights, key=weights.get)}
+
+    exercises.require(what_is_it, test_what)
+    print(what_is_it(open_gguf(files["q4_k_m"]).tensors))
+
+# %% [markdown]
+# ## Quiz
+#
+# Three questions. Each answer says why it is right or not.
+
+# %%
+from helpers import quiz
+
+quiz.Quiz("08_gguf_llama_cpp")
+
+# %% [markdown]
+# ## Takeaways
+#
+# 1. **A GGUF type is a block: codes, a scale, sometimes a minimum.** Q8_0 has 8.5 bits a weight and Q4_0 4.5. Q4_K has 4.5 too, with a minimum,
+#    because it quantizes its scales. Thirty lines give the libraries' numbers.
+# 2. **A file's name is a recipe.** Where 256 does not divide the rows, llama.cpp falls back to larger types: count the bytes of the tensors and
+#    do not trust the name.
+# 3. **The engine is part of the result.** llama.cpp decodes several times as fast as transformers in float32, rounds activations to 8 bits on the way, and a
+#    wrong template costs more than most quantizations.
+#
+# <!-- navigation -->
+# <!-- /navigation -->
+
+# %% tags=["record"]
+for name, scored in quality.items():
+    records.write(
+        output_dir, method=f"gguf-{name}", notebook="08_gguf_llama_cpp", found=found, windows=windows, scores=scored,
+        in_domain=(in_domain, second[name]), bits_per_weight=bits[name], weight_bytes=tensor_bytes[name],
+        peak_memory_bytes=peaks[name], quantize_seconds=seconds[name],
+        # llama.cpp runs on the CPU here: beside a GPU's other numbers its speed would mislead
+        decode_tokens_per_s=rates[name].decode_tokens_per_s if found.device == "cpu" else None)
