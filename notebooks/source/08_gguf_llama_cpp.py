@@ -32,7 +32,7 @@ new_tokens = 32
 port = 0
 
 # %%
-import contextlib, functools, json, os, pathlib, socket, struct, subprocess, sys, tempfile, time, types
+import contextlib, functools, json, math, os, pathlib, socket, struct, subprocess, sys, tempfile, time, types
 
 import gguf
 import httpx
@@ -732,7 +732,8 @@ pd.DataFrame({"MB": sizes, "seconds": seconds}).round(1)
 #
 # ## What is in the file
 #
-# The first 24 bytes: the letters GGUF, a version, the number of tensors, the number of metadata entries. Ours and gguf's reader:
+# The first 24 bytes: the letters GGUF, a version, the number of tensors, the number of metadata entries. Our reader of them, and libgguf's of
+# the rest, with two questions that every downloaded file should be asked: is each tensor of a type we know, and is it there to its end?
 
 # %%
 def header(path):
@@ -748,42 +749,48 @@ def header(path):
 
 # %%
 def open_gguf(path):
-    """gguf's reader; ValueError that says what is wrong with a damaged file."""
+    """libgguf's view of a whole file; ValueError that says what is wrong with a damaged one."""
     header(path)
     try:
-        return gguf.GGUFReader(path)
-    except Exception as error:
-        if "GGMLQuantizationType" in str(error):
-            raise ValueError(f"{path.name}: {error}. A newer gguf may know this tensor type.") from error
-        advice = "Compare its size with that at its source."
-        raise ValueError(f"{path.name} is cut off or damaged ({error}). {advice}") from error
+        file = libgguf.open_gguf(path)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path.name} is cut off or damaged: {error}") from error
+    for tensor in file.tensors:
+        if tensor.nbytes is None:
+            unknown = f"{tensor.name} has type {tensor.qtype_value}"
+            raise ValueError(f"{path.name}: {unknown}, which this version of libgguf does not know")
+        end = tensor.data_offset + tensor.nbytes
+        if end > file.file_size:
+            cut = f"{tensor.name} would end at byte {end:,}, the file ends at {file.file_size:,}"
+            raise ValueError(f"{path.name} is cut off: {cut}. Download it again.")
+    return file
 
 
 # %%
-reader = open_gguf(files["q4_k_m"])
-version, tensor_count, entry_count = header(files["q4_k_m"])
-print(f"version {version}, {tensor_count} tensors, {entry_count} metadata entries")
-entries = {name: str(field.contents() if len(field.data) < 20 else f"{len(field.data):,} values")
-           for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-pd.Series({name: text[:70].replace("\n", " ") for name, text in entries.items()}, name="value").to_frame()
+file = open_gguf(files["q4_k_m"])
+assert header(files["q4_k_m"]) == (file.version, file.tensor_count, file.metadata_kv_count)
+print(f"version {file.version}, {file.tensor_count} tensors, {file.metadata_kv_count} metadata entries")
+entries = {name: f"{entry.length:,} values" if entry.length else str(entry.value)
+           for name, entry in file.metadata.items()}
+pd.Series({name: text[:60].replace("\n", " ") for name, text in entries.items()}, name="value").to_frame()
 
 # %% [markdown]
 # After the metadata comes a list of the tensors (name, shape, type, place), then the tensors themselves, each at a multiple of 32 bytes so
 # that the file can be mapped into memory as it is:
 
 # %%
-list_start = reader.tensors[0].field.offset
-size = files["q4_k_m"].stat().st_size
-edges = {"header": 0, "metadata": 24, "list of tensors": list_start, "tensors": reader.data_offset}
-layout = pd.DataFrame({"from byte": edges, "to byte": [24, list_start, reader.data_offset, size]})
-layout["share, %"] = 100 * (layout["to byte"] - layout["from byte"]) / size
+list_start = file.data_offset - sum(24 + len(tensor.name) + 8 * len(tensor.shape) for tensor in file.tensors)
+edges = [0, 24, list_start, file.data_offset, file.file_size]
+parts = ["header", "metadata, tokenizer", "list of tensors", "tensors"]
+layout = pd.DataFrame({"from byte": edges[:-1], "to byte": edges[1:]}, index=parts)
+layout["share, %"] = 100 * (layout["to byte"] - layout["from byte"]) / file.file_size
 layout.round(2)
 
 
 # %%
 def bytes_by_type(path):
     """{type: bytes} of the tensors in a GGUF file."""
-    rows = [[tensor.tensor_type.name, int(tensor.n_bytes)] for tensor in open_gguf(path).tensors]
+    rows = [[tensor.qtype, tensor.nbytes] for tensor in open_gguf(path).tensors]
     return pd.DataFrame(rows, columns=["type", "bytes"]).groupby("type")["bytes"].sum()
 
 by_type = pd.DataFrame({name: bytes_by_type(path) for name, path in files.items()}).fillna(0).T / 1e6
@@ -811,14 +818,18 @@ figures.show(fig, alt=f"Bytes of each tensor type in the files of {found.name}. 
 # The course scores every method in one protocol. So each file is dequantized into a transformers model in full precision:
 
 # %%
+def values_of(path, tensor):
+    """The weights of a tensor in a file, dequantized to float32."""
+    data = np.fromfile(path, np.uint8, tensor.nbytes, offset=tensor.data_offset)
+    return gguf.dequantize(data.reshape(*tensor.shape[:0:-1], -1), Type(tensor.qtype_value))
+
 @torch.inference_mode()
 def in_transformers(path):
     """A transformers model with the weights of a GGUF file."""
     net = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype)
     tensors = {tensor.name: tensor for tensor in open_gguf(path).tensors}
     for key, parameter in net.named_parameters():
-        tensor = tensors[name_in_gguf(key, config)]
-        values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
+        values = torch.from_numpy(values_of(path, tensors[name_in_gguf(key, config)]))
         parameter.copy_(halves_apart(values, rotary_heads(key, config)))
     return net.to(found.device).eval()
 
@@ -1400,9 +1411,9 @@ if solutions:
 
 
 # %% [markdown]
-# **3 (medium).** What did I download? Given the tensors of a file, as `open_gguf(path).tensors` has them (each with `.tensor_type.name`,
-# `.n_elements` and `.n_bytes`), return a dict with `"bits"`, the bits per weight of all tensors together, and `"mostly"`, the name of the type that
-# holds the most weights. Four lines.
+# **3 (medium).** What did I download? Given the tensors of a file, as `open_gguf(path).tensors` has them (each with its type's name `.qtype`,
+# its `.shape` and `.nbytes`), return a dict with `"bits"`, the bits per weight of all tensors together, and `"mostly"`, the name of the type
+# that holds the most weights. Five lines.
 
 # %%
 def what_is_it(tensors):
@@ -1411,10 +1422,8 @@ def what_is_it(tensors):
 
 # %%
 def test_what(function):
-    kinds = {"Q4_K": (512, 288), "Q6_K": (256, 210), "F32": (64, 256)}
-    space = types.SimpleNamespace
-    tensors = [space(tensor_type=space(name=name), n_elements=count, n_bytes=size)
-               for name, (count, size) in kinds.items()]
+    kinds = [("Q4_K", (256, 2), 288), ("Q6_K", (256, 1), 210), ("F32", (64,), 256)]
+    tensors = [types.SimpleNamespace(qtype=name, shape=shape, nbytes=size) for name, shape, size in kinds]
     answer = function(tensors)
     assert answer and set(answer) == {"bits", "mostly"}, 'return {"bits": ..., "mostly": ...}'
     assert answer["mostly"] == "Q4_K", f"Q4_K holds 512 of 832 weights, you have {answer['mostly']}"
@@ -1429,8 +1438,8 @@ if solutions:
     def what_is_it(tensors):
         weights = {}
         for tensor in tensors:
-            weights[tensor.tensor_type.name] = weights.get(tensor.tensor_type.name, 0) + tensor.n_elements
-        total_bytes = sum(tensor.n_bytes for tensor in tensors)
+            weights[tensor.qtype] = weights.get(tensor.qtype, 0) + math.prod(tensor.shape)
+        total_bytes = sum(tensor.nbytes for tensor in tensors)
         return {"bits": 8 * total_bytes / sum(weights.values()), "mostly": max(weights, key=weights.get)}
 
     exercises.require(what_is_it, test_what)
