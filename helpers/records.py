@@ -27,7 +27,7 @@ QUALITY = ("perplexity", "kl_divergence", "kl_low", "kl_high", "top1_agreement")
 IN_DOMAIN = ("text", "tokens", "perplexity", "kl_divergence", "top1_agreement")
 PROTOCOL = ("eval_tokens", "eval_context", "eval_text")
 FIELDS = ("method", "notebook", "model", "device", "versions", *PROTOCOL, *NUMBERS, "in_domain")
-PACKAGES = ("torch", "torchao", "transformers", "bitsandbytes", "peft", "gptqmodel", "autoawq", "auto-gptq")
+PACKAGES = ("torch", "torchao", "transformers", "bitsandbytes", "peft", "gptqmodel", "autoawq", "auto-gptq", "libgguf", "xllamacpp")
 
 
 class RecordError(ValueError):

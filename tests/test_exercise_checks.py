@@ -377,6 +377,39 @@ CASES = {
         "lambda: 'ValueError'": "finds this too",
         "lambda: ''": "regular expression as text",
     }),
+    ("08", "bits_per_weight"): (dict, [
+        "lambda bits, size, extra_bytes: bits + 8 * extra_bytes / size",
+        "def bits_per_weight(bits, size, extra_bytes):\n    block_bytes = size * bits / 8 + extra_bytes\n    return 8 * block_bytes / size",
+    ], {
+        "lambda bits, size, extra_bytes: bits": "the scale is missing",
+        "lambda bits, size, extra_bytes: bits + extra_bytes / size": "a byte has 8 bits",
+        "lambda bits, size, extra_bytes: bits + 8 * extra_bytes / 32": "is size used",
+        "lambda bits, size, extra_bytes: 4 + 8 * extra_bytes / size": "is bits used",
+        "lambda bits, size, extra_bytes: None": "return a number",
+    }),
+    ("08", "share_falling_back"): (dict, [
+        "lambda shapes, block=256: sum(r * c for r, c in shapes if c % block) / sum(r * c for r, c in shapes)",
+        "def share_falling_back(shapes, block=256):\n    total = fallen = 0\n    for rows, columns in shapes:\n        total += rows * columns\n"
+        "        if columns / block != columns // block:\n            fallen += rows * columns\n    return fallen / total",
+    ], {
+        "lambda shapes, block=256: sum(r * c for r, c in shapes if r % block) / sum(r * c for r, c in shapes)": "nothing falls back|the columns count",
+        "lambda shapes, block=256: sum(c % block > 0 for r, c in shapes) / len(shapes)": "count weights",
+        "lambda shapes, block=256: sum(r * c for r, c in shapes if c % 256) / sum(r * c for r, c in shapes)": "block is not used",
+        "lambda shapes, block=256: None": "return a number",
+    }),
+    ("08", "what_is_it"): (dict, [
+        "def what_is_it(tensors):\n    import collections\n    count, size = collections.Counter(), 0\n    for t in tensors:\n"
+        "        count[t.qtype] += math.prod(t.shape)\n        size += t.nbytes\n    return dict(bits=8 * size / count.total(), mostly=count.most_common(1)[0][0])",
+        "def what_is_it(tensors):\n    weights = [1 if not t.shape else math.prod(t.shape) for t in tensors]\n    kinds = {t.qtype for t in tensors}\n"
+        "    share = lambda kind: sum(w for t, w in zip(tensors, weights) if t.qtype == kind)\n"
+        "    return {'mostly': max(kinds, key=share), 'bits': sum(t.nbytes for t in tensors) * 8 / sum(weights)}",
+    ], {
+        "lambda tensors: None": "return {",
+        "lambda tensors: {'bits': 8 * sum(t.nbytes for t in tensors) / sum(math.prod(t.shape) for t in tensors), 'mostly': max(tensors, key=lambda t: math.prod(t.shape)).qtype}":
+            "add up the tensors",
+        "lambda tensors: {'bits': sum(t.nbytes for t in tensors) / sum(math.prod(t.shape) for t in tensors), 'mostly': 'Q4_K'}": "times 8",
+        "lambda tensors: {'bits': 7.25, 'mostly': max(tensors, key=lambda t: t.nbytes / math.prod(t.shape)).qtype}": "Q4_K holds",
+    }),
     ("11", "tokens_that_fit"): (dict, [
         "lambda free, layers, heads, dim, bits=16: int(free // (2 * layers * heads * dim * bits / 8))",
         "def tokens_that_fit(free_bytes, layers, kv_heads, head_dim, cache_bits=16):\n    one = layers * kv_heads * head_dim * cache_bits\n"

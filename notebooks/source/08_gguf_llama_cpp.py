@@ -1128,7 +1128,8 @@ if found.name.startswith("SmolLM2"):
 #
 # ## What goes wrong in Ollama and llama.cpp
 #
-# Most "this model is bad" is a wrong prompt. Here the same file with another template, one of those that are built into llama.cpp:
+# Many a bad answer comes from a wrong prompt. Here the same file with other templates: the one that llama.cpp takes where a file has none, the one of
+# another family of models, and the *name* of a template where the template itself belongs. All of them run without an error.
 
 # %%
 def templated(template):
@@ -1142,7 +1143,9 @@ def templated(template):
 
 
 # %%
-templates = {"the file's own": "", "where a file has none": "chatml", "of another family": "llama2"}
+other_family = "{% for message in messages %}[INST] {{ message['content'] }} [/INST]{% endfor %}"
+templates = {"the file's own": "", "where a file has none": "chatml", "of another family": other_family,
+             "a name instead": "llama2"}
 prompts = pd.DataFrame({name: templated(template) for name, template in templates.items()},
                        index=["prompt", "answer", "ended by"]).T
 with pd.option_context("display.max_colwidth", None):
