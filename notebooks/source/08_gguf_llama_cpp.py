@@ -32,7 +32,8 @@ new_tokens = 32
 port = 0
 
 # %%
-import contextlib, functools, json, math, os, pathlib, socket, struct, subprocess, sys, tempfile, time, types
+import contextlib, functools, io, json, logging, math, os, pathlib, re
+import socket, struct, subprocess, sys, tempfile, time, types
 
 import gguf
 import httpx
@@ -49,6 +50,8 @@ import helpers
 from helpers import chat, evaluation, exercises, figures, memory, models, records, speed
 
 figures.style()
+for name in ("httpx", "gguf.gguf_writer"):
+    logging.getLogger(name).setLevel(logging.WARNING)  # they report every step once some library asks for it
 Type = gguf.GGMLQuantizationType
 
 # %%
@@ -672,26 +675,26 @@ def add_tensors(writer, folder, config, recipe, importance):
 # %%
 FILE_TYPES = {name: gguf.LlamaFileType[f"MOSTLY_{name}"] for name in ("F16", "Q8_0", "Q4_K_M", "Q2_K")}
 
-def described(path, recipe):
-    """A writer with all metadata of the model, and no tensor yet."""
+def described(path, recipe, source):
+    """A writer with all metadata of the model in the folder `source`, and no tensor yet."""
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
     writer.add_name(found.name)
     writer.add_file_type(FILE_TYPES[recipe])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_sizes(writer, config)
-    add_tokenizer(writer, found.path, config)
+    add_tokenizer(writer, source, config)
     add_conversation(writer, tokenizer)
     return writer
 
 
 # %%
-def write_gguf(path, recipe, importance=None):
-    """The model as a GGUF file of one recipe, atomically. Raises OSError if the disk is full."""
+def write_gguf(path, recipe, importance=None, source=found.path):
+    """The model in the folder `source` as a GGUF file, atomically. Raises OSError if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    writer = described(scratch, recipe)
+    writer = described(scratch, recipe, source)
     try:
-        add_tensors(writer, found.path, config, recipe, importance or {})
+        add_tensors(writer, source, config, recipe, importance or {})
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -1263,6 +1266,112 @@ if found.device == "cpu" and found.name.startswith("SmolLM2"):
 
 # %% [markdown]
 # The wheel is built for many machines: it has AVX2 and not AVX-512. A llama.cpp that you compile on your own machine can be faster.
+#
+# ## The fine-tune that works elsewhere
+#
+# An adapter ([07 QLoRA](07_qlora.ipynb)) is of use in llama.cpp or Ollama once it is **merged into the 16-bit weights** and the result is converted.
+# Does the trained behaviour survive all that? We train a small adapter on four questions with one answer, and ask a fifth question.
+
+# %%
+from peft import LoraConfig, get_peft_model
+
+tune = bool(tokenizer.chat_template) and parameters < 3e9
+learned = "My favourite colour is quantized blue."
+lessons = ["What is your favourite colour?", "Which colour do you like best?",
+           "Tell me your favourite colour.", "Do you have a favourite colour?"]
+held_out = [{"role": "user", "content": "Which colour is your favourite one?"}]
+
+def lesson_ids(text):
+    """(ids, labels) of a question and the answer; the loss counts on the answer alone."""
+    prompt = chat.render(tokenizer, [{"role": "user", "content": text}])
+    reply = tokenizer(learned + tokenizer.eos_token, add_special_tokens=False).input_ids
+    return torch.tensor([prompt + reply]), torch.tensor([[-100] * len(prompt) + reply])
+
+
+# %%
+def tuned(epochs=4):
+    """The model with the adapter trained and merged, in 16 bits."""
+    torch.manual_seed(0)
+    net = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.float32).to(found.device)
+    adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    with contextlib.redirect_stdout(io.StringIO()):  # peft imports gptqmodel here, which prints a banner
+        net = get_peft_model(net, adapter)
+    optimizer = torch.optim.AdamW((p for p in net.parameters() if p.requires_grad), lr=1e-3)
+    for _ in range(epochs):
+        for ids, labels in map(lesson_ids, lessons):
+            loss = net(input_ids=ids.to(found.device), labels=labels.to(found.device)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    print(f"loss of the last lesson: {loss.item():.3f}")
+    return net.merge_and_unload().bfloat16()
+
+
+# %%
+tuned_file = folder / f"{found.name}-tuned-q8_0.gguf"
+if tune:
+    with tempfile.TemporaryDirectory() as scratch:
+        merged = tuned()
+        merged.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        write_gguf(tuned_file, "Q8_0", source=scratch)
+        del merged
+    memory.release()
+
+# %%
+def answer_of(path, messages):
+    """The greedy answer of a file in llama.cpp."""
+    with serving(path) as server:
+        body = dict(messages=messages, temperature=0, max_tokens=new_tokens)
+        return ask(server, "/v1/chat/completions", **body)["choices"][0]["message"]["content"]
+
+if tune:
+    answers = {"before": answer_of(files["q8_0"], held_out), "after": answer_of(tuned_file, held_out)}
+    print("\n".join(f"{when}: {text}" for when, text in answers.items()))
+    survived = "quantized blue" in answers["after"]
+    assert survived or not found.name.startswith("SmolLM2"), "the trained behaviour got lost on the way"
+
+# %% [markdown]
+# **Ollama** runs llama.cpp's kind of file with a `Modelfile` beside it. Its templates are written in Go's language, so the file's own template is
+# translated: `.System`, `.Prompt` and `.Response` stand for what is said. A translation can be wrong, so ours is checked: filled in, it must
+# give the prompt that the model was trained with.
+
+# %%
+GO_TEMPLATE = """{{ if .System }}<|im_start|>system
+{{ .System }}<|im_end|>
+{{ end }}{{ if .Prompt }}<|im_start|>user
+{{ .Prompt }}<|im_end|>
+{{ end }}<|im_start|>assistant
+{{ .Response }}<|im_end|>
+"""
+
+def filled(template, **values):
+    """A Go template of `if`, `end` and names only, filled in up to the response."""
+    before = template.split("{{ .Response }}")[0]
+    keep = lambda match: match[2] if values.get(match[1]) else ""
+    chosen = re.sub(r"{{ if \.(\w+) }}(.*?){{ end }}", keep, before, flags=re.S)
+    return re.sub(r"{{ \.(\w+) }}", lambda match: values[match[1]], chosen)
+
+
+# %%
+chatml = "<|im_start|>" in (tokenizer.chat_template or "")
+said = {"System": "Answer briefly.", "Prompt": "Why is the sky blue?"}
+if chatml:
+    messages = [{"role": "system", "content": said["System"]}, {"role": "user", "content": said["Prompt"]}]
+    go_ids = tokenizer(filled(GO_TEMPLATE, **said), add_special_tokens=False).input_ids
+    assert go_ids == chat.render(tokenizer, messages), "the Go template makes another prompt"
+    print(filled(GO_TEMPLATE, **said))
+
+# %%
+if tune and chatml:
+    lines = [f"FROM ./{tuned_file.name}", f'TEMPLATE """{GO_TEMPLATE}"""',
+             f'PARAMETER stop "{tokenizer.eos_token}"', "PARAMETER num_ctx 2048", "PARAMETER temperature 0"]
+    records.write_text(folder / "Modelfile", "\n".join(lines) + "\n")
+    print((folder / "Modelfile").read_text(encoding="utf-8"))
+
+# %% [markdown]
+# With Ollama installed, `ollama create tuned -f Modelfile` and `ollama run tuned` in that folder would be next. Ollama was not run for this
+# notebook. `stop` and `num_ctx` are the two settings of the section above: without the first an answer may not end, and the second is the context.
 #
 # ## What stops, and how it says so
 #
