@@ -49,6 +49,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import helpers
 from helpers import chat, evaluation, exercises, figures, memory, models, records, speed
 
+
+# %%
 figures.style()
 for name in ("httpx", "gguf.gguf_writer"):
     logging.getLogger(name).setLevel(logging.WARNING)  # they report every step once some library asks for it
@@ -262,39 +264,41 @@ print(f"{decoded.size:,} numbers, all equal; relative error {error:.4f}")
 
 
 # %% [markdown]
-# Encoding is a search, because the file format leaves it open which scale and minimum to take. For each block we try 21 grids, round to
-# each, and then solve for the best scale and minimum of those codes. That is a straight line through 32 points, fitted by weighted least
-# squares: `value = scale * code - minimum`. The minimum must not be negative.
+# Encoding is a search, because the file format leaves it open which scale and minimum to take. For each block we try 21 grids and round to each.
+# Then we solve for the best scale and minimum of those codes, and the next try starts from the best minimum so far. To solve means to
+# fit a straight line through 32 points by weighted least squares: `value = scale * code - minimum`. The minimum must not be negative.
 
 # %%
 def fit_line(values, weights, codes):
-    """Scale, minimum and weighted squared error of the best line through (code, value), each [..., 1]."""
+    """Scale, minimum, weighted squared error and the codes' weight of the best line through (code, value)."""
     def total(numbers):
         return (weights * numbers).sum(-1, keepdims=True)
 
     count, first, second = total(np.ones_like(codes)), total(codes), total(codes * codes)
     value, product = total(values), total(values * codes)
-    spread = np.maximum(count * second - first * first, 1e-20)
-    scale, low = (count * product - value * first) / spread, (value * second - first * product) / spread
-    scale = np.where(low > 0, product / np.maximum(second, 1e-20), scale)  # then the line goes through zero
+    spread = count * second - first * first
+    flat = spread <= 1e-5 * count * second  # all codes are equal
+    safe = np.where(flat, 1, spread)
+    scale, low = (count * product - value * first) / safe, (value * second - first * product) / safe
+    low = np.where(flat, np.where(second > 0, 0, value * inverse(count)), low)
+    scale = np.where(flat | (low > 0), product * inverse(second), scale)  # then the line goes through zero
     low = np.minimum(low, 0)
-    return scale, -low, total((scale * codes + low - values) ** 2)
+    return scale, -low, total((scale * codes + low - values) ** 2), second
 
 
 # %%
 def fit_blocks(values, weights, tries=21):
-    """The best scale and minimum of blocks [n, 8, 32], each [n, 8]."""
-    low = np.minimum(values.min(-1, keepdims=True), 0)
-    span = np.maximum(values.max(-1, keepdims=True) - low, 1e-12)
-    best = None
+    """The best scale and minimum of blocks [n, 8, 32], and the weight of a scale's error, each [n, 8]."""
+    high, low = values.max(-1, keepdims=True), np.minimum(values.min(-1, keepdims=True), 0)
+    best = [np.zeros_like(low), -low, np.full_like(low, np.inf), np.zeros_like(low)]
     for top in np.linspace(14, 16, tries, dtype=np.float32):
-        codes = np.rint((values - low) * (top / span)).clip(0, 15)
-        found_now = fit_line(values, weights, codes)
-        if best is None:
-            best = found_now
-        better = found_now[2] < best[2]
-        best = [np.where(better, new, old) for new, old in zip(found_now, best)]
-    return best[0][..., 0], best[1][..., 0]
+        low = -best[1]  # the best minimum so far
+        codes = np.rint((values - low) * top * inverse(high - low)).clip(0, 15)
+        fitted = fit_line(values, weights, codes)
+        better = fitted[2] < best[2]
+        best = [np.where(better, new, old) for new, old in zip(fitted, best)]
+    scale, minimum, _, scale_weight = (part[..., 0] for part in best)
+    return scale, minimum, scale_weight
 
 
 # %% [markdown]
@@ -321,8 +325,9 @@ def q4_k(rows, importance=None):
     """float32 [rows, columns], columns a multiple of 256 -> bytes [super-blocks, 144]."""
     values = rows.reshape(-1, 8, 32)
     weights = error_weights(rows, importance)
-    scales, minima = fit_blocks(values, weights)
-    (unit, scales), (low_unit, minima) = (six_bits(part, weights.sum(-1)) for part in (scales, minima))
+    scales, minima, scale_weights = fit_blocks(values, weights)
+    unit, scales = six_bits(scales, scale_weights)
+    low_unit, minima = six_bits(minima, weights.sum(-1))
     step, low = unit.astype(np.float32) * scales, low_unit.astype(np.float32) * minima
     codes = np.rint((values + low[..., None]) * inverse(step)[..., None]).clip(0, 15).astype(np.uint8)
     pairs = codes.reshape(-1, 4, 2, 32)
