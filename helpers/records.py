@@ -113,8 +113,8 @@ def check(record):
     unknown, missing = sorted(record.keys() - set(FIELDS)), sorted(set(FIELDS) - record.keys())
     if unknown or missing:
         raise RecordError(f"{record.get('method')}: " + "; ".join(f"{word} fields: {', '.join(names)}" for word, names in (("unknown", unknown), ("missing", missing)) if names))
-    if not isinstance(record["method"], str) or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", record["method"]):
-        raise RecordError(f"method must be lower-case letters, digits, dots and hyphens, not {record['method']!r}")
+    if not isinstance(record["method"], str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", record["method"]):
+        raise RecordError(f"method must be lower-case letters, digits, dots, hyphens and underscores, not {record['method']!r}")
     for name in ("notebook", "model", "device"):
         if not isinstance(record[name], str) or not record[name]:
             raise RecordError(f"{record['method']}: {name} must be a non-empty text")
