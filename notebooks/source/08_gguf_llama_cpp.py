@@ -1274,8 +1274,8 @@ if found.device == "cpu" and found.name.startswith("SmolLM2"):
 #
 # ## The fine-tune that works elsewhere
 #
-# An adapter ([07 QLoRA](07_qlora.ipynb)) is of use in llama.cpp or Ollama once it is **merged into the 16-bit weights** and the result is converted.
-# Does the trained behaviour survive all that? We train a small adapter on four questions with one answer, and ask a fifth question.
+# The simplest way of an adapter ([07 QLoRA](07_qlora.ipynb)) into llama.cpp or Ollama: **merge it into the 16-bit weights**, then convert the result.
+# Does the trained behaviour survive that? We train a small adapter on four questions with one answer, and ask a fifth question.
 
 # %%
 from peft import LoraConfig, get_peft_model
@@ -1576,7 +1576,7 @@ quiz.Quiz("08_gguf_llama_cpp")
 # ## Takeaways
 #
 # 1. **A GGUF type is a block: codes, a scale, sometimes a minimum.** Q8_0 has 8.5 bits a weight and Q4_0 4.5. Q4_K has 4.5 too, with a minimum,
-#    because it quantizes its scales. Thirty lines give the libraries' numbers.
+#    because it quantizes its scales. A screenful of numpy gives the libraries' numbers.
 # 2. **A file's name is a recipe.** Where 256 does not divide the rows, llama.cpp falls back to larger types: count the bytes of the tensors and
 #    do not trust the name.
 # 3. **The engine is part of the result.** llama.cpp decodes several times as fast as transformers in float32, rounds activations to 8 bits on the way, and a
