@@ -119,6 +119,7 @@ for ax, (name, levels) in zip(axes, grids.items()):
     ax.eventplot(levels, lineoffsets=0, linelengths=1, color=figures.PALETTE[0])
     ax.plot(block, np.zeros(32), "o", color=figures.PALETTE[1], markersize=4)
     ax.set(yticks=[], ylabel=name)
+axes[0].set_title("With a minimum of its own, the grid ends where the weights end")
 axes[1].set_xlabel("value (dots: the 32 weights, lines: the 16 levels)")
 ratio = distances["mean error"]["Q4_1"] / distances["mean error"]["Q4_0"]
 figures.show(fig, alt=f"One block of 32 weights of {found.name} on the 16 levels of Q4_0 and of Q4_1. The "
@@ -812,10 +813,10 @@ for kind, color in zip(by_type, shades):
     ax.barh(by_type.index, by_type[kind], left=left, color=color, label=kind)
     left += by_type[kind].to_numpy()
 ax.invert_yaxis()
-ax.set(xlabel="MB of tensors", title="The same recipe name can hold many types")
-ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 mixed = by_type.loc["q4_k_m"]
 share = mixed.get("Q4_K", 0) / mixed.sum()
+ax.set(xlabel="MB of tensors", title=f"{share:.0%} of the bytes of Q4_K_M are of type Q4_K")
+ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 figures.show(fig, alt=f"Bytes of each tensor type in the files of {found.name}. In the file that is called "
              f"Q4_K_M, {share:.0%} of the bytes are of type Q4_K.", table=by_type.round(1))
 
@@ -867,8 +868,8 @@ for name in recipes:
     memory.release()
 
 # %%
-parameters = plan("F16", config).weights.sum()
-tensor_bytes = {name: int(1e6 * by_type.loc[name].sum()) for name in quality}
+parameters = memory.predict(config, bits=16).parameters
+tensor_bytes = {name: round(1e6 * by_type.loc[name].sum()) for name in quality}
 bits = {name: 8 * size / parameters for name, size in tensor_bytes.items()}
 scores = pd.DataFrame({name: {
     "bits per weight": bits[name], "perplexity": each.perplexity,
@@ -885,7 +886,8 @@ for (name, row), color in zip(scores.iterrows(), figures.PALETTE):
     lower = name == "q4_k_m-imatrix"  # of the two at one size
     ax.annotate(name, place, (8, -12 if lower else 6), textcoords="offset points", color=color)
 ax.set(xlabel="bits per weight of the file", ylabel="KL, nats (less is better)")
-ax.set(yscale="log", xlim=(None, 9.5))
+change = scores["KL"]["q4_k_m-imatrix"] / scores["KL"]["q4_k_m"] - 1
+ax.set(yscale="log", xlim=(None, 9.5), title=f"The importance matrix changes the KL by {change:+.0%}, at no bytes")
 least, most = scores["KL"].min(), scores["KL"].max()
 ends = f"from {least:.4f} ({scores['KL'].idxmin()}) to {most:.3f} ({scores['KL'].idxmax()})"
 figures.show(fig, alt=f"KL divergence of the GGUF files of {found.name} on four genres, weights dequantized, "
@@ -1126,7 +1128,8 @@ engines.round(5)
 # %%
 added = kl_at["q8_0", "llama.cpp"] - kl_at["q8_0", "transformers"]
 low, high = evaluation.interval(added)
-print(f"Q8_0 at {len(places)} positions: KL {engines['KL']['q8_0', 'transformers']:.4f} with rounded weights; "
+at_first = engines["KL"]["q8_0", "transformers"]
+print(f"Q8_0 at {len(places)} positions: KL {at_first:.4f} with rounded weights; "
       f"llama.cpp, which rounds activations too, adds {added.mean():+.4f} [{low:+.4f}, {high:+.4f}]")
 if found.name.startswith("SmolLM2"):
     assert engines["KL"]["f16", "llama.cpp"] < 0.001, "with 16-bit weights the two programs must agree"
@@ -1253,7 +1256,7 @@ fig, ax = plt.subplots(figsize=(7, 2.4))
 colors = [figures.PALETTE[4], *[figures.PALETTE[0]] * len(quality)]
 ax.barh(speeds.index, speeds["decode tok/s"], color=colors)
 ax.invert_yaxis()
-ax.set(xlabel="decoded tokens per second, batch 1")
+ax.set(xlabel="decoded tokens per second, batch 1", title=f"Q4_K_M decodes {times_faster:.1f} times as fast")
 where = f"{found.device.upper()}, {torch.get_num_threads()} threads"
 figures.show(fig, alt=f"Decode speed of {found.name}: q4_k_m in llama.cpp on the CPU is {times_faster:.1f} "
              f"times as fast as {full} on the {where}.", table=speeds.round(2))
