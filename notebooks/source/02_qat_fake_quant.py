@@ -54,7 +54,7 @@ transformers_logging.disable_progress_bar()
 # can be trained here, long before quantization saves a byte.
 
 # %%
-found = models.find(model)
+found = models.find(model, copies=4)
 parameters = memory.predict(AutoConfig.from_pretrained(found.path)).parameters
 free = memory.free_vram() if found.device == "cuda" else memory.free_ram()
 needed = 16 * parameters
