@@ -15,7 +15,7 @@ test: $(VENV)/.ready
 
 # Everything but the executed notebooks: seconds instead of minutes.
 unit: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not notebook"
+	$(BIN)/python -m pytest -m "not notebook and not slow"
 
 lab: $(VENV)/.ready
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb

@@ -33,7 +33,6 @@ from helpers import __version__, cores, memory, models, notebooks, packaged, rec
 OK, NOTE, BAD = "ok", "note", "bad"
 RUNS, SMALL, CANNOT = "run", "run with the small model", "cannot"
 HUB_SECONDS = 4  # for everything that is asked of the network; it is asked while torch is imported
-EMPTY_KERNEL = 0.5e9  # bytes of RAM of a process that imported the libraries and loaded no model (measured)
 CONTEXT = 512  # tokens, the course's evaluation windows
 GPU_EXTRA = 1.5e9  # bytes of VRAM beside weights and KV cache: CUDA's own context and activations
 AUTO_GPU = 15 * 2**30  # from here on, "auto" wants Mistral-7B
@@ -161,11 +160,15 @@ def advise(paths, machine, model="auto", config=None):
 
     model, config  as asked for, and its transformers config; without one, a model other than the default cannot be judged
     """
-    return [_advise(path.stem, _course(path), machine, model, config) for path in paths]
+    return [_advise(path.stem, {**_course(path), "copies": notebooks.copies(path)}, machine, model, config) for path in paths]
 
 
-def needs(cost, config=None, gpu=False):
-    """The `Need` of a notebook with this cost card, for the default model or, with `config`, for another one."""
+def needs(cost, config=None, gpu=False, copies=1):
+    """The `Need` of a notebook with this cost card, for the default model or, with `config`, for another one.
+
+    copies: how many times the notebook holds a model in full precision at once (what it tells `models.find`); on a CPU its peak grows
+    by that many times the difference in size.
+    """
     cpu = cost["cpu"]
     measured = Need(cpu["peak_ram_bytes"], 0, cpu["disk_bytes"], False)
     if config is None:
@@ -178,7 +181,7 @@ def needs(cost, config=None, gpu=False):
         return Need(cost["gpu_7b"]["peak_ram_bytes"], cost["gpu_7b"]["peak_vram_bytes"], disk, False)
     if gpu:
         return Need(measured.ram, int(asked.total + GPU_EXTRA), disk, True)
-    return Need(int(EMPTY_KERNEL + max(0, measured.ram - EMPTY_KERNEL) * scale), 0, disk, True)
+    return Need(int(measured.ram + copies * (asked.total - small.total)), 0, disk, True)
 
 
 def _parameters(config):
@@ -199,7 +202,7 @@ def _advise(name, course, machine, model, config):
     if wants_large:
         label = models.MISTRAL if model == "auto" else model
         shape = models.mistral_config() if model == "auto" else config
-        need = needs(cost, shape, gpu=bool(machine.gpu)) if shape is not None else None
+        need = needs(cost, shape, bool(machine.gpu), course["copies"]) if shape is not None else None
         short = machine.large or _short(need, machine, run, model)
         if not short:
             return Advice(name, RUNS, label, need.ram, need.vram, need.disk, need.estimate)

@@ -77,6 +77,12 @@ def tagged(notebook, tag):
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
+def copies(path):
+    """How many times a notebook holds its model in full precision at once: what it says to `models.find`, 1 if it says nothing."""
+    said = re.search(r"models\.find\(.*?copies=([\d.]+)", path.read_text(encoding="utf-8"))
+    return float(said[1]) if said else 1.0
+
+
 def cost_card(notebook):
     """Markdown table of what the notebook cost in its measured runs (metadata `course.cost`)."""
     cost = notebook.metadata.get("course", {}).get("cost", {})

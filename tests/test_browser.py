@@ -396,13 +396,13 @@ def run_all(tab, lab, notebook, name, seconds):
     prompts = "[...document.querySelectorAll('.jp-CodeCell')].map((e) => e.querySelector('.jp-InputPrompt').innerText)"
     tab.get_by_role("menuitem", name="Run", exact=True).click()
     tab.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    error = "document.querySelectorAll(\"[data-mime-type='application/vnd.jupyter.error']\").length"
+    traces = "[...document.querySelectorAll(\"[data-mime-type='application/vnd.jupyter.stderr']\")].map((e) => e.innerText).filter((text) => text.includes('Traceback'))"
     try:
-        tab.wait_for_function(f"{error} || /\\[\\d+\\]/.test({prompts}.at(-1))", timeout=1000 * seconds)
+        tab.wait_for_function(f"{traces}.length || /\\[\\d+\\]/.test({prompts}.at(-1))", timeout=1000 * seconds)
     except playwright.sync_api.TimeoutError:
         asked = tab.locator(".jp-Dialog").all_inner_texts()
         pytest.fail(f"{name} has not run after {seconds} s: {tab.evaluate(prompts)}, asked {asked}, console {tab.wrong}")
-    assert tab.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts() == []
+    assert tab.evaluate(traces) == []
     shown = tab.evaluate(prompts)  # a folded cell shows none
     assert all(prompt in ("", f"[{number}]:") for number, prompt in enumerate(shown, 1)), f"not each cell once, in order: {shown}"
 
@@ -520,7 +520,7 @@ def test_quiz_by_keyboard_explains_and_is_kept(widgets, lab):
 @in_lab
 def test_notebook_00_and_a_chat_with_the_model(tab, lab):
     """Run all, by mouse; then ask in the chat box and watch the answer grow."""
-    small = {"model": models.OFFLINE, "output_dir": str(lab[1] / "build"), "eval_tokens": 512, "max_new_tokens": 16}
+    small = {"model": models.OFFLINE, "output_dir": str(lab[1] / "build"), "eval_tokens": 1024, "max_new_tokens": 16}
     run_all(tab, lab, cut("00", "records.write(", **small), "start", 300)
     tab.evaluate(
         """() => { window.seen = []; new MutationObserver(() => {
@@ -540,7 +540,7 @@ def test_notebook_00_and_a_chat_with_the_model(tab, lab):
 
 @in_lab
 def test_the_explorer_by_the_keyboard_alone_changes_the_picture(tab, lab):
-    small = {"model": models.OFFLINE, "output_dir": str(lab[1] / "build"), "eval_tokens": 512, "probe_tokens": 512, "calibration_tokens": 512}
+    small = {"model": models.OFFLINE, "output_dir": str(lab[1] / "build"), "eval_tokens": 1024, "probe_tokens": 512, "calibration_tokens": 512}
     run_all(tab, lab, cut("01", "explorer = Explorer()", **small), "explorer", 300)
     explorer = tab.locator(".jp-OutputArea-output", has=tab.get_by_label("bits"))
     picture = explorer.locator("img")

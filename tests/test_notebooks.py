@@ -96,7 +96,9 @@ def test_notebook(path, build, executions, found):
     assert text.count("✓") == len(notebooks.tagged(executed, "solution")), "a solution does not pass its check"
 
     committed = nbformat.read(path, as_version=4).metadata.course.cost.cpu
-    assert result.peak_ram_bytes < 1.25 * committed.peak_ram_bytes, "the cost card promises less memory: run `make outputs`"
+    same_arithmetic = ("bfloat16 in hardware" in committed.machine) == models.cpu_multiplies_bfloat16()
+    more = 1.25 if same_arithmetic else 2.2  # where bfloat16 is emulated, what the card's machine held in 16 bits is held in 32
+    assert result.peak_ram_bytes < more * committed.peak_ram_bytes, "the cost card promises less memory: run `make outputs`"
 
     perplexity = baseline(found)
     for method, record in written.items():
@@ -391,24 +393,46 @@ def test_a_new_process_says_what_the_notebook_printed(method, build):
     assert len(answer) > 40 and answer in printed
 
 
-def test_other_parameters_give_another_record(build, tmp_path):
-    """As the README shows it: papermill's own command line, fp4 instead of nf4."""
-    notebook, output = ROOT / "notebooks" / "04_nf4_bitsandbytes.ipynb", tmp_path / "out.ipynb"
-    command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-p", "quant_type", "fp4", "-p", "eval_tokens", "1024",
-               "-p", "model", models.OFFLINE, "-p", "output_dir", str(tmp_path), "--no-progress-bar"]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | run.BATCH)
-    assert done.returncode == 0, done.stderr[-2000:]
-    fp4 = records.read(tmp_path)["fp4"]
-    assert fp4["method"] == "fp4" and fp4["eval_tokens"] == 1024 and fp4["kl_divergence"] > 0.1
+def fp4(folder, threads):
+    """As the README shows it: papermill's own command line, fp4 instead of nf4; the finished process."""
+    notebook = ROOT / "notebooks" / "04_nf4_bitsandbytes.ipynb"
+    command = [sys.executable, "-m", "papermill", str(notebook), str(folder / "out.ipynb"), "-p", "quant_type", "fp4", "-p", "eval_tokens", "1024",
+               "-p", "model", models.OFFLINE, "-p", "output_dir", str(folder), "--no-progress-bar"]  # fmt: skip
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | run.BATCH | {"OMP_NUM_THREADS": str(threads)})
 
 
-def test_qat_at_three_bits(tmp_path):
-    """Fewer bits through the parameters; the recovery is printed, not asserted, away from four bits."""
-    path = ROOT / "notebooks" / "02_qat_fake_quant.ipynb"
-    executed, _ = outcome(path, tmp_path, execute(path, tmp_path, cwd=tmp_path, bits=3, steps=2, guide_steps=1, eval_tokens=1024))
+def three_bits(folder, threads):
+    return execute(ROOT / "notebooks" / "02_qat_fake_quant.ipynb", folder, folder, threads, bits=3, steps=2, guide_steps=1, eval_tokens=1024)
+
+
+OTHERS = {"fp4": fp4, "three_bits": three_bits}
+
+
+def other(case, folder, threads):
+    (folder / case).mkdir()
+    return OTHERS[case](folder / case, threads)
+
+
+@pytest.fixture(scope="session")
+def others(together, elsewhere, tmp_path_factory):
+    concurrent.futures.wait(elsewhere.values())
+    folder = tmp_path_factory.mktemp("others")
+    return folder, together("test_other_parameters_give_another_record", other, folder)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_parameters_give_another_record(case, others):
+    folder, futures = others[0] / case, others[1]
+    done = futures[case].result()
+    if case == "fp4":
+        assert done.returncode == 0, done.stderr[-2000:]
+        record = records.read(folder)["fp4"]
+        assert record["method"] == "fp4" and record["eval_tokens"] == 1024 and record["kl_divergence"] > 0.1
+        return
+    executed, _ = outcome(ROOT / "notebooks" / "02_qat_fake_quant.ipynb", folder, done)
     text = "\n".join(output.text for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "stream")
-    assert "3 bits: distillation recovers" in text
-    assert records.read(tmp_path)["qat-int3"]["bits_per_weight"] < 7.2
+    assert "3 bits: distillation recovers" in text, "away from four bits the recovery is printed, not asserted"
+    assert records.read(folder)["qat-int3"]["bits_per_weight"] < 7.2
 
 
 def test_a_wrong_parameter_stops_before_the_work(tmp_path):

@@ -433,11 +433,12 @@ except (NotImplementedError, RuntimeError, ValueError) as error:
     print(f"LLM.int8() does not run on this {found.device.upper()}: {str(error).splitlines()[0][:100]}")
 
 # %% [markdown]
-# On a CPU the library has no fast kernel for it. There, one window of each genre is scored, and few tokens are decoded.
+# On a CPU the library has no kernel of its own for it. Where the CPU emulates bfloat16 besides, one window of each genre is scored, and
+# few tokens are decoded.
 
 # %%
 text8, quick = windows, {}
-if found.device == "cpu":
+if found.fast == torch.float32:
     text8, quick = windows[:4], {"prompt_tokens": 16, "new_tokens": 4, "runs": 1}
 if net8 is not None:
     bytes8 = memory.weight_bytes(net8)

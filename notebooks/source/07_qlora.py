@@ -616,7 +616,7 @@ other_config = AutoConfig.from_pretrained(found.path)
 other_config.hidden_size *= 2
 with torch.device("meta"):
     other = AutoModelForCausalLM.from_config(other_config)
-for candidate, name in ((base, "some-other-model"), (other, base_id)):
+for candidate, name in ((base, "some-other-model"), (other, found.asked)):
     try:
         training.check_adapter(adapter_folder, candidate, name)
     except training.AdapterError as error:

@@ -45,6 +45,7 @@ import psutil
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 import helpers
 from helpers import chat, evaluation, exercises, figures, memory, models, records, speed
@@ -52,6 +53,7 @@ from helpers import chat, evaluation, exercises, figures, memory, models, record
 
 # %%
 figures.style()
+transformers_logging.disable_progress_bar()
 for name in ("httpx", "gguf.gguf_writer"):
     logging.getLogger(name).setLevel(logging.WARNING)  # they report every step once some library asks for it
 Type = gguf.GGMLQuantizationType
