@@ -43,9 +43,9 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from IPython.utils.capture import capture_output
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 import helpers
 from helpers import chat, evaluation, exercises, figures, memory, models, records, speed
@@ -53,7 +53,6 @@ from helpers import chat, evaluation, exercises, figures, memory, models, record
 
 # %%
 figures.style()
-transformers_logging.disable_progress_bar()
 for name in ("httpx", "gguf.gguf_writer"):
     logging.getLogger(name).setLevel(logging.WARNING)  # they report every step once some library asks for it
 Type = gguf.GGMLQuantizationType
@@ -850,7 +849,8 @@ def in_transformers(path):
 
 # %%
 net = in_transformers(files["q4_k_m"])
-theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files["q4_k_m"].name, dtype=found.dtype)
+with capture_output():  # of its progress bar
+    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files["q4_k_m"].name, dtype=found.dtype)
 pairs = zip(net.parameters(), theirs.parameters())
 gap = max((one.detach().cpu() - other.detach().cpu()).abs().max().item() for one, other in pairs)
 print("largest difference of a weight:", gap)
@@ -1267,12 +1267,15 @@ figures.show(fig, alt=f"Decode speed of {found.name}: q4_k_m in llama.cpp on the
 # %% [markdown]
 # Two things make the difference. **Bytes**: each new token reads all weights once, and a file of 6 bits a weight has a fifth of the bytes of
 # float32. **Kernels**: llama.cpp multiplies 8-bit integers, and transformers spends much of a token's time in Python between small
-# operations. What this build can use of your processor:
+# operations. A prompt is another matter: its tokens are computed together, in large matrix products, and reading the weights hardly counts
+# there. What this build can use of your processor, and the ratio for prompts:
 
 # %%
 import xllamacpp
 
 print(xllamacpp.get_system_info())
+prefill = speeds["prefill tok/s"]["q4_k_m"] / speeds["prefill tok/s"][full]
+print(f"prefill of q4_k_m: {prefill:.2f} times as fast as {full}; decode: {times_faster:.2f} times")
 if found.device == "cpu" and found.name.startswith("SmolLM2"):
     assert times_faster >= 3, f"q4_k_m in llama.cpp is only {times_faster:.1f} times as fast as {full}"
 
