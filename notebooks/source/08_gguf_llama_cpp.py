@@ -580,9 +580,9 @@ def rule_of(data):
 
 
 # %%
-def add_tokenizer(writer, folder, config):
+def add_tokenizer(writer, tokenizer, config):
     """What turns text into ids: pairs to merge, or pieces with scores as in Mistral's tokenizer."""
-    data = json.loads((pathlib.Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+    data = json.loads(tokenizer.backend_tokenizer.to_str())  # as it is used, which may not be as it was saved
     tokens, kinds = token_lists(data, config.vocab_size)
     pieces = bool(data["model"].get("byte_fallback"))
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
@@ -682,14 +682,14 @@ def add_tensors(writer, folder, config, recipe, importance):
 # %%
 FILE_TYPES = {name: gguf.LlamaFileType[f"MOSTLY_{name}"] for name in ("F16", "Q8_0", "Q4_K_M", "Q2_K")}
 
-def described(path, recipe, source):
-    """A writer with all metadata of the model in the folder `source`, and no tensor yet."""
+def described(path, recipe):
+    """A writer with all metadata of the model, and no tensor yet."""
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
     writer.add_name(found.name)
     writer.add_file_type(FILE_TYPES[recipe])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_sizes(writer, config)
-    add_tokenizer(writer, source, config)
+    add_tokenizer(writer, tokenizer, config)
     add_conversation(writer, tokenizer)
     return writer
 
@@ -699,7 +699,7 @@ def write_gguf(path, recipe, importance=None, source=found.path):
     """The model in the folder `source` as a GGUF file, atomically. Raises OSError if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    writer = described(scratch, recipe, source)
+    writer = described(scratch, recipe)
     try:
         add_tensors(writer, source, config, recipe, importance or {})
         writer.write_header_to_file()
@@ -1328,7 +1328,6 @@ if tune:
     with tempfile.TemporaryDirectory() as scratch:
         merged = tuned()
         merged.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
         write_gguf(tuned_file, "Q8_0", source=scratch)
         del merged
     memory.release()
