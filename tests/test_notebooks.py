@@ -183,7 +183,7 @@ def check_llm_int8(record, ratio):
 
 def check_qlora(record, ratio):
     """Fine-tuned on answers about quantization: it may forget, but must still be a language model."""
-    assert 0.2 < record["kl_divergence"] < 0.7 and 1.1 < ratio < 2 and record["top1_agreement"] > 0.6
+    assert 0.2 < record["kl_divergence"] < 0.9 and 1.1 < ratio < 2 and record["top1_agreement"] > 0.5
     in_16_bits = models.Found("", "", "", "cpu").fast.itemsize == 2  # else embeddings and head are in float32
     assert record["weight_bytes"] <= (0.5 if in_16_bits else 0.66) * BF16_BYTES and record["bits_per_weight"] < (8.1 if in_16_bits else 10.6)
 
