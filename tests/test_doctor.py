@@ -72,9 +72,9 @@ def test_no_source_for_the_default_model():
 
 def test_a_24_gb_gpu_with_access_runs_mistral():
     found = verdicts(changed(**GPU))
-    for number, estimate in (("04", False), ("07", True)):  # 04 was measured in the 7B shape
+    for number in ("04", "07"):  # as they are now, none was measured in the 7B shape: a card that was is believed, see below
         entry = found[number]
-        assert entry.verdict == doctor.RUNS and entry.model == models.MISTRAL and entry.vram_bytes < 24e9 and entry.estimate == estimate
+        assert entry.verdict == doctor.RUNS and entry.model == models.MISTRAL and entry.vram_bytes < 24e9 and entry.estimate
     assert found["04"].vram_bytes > 14.5e9
 
 
