@@ -84,6 +84,10 @@ print(f"{found.name} on the {found.device.upper()}, {found.origin}")
 #
 # Each notebook left a record per method: same text, same windows, same functions. Without the two baselines no other number
 # means much, so they are measured now if they are missing.
+#
+# Two things to know of the rows from [08 GGUF](08_gguf_llama_cpp.ipynb). Their files quantize the embeddings too, which all other 4-bit methods
+# here leave in 16 bits; on a small model that is a fifth of all weights. Their quality is that of the weights: llama.cpp rounds activations
+# besides, and 08 says how much that adds.
 
 # %%
 def load(dtype, **options):
