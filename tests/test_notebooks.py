@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 from helpers import catalogue, checkpoints, cores, memory, models, notebooks, records, run
 
-pytestmark = pytest.mark.notebook
+pytestmark = [pytest.mark.notebook, pytest.mark.timeout(2400)]  # without AVX-512 the int8 kernels of 01 alone take ten minutes and more
 
 EVAL_TOKENS = 1024  # a window of each genre, a quarter of what the committed runs take: a CPU may have to emulate 16 bits
 EXACT_INT8 = torch.cpu._is_vnni_supported()  # without these instructions sums of 8-bit products overflow: notebook 01 keeps 7 bits there
