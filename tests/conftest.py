@@ -1,8 +1,10 @@
 """Fixtures: the default model (found once, loaded once) and small evaluation windows."""
 
+import math
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,15 @@ import helpers  # first: it sets thread counts before torch is imported
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 sys.path.insert(0, str(ROOT))
+
+
+STARTED = time.time()
+
+
+def deadline():
+    """Until when whole notebooks may be started, as `time.time()` counts: COURSE_TEST_MINUTES after the tests began, or never."""
+    minutes = os.environ.get("COURSE_TEST_MINUTES")
+    return STARTED + 60 * float(minutes) if minutes else math.inf
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -9,13 +9,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 
 import nbformat
 import papermill
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, deadline
 from helpers import catalogue, checkpoints, cores, memory, models, notebooks, records, run
 
 pytestmark = [pytest.mark.notebook, pytest.mark.timeout(2400)]  # without AVX-512 the int8 kernels of 01 alone take ten minutes and more
@@ -50,9 +51,32 @@ def together(request):
         def submit(test, work, *arguments):
             items = [item for item in request.session.items if getattr(item, "originalname", None) == test]
             cases = [next(iter(item.callspec.params.values())) for item in items]
-            return {case: pool.submit(work, case, *arguments, cores() // workers) for case in cases}
+            return {case: pool.submit(in_time, deadline(), work, case, *arguments, cores() // workers) for case in cases}
 
         yield submit
+
+
+TOO_LATE = "not started: the time that COURSE_TEST_MINUTES gives was over"
+
+
+def in_time(limit, work, *arguments):
+    """What the work gives, or TOO_LATE where it would start after the limit."""
+    return work(*arguments) if time.time() < limit else TOO_LATE
+
+
+def test_work_is_not_started_after_the_limit():
+    assert in_time(time.time() + 60, max, 1, 2) == 2 and in_time(time.time() - 1, max, 1, 2) == TOO_LATE
+
+
+def finished(future):
+    """The result of work in the pool; skips the test where there was no time to start it."""
+    result = future.result()
+    return pytest.skip(TOO_LATE) if result == TOO_LATE else result
+
+
+def some_are_missing(executions):
+    """True where a notebook was not started in time, so that records and checkpoints lack."""
+    return any(future.result() == TOO_LATE for future in executions.values())
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +112,7 @@ def baseline(found):
 
 @pytest.mark.parametrize("path", notebooks.paths(), ids=lambda path: path.stem)
 def test_notebook(path, build, executions, found):
-    result = executions[path].result()
+    result = finished(executions[path])
     executed, written = outcome(path, build, result)
     assert written or path.stem in WITHOUT_METHOD, "no record"
     if path.stem in WITHOUT_METHOD:
@@ -306,9 +330,11 @@ def elsewhere(together, executions, build):
 
 
 @pytest.mark.parametrize("method", RELOADS)
-def test_checkpoint_in_a_fresh_process(method, build, elsewhere):
+def test_checkpoint_in_a_fresh_process(method, build, executions, elsewhere):
     """What a notebook saved gives the recorded perplexity there."""
-    assert elsewhere[method].result() == pytest.approx(records.read(build)[method]["perplexity"], rel=1e-3)
+    if some_are_missing(executions) and method not in records.read(build):
+        pytest.skip(TOO_LATE)
+    assert finished(elsewhere[method]) == pytest.approx(records.read(build)[method]["perplexity"], rel=1e-3)
 
 
 PLAIN = """
@@ -332,15 +358,17 @@ else:
 """
 
 
-def test_no_checkpoint_loads_as_garbage(build, elsewhere):
+def test_no_checkpoint_loads_as_garbage(build, executions, elsewhere):
     """Every folder under checkpoints, by plain `from_pretrained`: as the notebook's own way brings it back, or an error that names it.
 
     An adapter is another matter: transformers asks the hub for its base, which fails in words that nobody here can choose, or puts the
     adapter on a base that is not quantized, which is close to the NF4 model and not equal.
     """
     concurrent.futures.wait(elsewhere.values())
+    if time.time() > deadline():
+        pytest.skip(TOO_LATE)
     written, folders = records.read(build), sorted(path for path in checkpoints.folder(build, "x").parent.iterdir() if path.is_dir())
-    assert {folder.name for folder in folders} >= set(RELOADS)
+    assert {folder.name for folder in folders} >= set(RELOADS) or some_are_missing(executions)
     stems = {folder.name: written[folder.name]["notebook"] if folder.name in written else None for folder in folders}
     stems |= {name: "02_qat_fake_quant" for name, stem in stems.items() if not stem and name.startswith("qat")}  # they have no record
 
@@ -364,8 +392,10 @@ def test_no_checkpoint_loads_as_garbage(build, elsewhere):
             assert float(answer.split()[1]) < (1 if adapter else 0.02), (folder.name, answer)
 
 
-def test_on_genres_nobody_tuned_for_the_best_settings_beat_rounding_on_their_grid(build):
+def test_on_genres_nobody_tuned_for_the_best_settings_beat_rounding_on_their_grid(build, executions):
     written = records.read(build)
+    if some_are_missing(executions) and not {"rtn-int4-asym", "gptq", "awq"} <= written.keys():
+        pytest.skip(TOO_LATE)
     floor = written["rtn-int4-asym"]
     for method, share in (("gptq", 0.8), ("awq", 0.65)):
         record = written[method]
@@ -385,7 +415,8 @@ print("SAYS", tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_speci
 
 
 @pytest.mark.parametrize("method", ["autoawq", "awq"])
-def test_a_new_process_says_what_the_notebook_printed(method, build):
+def test_a_new_process_says_what_the_notebook_printed(method, build, executions):
+    finished(executions[ROOT / "notebooks" / "06_awq.ipynb"])
     executed = nbformat.read(build / "notebooks" / "06_awq.ipynb", as_version=4)
     printed = "\n".join(output.text for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "stream")
     dtype = str(models.Found("", "", "", "cpu").fast).removeprefix("torch.")
@@ -427,7 +458,7 @@ def others(together, elsewhere, tmp_path_factory):
 @pytest.mark.parametrize("case", OTHERS)
 def test_other_parameters_give_another_record(case, others):
     folder, futures = others[0] / case, others[1]
-    done = futures[case].result()
+    done = finished(futures[case])
     if case == "fp4":
         assert done.returncode == 0, done.stderr[-2000:]
         record = records.read(folder)["fp4"]
@@ -492,7 +523,7 @@ def bares(together, colab, tmp_path_factory):
 def test_bare_directory_as_on_colab(path, bares):
     """One notebook alone in an empty folder, in an environment with the packages but without the course: its bootstrap cell
     fetches the course and everything imports. 00 is executed whole, the others up to their imports."""
-    content, done = bares[path].result()
+    content, done = finished(bares[path])
     assert done.returncode == 0, done.stderr[-2000:]
     assert (content / "quantization-course" / "helpers" / "models.py").is_file(), "the bootstrap cell did not fetch the course"
     if path.name.startswith("00"):
