@@ -275,8 +275,11 @@ def _local(folder):
     return Found(str(folder.resolve()), folder.resolve().name, "local folder", _device(), str(folder.resolve()))
 
 
-def _hub(name, copies=1):
-    """Download from the hub, or take what an earlier download left complete in the hub's own cache."""
+def _hub(name, copies=None):
+    """Download from the hub, or take what an earlier download left complete in the hub's own cache.
+
+    copies: as `find` takes it, asked before a download; None for what "auto" has chosen by the memory that is there.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
@@ -324,7 +327,7 @@ def _hub(name, copies=1):
         raise ModelError(f"{name} asks to run its own Python code; this course never does. {_choices()}")
     size = sum(size for file, size in files.items() if file.endswith(".safetensors") and not file.startswith("consolidated"))
     require_disk(Path.home(), size, name)
-    if name not in (MISTRAL, SMOLLM2):  # "auto" has chosen those by the memory that is there
+    if copies is not None:
         _require_room(name, size, info.config or {}, copies)
     try:
         # The branch by its name and not by `info.sha`: only then does the hub's cache find it again without the hub.
