@@ -122,7 +122,7 @@ def test_notebook(path, build, executions, found):
 
     committed = nbformat.read(path, as_version=4).metadata.course.cost.cpu
     same_arithmetic = ("bfloat16 in hardware" in committed.machine) == models.cpu_multiplies_bfloat16()
-    more = 1.25 if same_arithmetic else 2.2  # where bfloat16 is emulated, what the card's machine held in 16 bits is held in 32
+    more = 1.5 if same_arithmetic else 2.2  # where bfloat16 is emulated, what the card's machine held in 16 bits is held in 32
     assert result.peak_ram_bytes < more * committed.peak_ram_bytes, "the cost card promises less memory: run `make outputs`"
 
     perplexity = baseline(found)
