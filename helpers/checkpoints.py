@@ -1,17 +1,15 @@
 """Checkpoint folders that carry their name only when they are complete, and that nobody can load wrongly."""
 
 import json
-import shutil
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from helpers import records
+from helpers import files
 
 
 def folder(output_dir, method):
     """Where the checkpoint of a method lives: `<output_dir>/checkpoints/<method>`; it need not exist."""
-    return records.folder(output_dir) / "checkpoints" / method
+    return files.folder(output_dir) / "checkpoints" / method
 
 
 @contextmanager
@@ -25,7 +23,7 @@ def writing(output_dir, method):
 
     target = folder(output_dir, method)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(target.parent / f".{method}.lock"), replacing(target) as scratch:
+    with filelock.FileLock(target.parent / f".{method}.lock"), files.replacing(target) as scratch:
         yield scratch
 
 
@@ -47,22 +45,5 @@ def save_own_format(folder, tensors: dict, config, loader: str, metadata: dict[s
     return (folder / "quantized.safetensors").stat().st_size
 
 
-@contextmanager
-def replacing(target):
-    """As `writing`, for any folder and without its lock: the caller holds one, or two writers would clear each other's scratch."""
-    leftovers = f".{target.name}.tmp-"
-    _remove(target.parent, leftovers)  # whoever made them is dead
-    scratch = Path(tempfile.mkdtemp(prefix=leftovers, dir=target.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if target.exists():
-            target.rename(scratch.with_name(scratch.name + "-old"))
-        scratch.rename(target)
-    finally:
-        _remove(target.parent, leftovers)
 
 
-def _remove(parent, prefix):
-    for path in parent.glob(f"{prefix}*"):
-        shutil.rmtree(path, ignore_errors=True)

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy
 import torch
 
-from helpers import models
+from helpers import files, models
 
 SPLITS = ("evaluation", "calibration", "training")
 GENRES = ("news", "story", "dialogue", "explainer")
 HELD_BACK = "letter"  # a fifth text: nothing was chosen by looking at it, so it can confirm an order of methods
-FOLDER = Path(__file__).resolve().parent.parent / "notebooks" / "data" / "evaluation"
+FOLDER = files.NOTEBOOKS / "data" / "evaluation"
 CHUNK = 16  # positions scored at once on a CPU: 16 x 49,152 floats stay in the cache
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from helpers import batch, child_environment, widgets
-from helpers.prediction import Prediction, predict  # noqa: F401 - memory.predict is the public name
+from helpers.prediction.predict import Prediction, predict  # noqa: F401 - memory.predict is the public name
+from helpers.process import child_environment
 
 
 @dataclass
@@ -66,19 +66,19 @@ def track(interval=0.01, process=None, children=False):
             used.peak_own = max(used.peak_own, own(process))
             before = now
 
-    cuda = _cuda()
-    if cuda:
-        cuda.synchronize()
-        cuda.reset_peak_memory_stats()
+    gpu = cuda()
+    if gpu:
+        gpu.synchronize()
+        gpu.reset_peak_memory_stats()
     thread = threading.Thread(target=sample, daemon=True)
     started = time.perf_counter()
     thread.start()
     try:
         yield used
     finally:
-        if cuda:
-            cuda.synchronize()
-            used.peak_vram = cuda.max_memory_allocated()
+        if gpu:
+            gpu.synchronize()
+            used.peak_vram = gpu.max_memory_allocated()
         used.seconds = time.perf_counter() - started
         done.set()
         thread.join()
@@ -189,62 +189,9 @@ def cache_bytes(past_key_values):
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in past_key_values.layers if layer.keys is not None)
 
 
-class Monitor:
-    """A live widget with the RAM and VRAM of this process: `monitor = Monitor(); monitor` in a cell, `monitor.stop()` to end.
-
-    Without a front end (papermill, GitHub) it shows one line of text with the numbers at that moment.
-    """
-
-    def __init__(self, interval=1.0):
-        import ipywidgets
-
-        self.interval = interval
-        self._done = threading.Event()
-        layout = ipywidgets.Layout(width="95%")
-        self._bars = {name: ipywidgets.FloatProgress(0, min=0, max=100, layout=layout) for name in self.read()}
-        self._labels = {name: ipywidgets.Label() for name in self._bars}
-        self._button = ipywidgets.Button(description="Stop monitor", tooltip="Stop refreshing the memory numbers")
-        self._button.on_click(lambda _: self.stop())
-        rows = [box for name in self._bars for box in (self._labels[name], self._bars[name])]
-        self.widget = ipywidgets.VBox([*rows, self._button])
-        self.refresh()
-
-    @staticmethod
-    def read():
-        """{"RAM": (used, total)} in bytes, and "VRAM" where there is a GPU."""
-        readings = {"RAM": (psutil.Process().memory_info().rss, psutil.virtual_memory().total)}
-        cuda = _cuda()
-        if cuda:
-            free, total = cuda.mem_get_info()
-            readings["VRAM"] = (total - free, total)
-        return readings
-
-    def refresh(self):
-        for name, (used, total) in self.read().items():
-            self._bars[name].value = 100 * used / total
-            self._labels[name].value = f"{name} {used / 1e9:.2f} of {total / 1e9:.1f} GB"
-
-    def start(self):
-        """Refresh every `interval` seconds until `stop()`."""
-        self._done.clear()
-        threading.Thread(target=self._loop, daemon=True).start()
-        return self
-
-    def stop(self):
-        self._done.set()
-
-    def _loop(self):
-        while not self._done.wait(self.interval):
-            self.refresh()
-
-    def __repr__(self):
-        return ", ".join(f"{name} {used / 1e9:.2f} of {total / 1e9:.1f} GB" for name, (used, total) in self.read().items())
-
-    def _repr_mimebundle_(self, **_):
-        return {"text/plain": repr(self)} if batch() else {**widgets.view(self.widget), "text/plain": repr(self)}
 
 
-def _cuda():
+def cuda():
     """torch.cuda if torch is already imported and sees a GPU, else None: asking must not import torch."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
@@ -255,8 +202,8 @@ def release():
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-    if cuda := _cuda():
-        cuda.empty_cache()
+    if gpu := cuda():
+        gpu.empty_cache()
 
 
 CAP = "COURSE_VRAM_CAP"  # environment variable by which `python -m helpers run --cap 24GB` reaches every notebook's kernel
@@ -292,10 +239,10 @@ def cap_vram(limit=None):
 
 def free_vram():
     """Bytes torch may still take of the first GPU, under a cap those of the smaller card; 0 without a GPU."""
-    if not (cuda := _cuda()):
+    if not (gpu := cuda()):
         return 0
-    free, _ = cuda.mem_get_info()
-    return min(free, parse_size(os.environ[CAP]) - cuda.memory_allocated()) if os.environ.get(CAP) else free
+    free, _ = gpu.mem_get_info()
+    return min(free, parse_size(os.environ[CAP]) - gpu.memory_allocated()) if os.environ.get(CAP) else free
 
 
 def free_ram():

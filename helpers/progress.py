@@ -3,7 +3,9 @@
 import json
 import re
 
-from helpers import batch, notebooks, records
+from helpers import files
+from helpers.process import headless
+from helpers.publishing import pages
 
 FILE = ".course_progress.json"
 KINDS = ("exercises", "quiz")
@@ -15,7 +17,7 @@ class ProgressError(ValueError):
 
 def path():
     """The progress file: in the course's folder, or without one in the folder the reader works in."""
-    return records.folder(".") / FILE
+    return files.folder(".") / FILE
 
 
 def read():
@@ -43,7 +45,7 @@ def add(notebook, kind, items):
 
     if kind not in KINDS:
         raise ValueError(f"kind must be {' or '.join(KINDS)}, not {kind!r}")
-    if batch() or not items:
+    if headless() or not items:
         return
     try:
         with filelock.FileLock(path().with_suffix(".lock"), timeout=10):
@@ -52,7 +54,7 @@ def add(notebook, kind, items):
             fresh = sorted(set(items) - set(known))
             if fresh:
                 known += fresh
-                records.write_text(path(), json.dumps(done, indent=1, sort_keys=True) + "\n")
+                files.write_text(path(), json.dumps(done, indent=1, sort_keys=True) + "\n")
     except (ProgressError, OSError) as error:
         print(f"Progress is not kept: {error}")
 
@@ -66,7 +68,7 @@ def add_exercise(test_source):
 def exercises():
     """{notebook: {function name: source of its check cell}} of the course."""
     found = {}
-    for file in notebooks.paths():
+    for file in pages.paths():
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
         sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
         found[file.stem] = {name: source for source in sources for name in re.findall(r"^exercises\.check\((\w+),", source, re.M)}

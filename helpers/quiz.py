@@ -3,9 +3,11 @@
 import html
 import json
 
-from helpers import batch, notebooks, progress, widgets
+from helpers import progress, widgets
+from helpers.process import headless
+from helpers.publishing import pages
 
-DATA = notebooks.FOLDER / "data" / "quiz.json"
+DATA = pages.FOLDER / "data" / "quiz.json"
 LETTERS = "ABCDE"
 
 
@@ -72,4 +74,4 @@ class Quiz:
 
     def _repr_mimebundle_(self, **_):
         static = {"text/plain": repr(self), "text/html": self.static()}
-        return static if batch() else {**static, **widgets.view(self.widget)}
+        return static if headless() else {**static, **widgets.view(self.widget)}

@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
 import re
 import sys
-import tempfile
 from importlib import metadata
-from pathlib import Path
 
-from helpers import redact
+from helpers import files, redact
+from helpers.process import cores
 
 NUMBERS = (
     "bits_per_weight",
@@ -34,22 +32,6 @@ class RecordError(ValueError):
     """A record is not what DESIGN's contract allows; the message names the field."""
 
 
-def folder(output_dir="build"):
-    """The build folder, made if needed: absolute paths as they are, others under the course's checkout, or here without one.
-
-    A notebook's working directory is wherever its kernel was started, so "build" must not depend on it inside a checkout.
-    """
-    path = Path(output_dir).expanduser()
-    if not path.is_absolute():
-        checkout = Path(__file__).resolve().parent.parent
-        inside = (checkout / "notebooks").is_dir() and Path.cwd().resolve().is_relative_to(checkout)
-        path = (checkout if inside else Path.cwd()) / path
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        advice = "choose another with output_dir= or --output"
-        raise type(error)(error.errno, f"the output folder cannot be made ({error.strerror}); {advice}", str(path)) from error
-    return path
 
 
 def write(output_dir, *, method, notebook, found, windows=None, eval_text="course", scores=None, in_domain=None, **numbers):
@@ -84,8 +66,8 @@ def write(output_dir, *, method, notebook, found, windows=None, eval_text="cours
     }
     record = redact.inside(record)
     check(record)
-    target = folder(output_dir) / "records" / f"{method}.json"
-    write_text(target, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    target = files.folder(output_dir) / "records" / f"{method}.json"
+    files.write_text(target, json.dumps(record, indent=2, allow_nan=False) + "\n")
     return record
 
 
@@ -96,7 +78,7 @@ def _in_domain(windows, scores):
 def read(output_dir="build"):
     """All records under a build folder, as {method: record}; each is checked. A broken file raises RecordError with its name."""
     found = {}
-    for path in sorted((folder(output_dir) / "records").glob("*.json")):
+    for path in sorted((files.folder(output_dir) / "records").glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -137,19 +119,6 @@ def check(record):
         raise RecordError(f"{record['method']}: top1_agreement is a share, at most 1, not {record['top1_agreement']}")
 
 
-def write_text(target, content):
-    """Write a text file so that a reader sees the old one or the new one, never half of it."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, target)
-    except BaseException:
-        os.unlink(scratch)
-        raise
 
 
 def versions():
@@ -170,8 +139,6 @@ def device_name(device):
 
         return torch.cuda.get_device_name(0)
     import platform
-
-    from helpers import cores
 
     return f"{cores()} CPU cores, {platform.machine()}"
 

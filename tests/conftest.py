@@ -85,7 +85,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def committed():
     """The results of the default model that come with the course: a `reference.Reference`, a CPU's where there is one."""
-    from helpers import reference
+    from helpers.publishing import reference
 
     found = [each for each in reference.read() if each.model.startswith("SmolLM2-135M-Instruct ")]
     return found[0] if found else pytest.fail("no results of the default model come with the course: run all notebooks, then `python -m helpers reference`")
@@ -96,11 +96,12 @@ def site(tmp_path_factory, committed):
     """Folder of the course's site with a report in it, built once from the committed notebooks and the course's records but one."""
     import json
 
-    from helpers import book, records, report, run
+    from helpers import records
+    from helpers.publishing import report, run, site
 
     build = tmp_path_factory.mktemp("build")
     for method, record in committed.records.items():
         if method != "nf4":
-            records.write_text(build / "records" / f"{method}.json", json.dumps(record))
+            files.write_text(build / "records" / f"{method}.json", json.dumps(record))
     report.write(build, [run.Result("00_start_here", 60, 2_000_000_000, "ok")])
-    return book.build(build).parent
+    return site.build(build).parent

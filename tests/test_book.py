@@ -7,9 +7,9 @@ import bs4
 import nbformat
 import pytest
 
-from helpers import book, notebooks
+from helpers.publishing import pages, site
 
-NAMES = [path.stem for path in notebooks.paths()]
+NAMES = [path.stem for path in pages.paths()]
 FILES = ["index", *NAMES]
 
 
@@ -38,10 +38,10 @@ def test_all_links_lead_somewhere(site, soups):
 
 
 def test_links_into_the_repository_are_files_there(soups):
-    blob = f"{notebooks.repository()}/blob/main/"
+    blob = f"{pages.repository()}/blob/main/"
     files = {link["href"].removeprefix(blob) for soup in soups.values() for link in soup("a", href=True) if link["href"].startswith(blob)}
     assert {f"notebooks/{name}.ipynb" for name in NAMES} <= files
-    assert [name for name in files if not (notebooks.ROOT / name.partition("#")[0]).exists()] == []
+    assert [name for name in files if not (pages.ROOT / name.partition("#")[0]).exists()] == []
 
 
 def test_nothing_is_fetched_from_elsewhere_and_no_notebook_brings_a_script(soups):
@@ -75,13 +75,13 @@ def test_previous_and_next_lead_through_all_notebooks_and_back(soups):
 def test_colab_links(soups):
     for name in NAMES:
         (link,) = [link for link in soups[f"{name}.html"]("a") if link.text == "Open in Colab"]
-        assert link["href"] == notebooks.colab(f"{name}.ipynb")
+        assert link["href"] == pages.colab(f"{name}.ipynb")
 
 
 def test_solutions_are_folded(soups):
-    for path in notebooks.paths():
+    for path in pages.paths():
         folded = [block for block in soups[f"{path.stem}.html"]("details", class_="fold") if block.summary.text == "Solution"]
-        assert len(folded) == len(notebooks.tagged(nbformat.read(path, 4), "solution")) and not any(block.has_attr("open") for block in folded)
+        assert len(folded) == len(pages.tagged(nbformat.read(path, 4), "solution")) and not any(block.has_attr("open") for block in folded)
 
 
 def test_search_index_knows_every_section(site, soups):
@@ -106,11 +106,11 @@ def test_a_widget_without_a_static_twin_leaves_no_python_name(soups):
 
 def executed(folder, change=lambda notebook: None):
     """A run of notebook 00 in a build folder, as `make run` leaves it, with one output of its own."""
-    notebook = nbformat.read(notebooks.paths()[0], as_version=4)
+    notebook = nbformat.read(pages.paths()[0], as_version=4)
     code = next(cell for cell in notebook.cells if cell.cell_type == "code" and cell.outputs)
     code.outputs = [nbformat.v4.new_output("stream", name="stdout", text="only on this machine\n")]
     change(notebook)
-    target = folder / "notebooks" / notebooks.paths()[0].name
+    target = folder / "notebooks" / pages.paths()[0].name
     target.parent.mkdir(parents=True)
     nbformat.write(notebook, target)
     return target
@@ -130,8 +130,8 @@ def edit(notebook):
 
 @pytest.mark.parametrize(("change", "own"), [(lambda _: None, True), (fail, False), (stop_early, False), (edit, False)])
 def test_outputs_of_this_machine_are_shown_only_if_they_are_whole_and_current(tmp_path, monkeypatch, change, own):
-    monkeypatch.setattr(notebooks, "paths", lambda paths=notebooks.paths(): paths[:1])
-    page = book._page(notebooks.paths()[0], executed(tmp_path, change))
+    monkeypatch.setattr(pages, "paths", lambda paths=pages.paths(): paths[:1])
+    page = site._page(pages.paths()[0], executed(tmp_path, change))
     assert ("only on this machine" in str(page.notebook)) is own
     assert page.origin.startswith("Outputs: this machine" if own else "Outputs: the course")
 
@@ -142,29 +142,29 @@ def test_a_script_in_an_output_does_not_reach_the_page(tmp_path, monkeypatch):
         code.outputs = [nbformat.v4.new_output("display_data", {"text/html": "<b>kept</b><script>alert(1)</script><img src=x onerror=alert(1) alt=a>"})]
 
     executed(tmp_path, attack)
-    monkeypatch.setattr(notebooks, "paths", lambda paths=notebooks.paths(): paths[:1])
-    text = (book.build(tmp_path).parent / f"{NAMES[0]}.html").read_text()
+    monkeypatch.setattr(pages, "paths", lambda paths=pages.paths(): paths[:1])
+    text = (site.build(tmp_path).parent / f"{NAMES[0]}.html").read_text()
     assert "<b>kept</b>" in text and "alert(1)" not in text and "onerror" not in text
 
 
 def test_the_report_is_part_of_the_site_when_there_is_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(notebooks, "paths", lambda paths=notebooks.paths(): paths[:1])
+    monkeypatch.setattr(pages, "paths", lambda paths=pages.paths(): paths[:1])
     (tmp_path / "report.html").write_text("<title>report</title>")
-    front = book.build(tmp_path)
+    front = site.build(tmp_path)
     assert 'href="report.html"' in front.read_text() and (front.parent / "report.html").is_file()
 
 
 def test_a_failing_build_leaves_the_old_site(tmp_path, monkeypatch):
-    monkeypatch.setattr(notebooks, "paths", lambda paths=notebooks.paths(): paths[:1])
-    front = book.build(tmp_path)
+    monkeypatch.setattr(pages, "paths", lambda paths=pages.paths(): paths[:1])
+    front = site.build(tmp_path)
     before = front.read_text()
-    monkeypatch.setattr(book, "_front", lambda *_: 1 / 0)
+    monkeypatch.setattr(site, "_front", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        book.build(tmp_path)
+        site.build(tmp_path)
     assert front.read_text() == before and [path.name for path in tmp_path.iterdir()] == ["site"]
 
 
 def test_no_notebooks(tmp_path, monkeypatch):
-    monkeypatch.setattr(notebooks, "paths", lambda: [])
+    monkeypatch.setattr(pages, "paths", lambda: [])
     with pytest.raises(ValueError, match="nothing to build"):
-        book.build(tmp_path)
+        site.build(tmp_path)

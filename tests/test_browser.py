@@ -23,7 +23,8 @@ import pytest
 
 import helpers
 from conftest import ROOT, browser_path, without_browser
-from helpers import models, notebooks, progress
+from helpers import models, progress
+from helpers.publishing import pages
 
 WIDTHS = {"desktop": (1280, 800), "phone": (390, 844)}
 FLAGS = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic"]
@@ -185,7 +186,7 @@ def test_a_click_through_the_whole_site(tab, served):
         (onward if onward.count() else tab.get_by_role("link", name="Report of this run")).click()
         tab.wait_for_url(lambda url: url.partition("#")[0] != here)
         tab.wait_for_load_state()
-    assert len(titles) == len(set(titles)) == len(places) == 2 + len(notebooks.paths())
+    assert len(titles) == len(set(titles)) == len(places) == 2 + len(pages.paths())
     inside = {(page, *link.partition("#")[::2]) for page, link in links if link.startswith(served)}
     broken = [(page, target, place) for page, target, place in inside if target not in places or (place and place not in places[target])]
     assert broken == [] and {target for _, target, _ in inside} == set(places) and len(inside) > 300
@@ -294,9 +295,9 @@ def notebook_of(*sources):
 
 def cut(name, last, **parameters):
     """A notebook of the course without outputs, up to the code cell that contains `last`, with other parameters."""
-    (path,) = [path for path in notebooks.paths() if path.name.startswith(name)]
+    (path,) = [path for path in pages.paths() if path.name.startswith(name)]
     notebook = nbformat.read(path, as_version=4)
-    (cell,) = notebooks.tagged(notebook, "parameters")
+    (cell,) = pages.tagged(notebook, "parameters")
     cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
     (end,) = [number for number, cell in enumerate(notebook.cells) if cell.cell_type == "code" and last in cell.source]
     notebook.cells = [cell for cell in notebook.cells[: end + 1] if cell.cell_type == "code"]
@@ -332,7 +333,7 @@ monitor
 QUIZ = "from helpers import quiz\nquiz.Quiz('04_nf4_bitsandbytes')"
 RECORDS = """
 from IPython.display import HTML
-from helpers import guide, reference, report, tables
+from helpers.publishing import guide, reference, report, tables
 references, sort_by = reference.read(), "kl_divergence"
 expected, shown = report.expected(references), references[0].records
 measured = {method: record for method, record in shown.items() if method != "nf4"}
@@ -362,7 +363,7 @@ def lab(tmp_path_factory):
     env = {name: value for name, value in os.environ.items() if name != "COURSE_BATCH"} | {
         "JUPYTER_TOKEN": token, "JUPYTER_CONFIG_DIR": str(home), "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "IPYTHONDIR": str(home / "ipython"),
         "JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
-        "PYTHONPATH": helpers.child_environment()["PYTHONPATH"],
+        "PYTHONPATH": process.child_environment()["PYTHONPATH"],
     }  # fmt: skip
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
                f"--ServerApp.root_dir={folder}", "--LabApp.extension_manager=readonly"]  # fmt: skip

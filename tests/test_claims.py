@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from helpers import claims, models, notebooks, recorded, records, reference, verdicts
+from helpers import files, models, records
+from helpers.publishing import claims, pages, recorded, reference, verdicts
 from test_records import NUMBERS
 
 SOURCES, CLAIMS = claims.read()
@@ -76,7 +77,7 @@ def test_twice_the_same_id(tmp_path):
 def in_notebooks():
     """{id: notebooks} of the claims for which a notebook's source writes a finding."""
     found = {}
-    for path in sorted((notebooks.FOLDER / "source").glob("*.py")):
+    for path in sorted((pages.FOLDER / "source").glob("*.py")):
         code = re.sub(r"^# %%explain.*$", "", path.read_text(encoding="utf-8"), flags=re.M)
         for node in ast.walk(ast.parse(code)):
             names = []
@@ -96,7 +97,7 @@ def test_every_claim_has_something_that_measures_it():
 
 
 def test_every_notebook_writes_its_findings_under_its_own_name():
-    for path in sorted((notebooks.FOLDER / "source").glob("*.py")):
+    for path in sorted((pages.FOLDER / "source").glob("*.py")):
         code = path.read_text(encoding="utf-8")
         assert f'claims.write(output_dir, notebook="{path.stem}", found=found, findings=findings)' in code
         assert f'claims.table(output_dir, "{path.stem}")' in code
@@ -251,7 +252,7 @@ def test_an_unknown_claim_is_not_written(apart):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"findings": 1}', '{"findings": [{"claim": "x"}]}'])
 def test_a_broken_file_is_named(apart, text):
-    records.write_text(apart / "claims" / "04_x.json", text)
+    files.write_text(apart / "claims" / "04_x.json", text)
     with pytest.raises(claims.ClaimError, match="04_x.json"):
         claims.evidence(apart)
 
@@ -323,11 +324,11 @@ def test_one_command_stores_records_findings_and_verdicts(apart, monkeypatch, ca
     path = apart / "claims.json"
     path.write_text(claims.PATH.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(claims, "PATH", path)
-    monkeypatch.setattr(notebooks, "ROOT", apart)
+    monkeypatch.setattr(pages, "ROOT", apart)
     claims.fill()
     for method in ("nf4", "bf16"):
         made = record(method, model=SMALL, weight_bytes=30 if method == "nf4" else 100)
-        records.write_text(apart / "build" / "records" / f"{method}.json", json.dumps(made))
+        files.write_text(apart / "build" / "records" / f"{method}.json", json.dumps(made))
     write(apart / "build", claims.finding("nf4-double-quant", 0.36))
     assert reference.main(argparse.Namespace(output=str(apart / "build"))) == 0
     printed = capsys.readouterr().out
@@ -396,7 +397,7 @@ def test_reference_covers_the_methods_of_the_course():
 def test_reference_is_written_per_device_and_keeps_what_a_run_lacks(tmp_path):
     for method, device in (("bf16", "2 CPU cores, x86_64"), ("nf4", "2 CPU cores, x86_64"), ("bf16", "NVIDIA H100")):
         build = tmp_path / f"{method} {device}"
-        records.write_text(build / "records" / f"{method}.json", json.dumps(record(method, device=device)))
+        files.write_text(build / "records" / f"{method}.json", json.dumps(record(method, device=device)))
         reference.write(build, tmp_path / "reference")
     cpu, gpu = reference.read(tmp_path / "reference")
     assert cpu.on_cpu and set(cpu.records) == {"bf16", "nf4"} and not gpu.on_cpu and set(gpu.records) == {"bf16"}
@@ -406,23 +407,23 @@ def test_reference_is_written_per_device_and_keeps_what_a_run_lacks(tmp_path):
 def test_what_a_gpu_run_cost_goes_into_the_cost_cards(tmp_path, monkeypatch, device, model, column):
     folder = tmp_path / "notebooks"
     shutil.copytree(ROOT / "notebooks", folder, ignore=shutil.ignore_patterns("data", "gpu"))
-    monkeypatch.setattr(notebooks, "FOLDER", folder)
-    monkeypatch.setattr(notebooks, "refresh_all", lambda: None)
-    records.write_text(tmp_path / "records" / "bf16.json", json.dumps(record("bf16", device=device, model=model)))
+    monkeypatch.setattr(pages, "FOLDER", folder)
+    monkeypatch.setattr(pages, "refresh_all", lambda: None)
+    files.write_text(tmp_path / "records" / "bf16.json", json.dumps(record("bf16", device=device, model=model)))
     results = [{"notebook": "04_nf4_bitsandbytes", "seconds": 61.2, "peak_ram_bytes": 3e9, "peak_vram_bytes": 17e9, "verdict": "ok"},
                {"notebook": "05_gptq", "seconds": 5.0, "peak_ram_bytes": 1e9, "peak_vram_bytes": 1e9, "verdict": "the kernel died"}]  # fmt: skip
-    records.write_text(tmp_path / "runs.json", json.dumps({"date": "2026-11-22", "results": results}))
+    files.write_text(tmp_path / "runs.json", json.dumps({"date": "2026-11-22", "results": results}))
     assert reference.costs(tmp_path) == (["04_nf4_bitsandbytes"] if column else [])
     cost = nbformat.read(folder / "04_nf4_bitsandbytes.ipynb", 4).metadata["course"]["cost"]
     if column:
         assert cost[column]["seconds"] == 61 and cost[column]["machine"] == f"{device}, {model.split()[0]}"
-        card = notebooks.cost_card(nbformat.read(folder / "04_nf4_bitsandbytes.ipynb", 4))
+        card = pages.cost_card(nbformat.read(folder / "04_nf4_bitsandbytes.ipynb", 4))
         assert f"{device}, {model.split()[0]}" in card and "1.0 min" in card and "17.0 GB" in card
 
 
 def test_reference_of_two_protocols_is_refused(tmp_path):
     for method, tokens in (("bf16", 8192), ("nf4", 1024)):
-        records.write_text(tmp_path / "records" / f"{method}.json", json.dumps(record(method, eval_tokens=tokens)))
+        files.write_text(tmp_path / "records" / f"{method}.json", json.dumps(record(method, eval_tokens=tokens)))
     with pytest.raises(records.RecordError, match="2 evaluation protocols"):
         reference.write(tmp_path, tmp_path / "reference")
     with pytest.raises(records.RecordError, match="no records"):

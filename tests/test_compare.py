@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from helpers import guide, pareto, records, reference, report, run, tables
+from helpers import files, records
+from helpers.publishing import guide, pareto, reference, report, run, tables
 from test_claims import record
 
 # The frontier
@@ -272,7 +273,7 @@ def test_guide_without_records_says_what_to_run(monkeypatch):
 
 def test_report_of_a_full_run(tmp_path, measured):
     for method, facts in measured.items():
-        records.write_text(tmp_path / "records" / f"{method}.json", json.dumps(facts))
+        files.write_text(tmp_path / "records" / f"{method}.json", json.dumps(facts))
     path = report.write(tmp_path, [run.Result("04_nf4_bitsandbytes", 61.0, 10**9, "ok"), run.Result("05_gptq", 9.0, 10**9, "cell 1: <b>")])
     page = path.read_text(encoding="utf-8")
     assert path.stat().st_size < 3_000_000 and page.count("data:image/png;base64,") == 2
@@ -287,7 +288,7 @@ def test_report_of_a_full_run(tmp_path, measured):
 def test_report_leaves_fine_tuned_models_out_of_the_plots_and_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "FOLDER", tmp_path / "none")
     for method, kl in (("nf4", 0.3), ("bf16", 0.1), ("qlora", 0.5)):
-        records.write_text(tmp_path / "records" / f"{method}.json", json.dumps(record(method, kl_divergence=kl, weight_bytes=1e8)))
+        files.write_text(tmp_path / "records" / f"{method}.json", json.dumps(record(method, kl_divergence=kl, weight_bytes=1e8)))
     page = report.write(tmp_path, []).read_text(encoding="utf-8")
     assert page.count("Not in the plot: qlora. Fine-tuning is meant to leave") == 2 and page.count("data:image/png;base64,") == 2
     assert "<h3>Reference: 2 CPU cores" not in page and "8,192 tokens of course in windows of 256" in page

@@ -12,7 +12,9 @@ import pytest
 
 import fakehub
 from conftest import ROOT
-from helpers import doctor, memory, models, notebooks, setup
+from helpers import bootstrap, memory, models
+from helpers.diagnosis import doctor
+from helpers.publishing import pages
 
 ROOMY = doctor.Machine(ram=64e9, disk=500e9)
 GPU = {"gpu": int(24e9), "vram": int(23e9)}
@@ -20,7 +22,7 @@ GATED = ("it is gated, and there is no token here", "accept the terms, then: hf 
 
 
 def verdicts(machine, model="auto", config=None, paths=None):
-    return {entry.notebook[:2]: entry for entry in doctor.advise(paths or notebooks.paths(), machine, model, config)}
+    return {entry.notebook[:2]: entry for entry in doctor.advise(paths or pages.paths(), machine, model, config)}
 
 
 def changed(**values):
@@ -29,10 +31,10 @@ def changed(**values):
 
 def test_every_notebook_has_a_verdict_and_a_roomy_cpu_runs_all_with_the_small_model():
     found = verdicts(ROOMY)
-    assert set(found) == {path.name[:2] for path in notebooks.paths()}
+    assert set(found) == {path.name[:2] for path in pages.paths()}
     assert {entry.verdict for entry in found.values()} == {doctor.SMALL}
     assert doctor.exit_code([], found.values()) == 0
-    cost = {path.name[:2]: notebooks_cost(path) for path in notebooks.paths()}
+    cost = {path.name[:2]: notebooks_cost(path) for path in pages.paths()}
     assert all(entry.ram_bytes == cost[number]["peak_ram_bytes"] and not entry.estimate for number, entry in found.items())
 
 
@@ -41,7 +43,7 @@ def notebooks_cost(path):
 
 
 def test_with_too_little_ram_exactly_the_notebooks_that_need_more_cannot():
-    peaks = sorted(notebooks_cost(path)["peak_ram_bytes"] for path in notebooks.paths())
+    peaks = sorted(notebooks_cost(path)["peak_ram_bytes"] for path in pages.paths())
     found = verdicts(changed(ram=peaks[len(peaks) // 2]))
     cannot = [entry for entry in found.values() if entry.verdict == doctor.CANNOT]
     assert len(cannot) == sum(peak > peaks[len(peaks) // 2] for peak in peaks) > 0
@@ -138,7 +140,7 @@ def test_a_measured_gpu_card_is_believed_before_the_formula():
     ],
 )
 def test_bad_combinations_are_named_with_the_command(monkeypatch, versions, said, remedy):
-    pinned = setup.pins()
+    pinned = bootstrap.pins()
     monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, pinned.get(name)))
     check = doctor._combinations()
     assert check.verdict == doctor.BAD and said in check.found and remedy in check.remedy, check
@@ -146,9 +148,9 @@ def test_bad_combinations_are_named_with_the_command(monkeypatch, versions, said
 
 def test_packages_that_a_notebook_installs_itself_do_not_stop_the_course(monkeypatch):
     """On Colab most of the course's packages are missing until a notebook's first cell installs them."""
-    here = {*setup.pins()}
+    here = {*bootstrap.pins()}
     for absent, verdict in (({"jupyterlab", "gptqmodel", "playwright"}, doctor.NOTE), ({"transformers"}, doctor.BAD), ({"torch"}, doctor.BAD)):
-        monkeypatch.setattr(doctor, "_version", lambda name: setup.pins().get(name) if name in here - absent else None)
+        monkeypatch.setattr(doctor, "_version", lambda name: bootstrap.pins().get(name) if name in here - absent else None)
         check = doctor._packages()
         assert check.verdict == verdict and all(name in check.found for name in absent), check
 
@@ -274,7 +276,7 @@ def test_the_whole_command_answers_in_ten_seconds_without_secrets_or_home(found)
     answer = json.loads(done.stdout)
     assert done.returncode == answer["exit_code"] == 0, done.stdout
     assert seconds < 10, "a hub that hangs must not hold up the answer"
-    assert {entry["verdict"] for entry in answer["notebooks"]} <= {doctor.RUNS, doctor.SMALL} and len(answer["notebooks"]) == len(notebooks.paths())
+    assert {entry["verdict"] for entry in answer["notebooks"]} <= {doctor.RUNS, doctor.SMALL} and len(answer["notebooks"]) == len(pages.paths())
     assert {"python", "packages", "combinations", "torch", "CUDA", "bitsandbytes", "jupyter kernel", "RAM", "disk", "hub"} <= {
         check["component"] for check in answer["checks"]
     }

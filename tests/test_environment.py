@@ -10,25 +10,25 @@ import yaml
 
 import helpers
 from conftest import ROOT
-from helpers import setup
+from helpers import bootstrap
 
 
 def test_conda_and_pip_have_the_same_pins():
     spec = yaml.safe_load((ROOT / "environment.yml").read_text())
     (pip,) = [entry["pip"] for entry in spec["dependencies"] if isinstance(entry, dict)]
-    assert pip == [f"{name}=={version}" for name, version in setup.pins().items()] + ["-e ."]
+    assert pip == [f"{name}=={version}" for name, version in bootstrap.pins().items()] + ["-e ."]
 
 
 def test_every_pin_gives_its_reason():
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line and not line.startswith("#")]
-    assert len(lines) == len(setup.pins()) >= 20
+    assert len(lines) == len(bootstrap.pins()) >= 20
     assert [line for line in lines if not re.search(r"==\S+ +# \w.{10,}", line)] == []
 
 
 def test_what_is_installed_is_what_is_pinned():
     from importlib import metadata
 
-    assert {name: metadata.version(name).split("+")[0] for name in setup.pins()} == setup.pins()
+    assert {name: metadata.version(name).split("+")[0] for name in bootstrap.pins()} == bootstrap.pins()
 
 
 def test_importing_helpers_is_light():
@@ -48,10 +48,10 @@ def test_a_new_process_finds_the_course_and_what_the_reader_put_on_the_path(tmp_
     (tmp_path / "own" / "only_the_readers.py").touch()
     command = [sys.executable, "-c", "import only_the_readers, helpers; print(helpers.__file__)"]
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "own"))
-    done = subprocess.run(command, cwd=tmp_path, env=helpers.child_environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=process.child_environment(), capture_output=True, text=True)
     assert done.stdout.strip() == str(ROOT / "helpers" / "__init__.py"), done.stderr
     monkeypatch.delenv("PYTHONPATH")
-    assert helpers.child_environment()["PYTHONPATH"] == str(ROOT), "an empty entry would be the working folder"
+    assert process.child_environment()["PYTHONPATH"] == str(ROOT), "an empty entry would be the working folder"
 
 
 def test_no_notebook_replaces_the_readers_path():
@@ -66,23 +66,23 @@ def test_importing_the_course_leaves_garbage_collection_alone():
 
 def test_nothing_is_installed_when_everything_is_there(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(AssertionError("pip was called")))
-    setup.require("bitsandbytes", "peft")
+    bootstrap.require("bitsandbytes", "peft")
 
 
 def test_missing_packages_are_installed_pinned_and_torch_is_held(monkeypatch):
     calls = []
     monkeypatch.delitem(sys.modules, "peft", raising=False)  # as in a runtime that has not used it yet
-    monkeypatch.setattr(setup, "_version", lambda name, real=setup._version: None if name == "peft" else real(name))
-    monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: calls.append(command) or subprocess.CompletedProcess(command, 0, "", ""))
-    setup.require("peft")
+    monkeypatch.setattr(bootstrap, "_version", lambda name, real=bootstrap._version: None if name == "peft" else real(name))
+    monkeypatch.setattr(bootstrap.subprocess, "run", lambda command, **_: calls.append(command) or subprocess.CompletedProcess(command, 0, "", ""))
+    bootstrap.require("peft")
     (command,) = calls
-    assert f"peft=={setup.pins()['peft']}" in command
+    assert f"peft=={bootstrap.pins()['peft']}" in command
     assert any(word.startswith("torch==") for word in command) and any(word.startswith("numpy==") for word in command)
 
 
 def test_an_old_transformers_counts_as_missing(monkeypatch):
-    monkeypatch.setattr(setup, "_version", lambda name: "4.57.1")
-    assert setup._too_old("transformers") and not setup._too_old("peft")
+    monkeypatch.setattr(bootstrap, "_version", lambda name: "4.57.1")
+    assert bootstrap._too_old("transformers") and not bootstrap._too_old("peft")
 
 
 def test_doctor_answers_and_exits_0():
@@ -94,10 +94,11 @@ def test_doctor_answers_and_exits_0():
 
 
 def test_doctor_names_what_is_wrong(monkeypatch, capsys):
-    from helpers import doctor, memory
+    from helpers import memory
+    from helpers.diagnosis import doctor
 
     monkeypatch.setattr(memory, "free_ram", lambda: 1e9)
-    monkeypatch.setattr(setup, "pins", lambda: {"torch": "9.9", "nosuchpackage": "1"})
+    monkeypatch.setattr(bootstrap, "pins", lambda: {"torch": "9.9", "nosuchpackage": "1"})
     assert doctor.main() == 1
     printed = capsys.readouterr().out
     assert "[bad ] RAM" in printed and "missing: nosuchpackage" in printed and "Not ready: RAM" in printed

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from conftest import ROOT
-from helpers import explain
+from helpers.diagnosis import explain
 
 FOLDER = ROOT / "tests" / "error_texts"
 TABLE = json.loads((FOLDER / "table.json").read_text(encoding="utf-8"))

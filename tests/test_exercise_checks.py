@@ -13,7 +13,8 @@ import types
 import nbformat
 import pytest
 
-from helpers import exercises, notebooks
+from helpers import exercises
+from helpers.publishing import pages
 
 # Exercises whose check needs the whole notebook's run, and are therefore judged there alone.
 ELSEWHERE = set()
@@ -448,7 +449,7 @@ CASES = {
         "lambda namespace, target: [name for name, value in namespace.items() if value is target or isinstance(value, list)]": "__traceback__",
     }),
 }  # fmt: skip
-HERE = {path.name[:2]: path for path in notebooks.paths()}
+HERE = {path.name[:2]: path for path in pages.paths()}
 each_case = pytest.mark.parametrize("key", [key for key in CASES if key[0] in HERE], ids="-".join)
 
 

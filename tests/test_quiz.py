@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from helpers import exercises, notebooks, progress, quiz, widgets
+from helpers import exercises, progress, quiz, widgets
+from helpers.publishing import pages
 
 QUIZ = quiz.load()
 
@@ -20,7 +21,7 @@ def reader(tmp_path, monkeypatch):
 
 
 def test_every_notebook_has_three_questions_with_one_right_choice_and_a_reason_for_each():
-    assert {path.stem for path in notebooks.paths()} <= set(QUIZ)
+    assert {path.stem for path in pages.paths()} <= set(QUIZ)
     for notebook, questions in QUIZ.items():
         assert len(questions) == 3, notebook
         for question in questions:
@@ -100,7 +101,7 @@ def test_a_solved_exercise_is_kept_under_its_notebook(reader, monkeypatch, capsy
     cell = inspect.cleandoc("\n" + inspect.getsource(test_thing)) + "\nexercises.check(thing, test_thing)"
     cells = [{"cell_type": "code", "source": [cell]}]
     (reader / "55_x.ipynb").write_text(json.dumps({"cells": cells}))
-    monkeypatch.setattr(notebooks, "paths", lambda: [reader / "55_x.ipynb"])
+    monkeypatch.setattr(pages, "paths", lambda: [reader / "55_x.ipynb"])
     assert exercises.check(lambda x: x, test_thing) is False and not progress.path().exists()
     assert exercises.check(lambda x: 2 * x, test_thing) is True
     assert progress.read() == {"55_x": {"exercises": ["thing"]}}
@@ -119,7 +120,7 @@ def test_a_solution_cell_and_a_test_of_ones_own_are_no_progress(reader):
 
 def test_every_exercise_of_the_course_is_counted():
     counted = progress.exercises()
-    assert set(counted) == {path.stem for path in notebooks.paths()} and all(2 <= len(names) <= 3 for names in counted.values())
+    assert set(counted) == {path.stem for path in pages.paths()} and all(2 <= len(names) <= 3 for names in counted.values())
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"other": []}}', '{"a": {"quiz": 1}}'])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import evaluation, models, records
+from helpers import files, evaluation, models, records
 
 FOUND = models.Found("/nowhere", "tiny", "local folder", "cpu")
 NUMBERS = dict.fromkeys(records.NUMBERS, 1.0)
@@ -93,10 +93,10 @@ def test_broken_file_is_named(tmp_path):
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     target = tmp_path / "a.json"
-    records.write_text(target, "old")
+    files.write_text(target, "old")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
-        records.write_text(target, "new")
+        files.write_text(target, "new")
     assert target.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
@@ -114,9 +114,9 @@ def test_anything_else_is_refused_with_a_record_error(value):
 
 
 def test_relative_folder_is_the_checkouts_inside_and_here_outside(tmp_path, monkeypatch):
-    from helpers.notebooks import ROOT
+    from helpers.publishing.pages import ROOT
 
     monkeypatch.chdir(ROOT / "notebooks")
-    assert records.folder("build") == ROOT / "build"
+    assert files.folder("build") == ROOT / "build"
     monkeypatch.chdir(tmp_path)
-    assert records.folder("build") == tmp_path / "build"
+    assert files.folder("build") == tmp_path / "build"

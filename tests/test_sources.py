@@ -3,17 +3,17 @@
 import nbformat
 import pytest
 
-from helpers import notebooks, sources
+from helpers.publishing import pages, sources
 
 
 @pytest.mark.parametrize("source", sources.paths(), ids=lambda path: path.stem)
 def test_source_and_notebook_are_equal(source):
-    committed = notebooks.read(notebooks.FOLDER / f"{source.stem}.ipynb")
+    committed = pages.read(pages.FOLDER / f"{source.stem}.ipynb")
     assert sources.write(committed) == source.read_text(encoding="utf-8"), "run `make notebooks`"
 
 
 def test_every_notebook_has_a_source():
-    assert [path.stem for path in sources.paths()] == [path.stem for path in notebooks.paths()]
+    assert [path.stem for path in sources.paths()] == [path.stem for path in pages.paths()]
 
 
 def test_outputs_stay_where_the_cell_is_unchanged(tmp_path):

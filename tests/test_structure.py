@@ -8,9 +8,10 @@ import nbformat
 import pytest
 
 from conftest import ROOT
-from helpers import notebooks, setup
+from helpers import bootstrap
+from helpers.publishing import pages
 
-PATHS = notebooks.paths()
+PATHS = pages.paths()
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
@@ -41,13 +42,13 @@ def test_valid_small_and_with_the_plain_kernel(path):
 @each_notebook
 def test_anatomy_and_order(path):
     notebook = nbformat.read(path, as_version=4)
-    assert notebooks.title(notebook).startswith(path.name[:2]) and notebooks.promise(notebook)
+    assert pages.title(notebook).startswith(path.name[:2]) and pages.promise(notebook)
     order = [heading(notebook, "Goals")]
     for tag in ("bootstrap", "parameters"):
-        (cell,) = notebooks.tagged(notebook, tag)
+        (cell,) = pages.tagged(notebook, tag)
         order.append(notebook.cells.index(cell))
     order += [heading(notebook, text) for text in ("What the guides claim", "Exercises", "Takeaways")]
-    (record,) = notebooks.tagged(notebook, "record")
+    (record,) = pages.tagged(notebook, "record")
     order.append(notebook.cells.index(record))
     assert order == sorted(order) and order[-1] == len(notebook.cells) - 1, order
     goals, takeaways = notebook.cells[order[0]].source, notebook.cells[order[-2]].source
@@ -65,7 +66,7 @@ def test_whether_the_model_fits_is_asked_before_it_is_loaded(path):
 
 @each_notebook
 def test_generated_parts_are_current(path):
-    committed, fresh = nbformat.read(path, as_version=4), notebooks.refresh(path)
+    committed, fresh = nbformat.read(path, as_version=4), pages.refresh(path)
     for old, new in zip(committed.cells, fresh.cells):
         assert old.source == new.source, "run `make links`"
 
@@ -74,7 +75,7 @@ def test_generated_parts_are_current(path):
 def test_parameters_are_raw_values(path):
     import ast
 
-    (cell,) = notebooks.tagged(nbformat.read(path, as_version=4), "parameters")
+    (cell,) = pages.tagged(nbformat.read(path, as_version=4), "parameters")
     values = {}
     for node in ast.parse(cell.source).body:
         assert isinstance(node, ast.Assign), "only assignments"
@@ -85,7 +86,7 @@ def test_parameters_are_raw_values(path):
 @each_notebook
 def test_exercises_have_stub_check_and_solution(path):
     notebook = nbformat.read(path, as_version=4)
-    solutions = notebooks.tagged(notebook, "solution")
+    solutions = pages.tagged(notebook, "solution")
     assert 2 <= len(solutions) <= 3
     for cell in solutions:
         assert cell.source.startswith("if solutions:") and "exercises.require(" in cell.source and cell.metadata.jupyter.source_hidden
@@ -166,13 +167,13 @@ def test_cost_card_was_measured(path):
 
 @each_notebook
 def test_packages_in_the_bootstrap_are_pinned(path):
-    assert set(nbformat.read(path, as_version=4).metadata.course.packages) <= set(setup.pins())
+    assert set(nbformat.read(path, as_version=4).metadata.course.packages) <= set(bootstrap.pins())
 
 
 def test_readme_table_and_address_are_current():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert notebooks.replace_part(readme, "notebooks", notebooks.readme_table()) == readme, "run `make links`"
-    address = notebooks.repository()
+    assert pages.replace_part(readme, "notebooks", pages.readme_table()) == readme, "run `make links`"
+    address = pages.repository()
     for text in [readme, *(path.read_text(encoding="utf-8") for path in PATHS)]:
         colab = re.findall(r"colab\.research\.google\.com/github/([^)\"]+?)/blob", text)
         assert colab and set(colab) == {address.removeprefix("https://github.com/")}

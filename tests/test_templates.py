@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from helpers import chat, templates, thoughts
+from helpers import chat
+from helpers.chat import templates, thoughts
 
 LOOP = "{% for m in messages %}"
 ASK = "{% endfor %}{% if add_generation_prompt %}"

@@ -18,7 +18,7 @@
 #
 # **Before you start:** [00 Start here](00_start_here.ipynb) for the memory arithmetic, [05 GPTQ](05_gptq.ipynb) for groups and calibration.
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -46,7 +46,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, AwqConfig
 
 import helpers
-from helpers import archived, batch, checkpoints, evaluation, exercises, figures
+from helpers import files, archived, checkpoints, evaluation, exercises, figures
+from helpers import process
+from helpers.process import headless
 from helpers import memory, models, records, speed
 
 figures.style()
@@ -57,7 +59,7 @@ for name in ("auto_gptq", "auto_gptq.modeling._base", "accelerate", "bitsandbyte
 def quietly():
     """Progress bars and pages of text: shown in Jupyter, left out of a batch run."""
     stack = contextlib.ExitStack()
-    if batch():
+    if headless():
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
     return stack
@@ -598,7 +600,7 @@ with quietly():
     from gptqmodel.looper.awq_processor import AWQProcessor
     from gptqmodel.quantization import AWQConfig
 
-loop_processor._PROJECT_LOG_DIR = records.folder(output_dir) / "logs"  # or it makes ./logs wherever you are
+loop_processor._PROJECT_LOG_DIR = files.folder(output_dir) / "logs"  # or it makes ./logs wherever you are
 
 def fast_clip(self, weight, x, **_):
     return best_clip(weight, x.to(weight.device), self.qcfg.group_size)
@@ -662,7 +664,7 @@ every = {name: folders.get(name, str(found.path)) for name in dtypes}
 with tempfile.TemporaryDirectory() as scratch:
     order = json.dumps([every, dtypes, found.device, prompt.tolist(), scratch])
     done = subprocess.run([sys.executable, "-c", RELOAD, order], capture_output=True, text=True,
-                          env=helpers.child_environment())
+                          env=process.child_environment())
     assert done.returncode == 0, done.stderr[-1000:]
     elsewhere = load_file(f"{scratch}/logits.safetensors")
 fresh = pd.DataFrame(json.loads(done.stdout.splitlines()[-1])).T
@@ -906,7 +908,7 @@ assert all(row[1].startswith("ValueError") for row in rows)
 # ## What the guides claim
 
 # %%
-from helpers import claims
+from helpers.publishing import claims
 
 awq_score = scores["awq"]
 lost = f"rounded {floor.kl_divergence:.3f}; "

@@ -1,0 +1,62 @@
+"""Talking to a model in a terminal: `python -m helpers chat`."""
+
+import json
+
+from helpers import chat, models
+
+
+def main(arguments):
+    """One question (`--once`) or a conversation, with what `python -m helpers chat` was told."""
+    if arguments.max_new_tokens < 1:
+        raise ValueError("--max-new-tokens must be at least 1")
+    if arguments.once is not None and not arguments.once.strip():
+        raise ValueError("--once needs a question")
+    how = {"sample": arguments.sample or None, "temperature": arguments.temperature, "top_p": arguments.top_p}
+    chat.sampling(**how)  # says what is wrong before a model is fetched
+    template_arguments = dict(map(_template_argument, arguments.template_argument))
+    found = models.find(arguments.model)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(found.path)
+    model = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype).to(found.device)
+    session = chat.ChatSession(
+        model, tokenizer, system=arguments.system, max_new_tokens=arguments.max_new_tokens, seed=arguments.seed, **how, **template_arguments
+    )
+    if arguments.once is not None:
+        _say(session.stream(arguments.once))
+        return
+    print(f"{found.name} on the {found.device.upper()}. Empty line or Ctrl-D to leave, Ctrl-C to stop an answer, /more to go on with it.")
+    while True:
+        try:
+            text = input("you> ").strip()
+        except EOFError:
+            text = ""
+        if not text:
+            return
+        try:
+            _say(session.resume() if text == "/more" else session.stream(text))
+            if session.cut_off:
+                print("[cut off: /more goes on]")
+        except KeyboardInterrupt:
+            session.stop()
+            print(" [stopped: /more goes on]")
+        except chat.ChatError as error:
+            print(error)
+
+
+def _template_argument(text):
+    name, equals, value = text.partition("=")
+    if not name.isidentifier() or not equals:
+        raise ValueError(f"--template-argument takes NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _say(pieces):
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()

@@ -1,0 +1,146 @@
+"""What each notebook will do on this machine, and the command that changes it."""
+
+import json
+from dataclasses import dataclass
+
+from helpers import memory, models
+from helpers.publishing import pages
+
+RUNS, SMALL, CANNOT = "run", "run with the small model", "cannot"
+CONTEXT = 512  # tokens, the course's evaluation windows
+INSTALL = "pip install -r requirements.txt"
+GPU_EXTRA = 1.5e9  # bytes of VRAM beside weights and KV cache: CUDA's own context and activations
+AUTO_GPU = 15 * 2**30  # from here on, "auto" wants Mistral-7B
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What one notebook will do here: "run", "run with the small model" or "cannot"; why; the command that changes it.
+
+    ram_bytes, vram_bytes, disk_bytes: what it needs with `model`; `estimate` where that was scaled and not measured. `switch` where
+    the small model has to be asked for, because the other one would be tried first and fail.
+    """
+
+    notebook: str
+    verdict: str
+    model: str
+    ram_bytes: int
+    vram_bytes: int
+    disk_bytes: int
+    estimate: bool
+    why: str = ""
+    command: str = ""
+    switch: bool = False
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of RAM, VRAM and disk that a notebook takes with a model. estimate: scaled from another model, not measured."""
+
+    ram: int
+    vram: int
+    disk: int
+    estimate: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the verdicts on notebooks depend on. Bytes; `missing` are package names; refusals are None or a sentence and a command."""
+
+    ram: int
+    disk: int
+    gpu: int = 0  # total memory of the GPU, 0 without one
+    vram: int = 0  # free memory of the GPU
+    missing: frozenset = frozenset()
+    small: tuple | None = None  # why the default model cannot be had, and the command that changes it
+    large: tuple | None = None  # the same for the model asked for
+    small_bytes: int = 0  # of the default model already on the disk
+
+
+def advise(paths, machine, model="auto", config=None):
+    """One `Advice` for each notebook file on this `Machine`.
+
+    model, config  as asked for, and its transformers config; without one, a model other than the default cannot be judged
+    """
+    return [_advise(path.stem, {**course(path), "copies": pages.copies(path)}, machine, model, config) for path in paths]
+
+
+def needs(cost, config=None, gpu=False, copies=1):
+    """The `Need` of a notebook with this cost card, for the default model or, with `config`, for another one.
+
+    copies: how many times the notebook holds a model in full precision at once (what it tells `models.find`); on a CPU its peak grows
+    by that many times the difference in size.
+    """
+    cpu = cost["cpu"]
+    measured = Need(cpu["peak_ram_bytes"], 0, cpu["disk_bytes"], False)
+    if config is None:
+        return measured
+    bits = 16 if gpu else 32
+    asked, small = (memory.predict(each, bits=bits, rest_bits=bits, context=CONTEXT, cache_bits=bits) for each in (config, models.smollm2_config()))
+    scale = asked.total / small.total
+    disk = int(measured.disk * scale)
+    if gpu and cost.get("gpu_7b") and _parameters(config) == _parameters(models.mistral_config()):
+        return Need(cost["gpu_7b"]["peak_ram_bytes"], cost["gpu_7b"]["peak_vram_bytes"], disk, False)
+    if gpu:
+        return Need(measured.ram, int(asked.total + GPU_EXTRA), disk, True)
+    return Need(int(measured.ram + copies * (asked.total - small.total)), 0, disk, True)
+
+
+def _parameters(config):
+    return memory.predict(config).parameters
+
+
+def _advise(name, course, machine, model, config):
+    cost = course.get("cost", {})
+    run = f"python -m helpers run --only {name[:2]}"
+    packages = {"torch", "transformers", *course.get("packages", [])} & machine.missing
+    if packages:
+        return Advice(name, CANNOT, "none", 0, 0, 0, False, f"missing or broken: {', '.join(sorted(packages))}", INSTALL)
+    if "cpu" not in cost:
+        return Advice(name, CANNOT, "none", 0, 0, 0, False, "it was never measured", "make outputs")
+    switch = False
+    wants_large = model not in ("auto", models.OFFLINE, models.SMOLLM2) or (model == "auto" and machine.gpu >= AUTO_GPU)
+    why, command = "", ""
+    if wants_large:
+        label = models.MISTRAL if model == "auto" else model
+        shape = models.mistral_config() if model == "auto" else config
+        need = needs(cost, shape, bool(machine.gpu), course["copies"]) if shape is not None else None
+        short = machine.large or _short(need, machine, run, model)
+        if not short:
+            return Advice(name, RUNS, label, need.ram, need.vram, need.disk, need.estimate)
+        why, command = f"{label}: {short[0]}", short[1]
+        switch = model != "auto" or not machine.large  # what is closed to it, "auto" passes over by itself
+    elif model == "auto":
+        why, command = "no GPU with 16 GB, so \"auto\" takes the small model", f"on a machine with such a GPU: {run}"
+    need = needs(cost)
+    refused = machine.small or _short(need, machine, run, "auto", machine.small_bytes)
+    verdict = CANNOT if refused else RUNS if model in (models.OFFLINE, models.SMOLLM2) else SMALL
+    if refused:
+        (why, command), switch = refused, False
+    elif switch:
+        command = f"{command}; or as it is here: {run} --model {models.OFFLINE}"
+    return Advice(name, verdict, "SmolLM2-135M-Instruct", need.ram, need.vram, need.disk, need.estimate, why, command, switch)
+
+
+def _short(need, machine, run, model, there=0):
+    """(why, command) where the machine has too little of something, else None. there: bytes of the model that are on the disk already."""
+    run = run if model == "auto" else f"{run} --model {model}"
+    if need is None:
+        return "its size is not known without the hub", f"connect, then: {run}"
+    about = "about " if need.estimate else ""
+    if machine.gpu and need.vram > machine.vram:
+        return (f"needs {about}{need.vram / 1e9:.1f} GB of VRAM, {machine.vram / 1e9:.1f} GB are free",
+                f"nvidia-smi (what else is on the GPU?), end it, then: {run}")  # fmt: skip
+    if need.ram > machine.ram:
+        return (f"needs {about}{need.ram / 1e9:.1f} GB of RAM, {machine.ram / 1e9:.1f} GB are free",
+                f"close other programs, or give a container more memory (docker run -m {need.ram / 1e9 + 1:.0f}g), then: {run}")  # fmt: skip
+    disk = max(0, need.disk - there)
+    if disk > machine.disk:
+        return (f"needs {about}{disk / 1e9:.1f} GB of disk, {machine.disk / 1e9:.1f} GB are free",
+                f"COURSE_CACHE=/larger/disk/cache HF_HOME=/larger/disk/hub {run} --output /larger/disk/build")  # fmt: skip
+    return None
+
+
+def course(path):
+    """What a notebook's metadata says of it: its packages and its measured cost."""
+    return json.loads(path.read_text(encoding="utf-8"))["metadata"].get("course", {})

@@ -1,0 +1,284 @@
+"""From a traceback to the likeliest cause: find the error that stopped the program in the catalogue, and say how sure that is.
+
+    python -m helpers explain error.txt      or      some_command 2>&1 | python -m helpers explain
+
+The course's notebooks define a magic in their first cell (elsewhere: `%load_ext helpers.explain`): `%explain` after an error,
+`%explain name` for an exception or a text in a variable, and `%%explain` as the first line of a cell that may fail: it shows the
+explanation in place of the traceback. Nothing here imports torch, and no token that stands in the text is ever printed.
+
+An error is known only where its type, its message and the package that raised it agree with an entry of the catalogue. For any other
+the answer is "I do not know", with the three lines to search for: the root cause, the reader's own line, and the library.
+"""
+
+import os
+import re
+import sys
+import textwrap
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.diagnosis import catalogue, tracebacks
+from helpers.diagnosis.tracebacks import LONGEST, Raised, Reading, clean, read, redact  # noqa: F401 - what notebooks and tests take from here
+
+KNOWN, UNKNOWN, UNREADABLE = 0, 1, 2  # exit codes
+CERTAIN, LIKELY = "certain", "likely"
+LEVELS = (CERTAIN, LIKELY)
+ERROR, PRINTED = "error", "printed"  # what an answer explains
+BECAUSE = {
+    (ERROR, CERTAIN): "type, message and place agree with the catalogue",
+    (ERROR, LIKELY): "type and message agree; the text does not show all of the traceback that leads there",
+    (PRINTED, CERTAIN): "this line was printed, and no error stands in the text",
+    (PRINTED, LIKELY): "this line was printed; the error beside it only reports that something failed",
+}
+# Python writes these messages itself, whoever's mistake it is: the place must agree. Other messages name their library.
+_PYTHONS = {"AttributeError", "TypeError", "NameError", "KeyError", "IndexError", "AssertionError", "ModuleNotFoundError", "UnboundLocalError"}
+_NOTEBOOK = re.compile(r"^(?:Cell|Input) In|ipython-input|ipykernel_|^<cell>")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """entry of the catalogue; how sure: "certain" or "likely"; the error it explains (None: a printed line)."""
+
+    entry: catalogue.Entry
+    sure: str
+    raised: Raised | None
+    line: str = ""
+
+    @property
+    def because(self):
+        return BECAUSE[ERROR if self.raised else PRINTED, self.sure]
+
+
+def explain(text):
+    """`Answer`s for a text (or `Reading`), likeliest first; an empty list if nothing in the catalogue fits."""
+    reading = text if isinstance(text, Reading) else read(text)
+    for raised in reading.reasons:  # the last error of the chain first; what it follows from if that one is not known
+        if answers := _fitting(raised, whole=raised == reading.root[-1] and not reading.cut):
+            return answers
+    if reading.root:
+        return []
+    for raised in reversed(reading.errors):  # nothing but reports that something failed: by a signal, say
+        if answers := _fitting(raised, whole=not reading.cut):
+            return answers
+    return [] if reading.cut else warnings(reading)
+
+
+def warnings(reading):
+    """`Answer`s for the lines that were printed outside tracebacks, in the order of the catalogue."""
+    sure = LIKELY if reading.errors else CERTAIN
+    found = ((entry, pattern.search(reading.printed)) for entry in catalogue.ENTRIES for pattern in entry.lines)
+    answers = {entry.id: Answer(entry, sure, None, _line(match)) for entry, match in found if match}
+    return list(answers.values())
+
+
+def explain_error(error):
+    """`Answer`s for an exception object, its chain included."""
+    return explain(as_text(error))
+
+
+def as_text(error):
+    """The traceback of an exception object as Python prints it."""
+    return "".join(traceback.format_exception(error))
+
+
+def render(reading, answers=None, width=100):
+    """The answer for a reader as plain text: what was read, cause, remedy, how sure, reference."""
+    answers = explain(reading) if answers is None else answers
+    if not answers:
+        return _do_not_know(reading, width)
+    first = answers[0]
+    lines = [_quote(first.raised or first.line, width), f"=> {first.entry.title}", ""]
+    lines += _paragraph("Cause", first.entry.cause, width)
+    lines += _paragraph("Remedy", first.entry.remedy, width)
+    if first.entry.code:
+        lines += ["", textwrap.indent(first.entry.code.strip("\n"), "    "), ""]
+    lines += _paragraph("How sure", f"{first.sure}: {first.because}; {first.entry.origin}", width)
+    lines += _paragraph("See", first.entry.reference, width)
+    if len(answers) > 1:
+        lines += _paragraph("Or else", "; ".join(answer.entry.title for answer in answers[1:3]), width)
+    return "\n".join(lines)
+
+
+def main(file=None):
+    """`python -m helpers explain [FILE]`: exit code 0 if the error is known, 1 if not, 2 if there is nothing to read."""
+    if file in (None, "-"):
+        if sys.stdin.isatty():
+            print("Paste the traceback, then press Ctrl-D (Ctrl-Z and Enter on Windows).", file=sys.stderr)
+        data = sys.stdin.buffer.read()
+    else:
+        try:
+            data = Path(file).read_bytes()
+        except OSError as error:
+            print(f"error: cannot read {redact(str(file))}: {error.strerror}", file=sys.stderr)
+            return UNREADABLE
+    sys.stdout.reconfigure(errors="replace")  # a traceback may hold what this terminal cannot show
+    reading = read(data)
+    if not reading.text.strip():
+        print("error: there is no text to explain", file=sys.stderr)
+        return UNREADABLE
+    answers = explain(reading)
+    print(render(reading, answers))
+    return KNOWN if answers else UNKNOWN
+
+
+def load_ipython_extension(shell):
+    """Called by `%load_ext helpers.explain`."""
+    register(shell)
+
+
+def register(shell=None):
+    """Define the %explain and %%explain magics in the running IPython."""
+    if shell is None:
+        from IPython import get_ipython
+
+        shell = get_ipython()
+    if shell is None:
+        raise RuntimeError("%explain works in IPython and Jupyter; elsewhere use `python -m helpers explain`.")
+
+    def magic(line, cell=None):
+        """%explain [name]: the last error, or the one in a variable. %%explain: run the cell and explain what it raises."""
+        if cell is not None:
+            try:
+                exec(compile(shell.transform_cell(cell), "<cell>", "exec"), shell.user_ns)
+            except Exception as error:
+                error.__traceback__ = error.__traceback__.tb_next  # without this function's own frame
+                shell.user_ns["error"] = error
+                print(render(read(as_text(error))))
+            else:
+                print("(no error)")
+            return
+        subject = shell.user_ns.get(line.strip()) if line.strip() else getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        if subject is None:
+            print(f"there is nothing called {redact(line.strip())}" if line.strip() else "no error so far")
+            return
+        print(render(read(as_text(subject) if isinstance(subject, BaseException) else str(subject))))
+
+    shell.register_magic_function(magic, "line_cell", "explain")
+
+
+def _fitting(raised, whole):
+    """`Answer`s for one error, special entries before general ones. whole: it ended the program, and its traceback is complete."""
+    answers = []
+    for entry in catalogue.ENTRIES:
+        places = [agrees for pattern in entry.patterns if (agrees := _agrees(pattern, raised)) is not None]
+        if places:
+            answers.append(Answer(entry, CERTAIN if whole and any(places) else LIKELY, raised))
+    return [answer for answer in answers if not answer.entry.general] or answers
+
+
+def _agrees(pattern, raised):
+    """Whether an error fits a pattern: True, False (the text does not show where it was raised), or None (it does not fit)."""
+    if pattern.type and raised.type not in pattern.type.split("|"):
+        return None
+    if not re.search(pattern.text, raised.message) or (pattern.frames and not re.search(pattern.frames, raised.frames)):
+        return None
+    return _placed(pattern, raised)
+
+
+def _placed(pattern, raised):
+    """The same for the place alone."""
+    allowed, stack = pattern.where.split(), raised.stack
+    if "anywhere" in allowed:
+        return bool(stack)
+    if not stack:
+        return None if "notebook" in allowed else False
+    inner = raised.innermost
+    if {inner.package, stack[-1].package} & set(allowed):
+        return True
+    if "notebook" in allowed:
+        return True if _NOTEBOOK.search(inner.path) else None
+    if "own" in allowed and not inner.package:
+        return True
+    if "compiled" in allowed:
+        return None if stack[-1].raises and stack[-1].package not in ("torch", tracebacks.PYTHON) else True
+    written_by_python = raised.type in _PYTHONS or raised.message.startswith("cannot import name")
+    cut = not any(frame.package for frame in stack) and not inner.raises and not written_by_python
+    return False if cut else None  # a report that leaves the library's frames out, of a message that no reader's code writes
+
+
+def _line(match):
+    text = match.string
+    end = text.find("\n", match.end())
+    return text[match.start() : end if end >= 0 else None].strip()
+
+
+def _quote(raised, width):
+    first, *more = str(raised).split("\n")
+    return textwrap.shorten(first, width, placeholder=" ...") + (" ..." if more and len(first) < width - 4 else "")
+
+
+def _paragraph(label, text, width):
+    return textwrap.wrap(text, width, initial_indent=f"{label + ':':10}", subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False)
+
+
+def _do_not_know(reading, width):
+    report = "`python -m helpers doctor --json` says what a bug report needs."
+    first = reading.first
+    if first and not reading.cut:
+        lines = [_quote(first, width), "=> I do not know this error.", "", *_evidence(reading, first, width)]
+        hint = "Search the library's issues for the message, without what is yours in it (names, paths, numbers)."
+    elif reading.cut:
+        lines = ["=> I cannot tell: this traceback ends before its last line.", "", *_cut_evidence(reading, width)]
+        hint = "Paste it down to the line with the type and the message of the error."
+    elif reading.errors:
+        lines = [_quote(reading.errors[-1], width), "=> I do not know this error: it only reports that something else failed.", ""]
+        hint = "The cause stands further up in the log, or in that of another process: paste it from the first `Traceback`."
+    else:
+        lines = ["=> I see no error in this text that I know.", ""]
+        hint = "Paste the whole traceback, from the line with `Traceback` to the one with the error's type and message."
+    return "\n".join([*lines, *_paragraph("Next", f"{hint} {report}", width)])
+
+
+def _evidence(reading, first, width):
+    """What to search for: the root cause, the reader's own line, the library and its version, and how it ended."""
+    lines = _paragraph("Root", str(first).split("\n")[0], width)
+    last = reading.root[-1]
+    if last is not first:
+        lines += _paragraph("Ended as", str(last).split("\n")[0], width)
+    lines += _places(first.stack or last.stack, width)
+    library = next((error.place for error in (first, last) if error.place and error.place != tracebacks.PYTHON), "")
+    lines += _paragraph("Search", f"{library} {_searchable(first)}".strip(), width)
+    if answers := warnings(reading):
+        lines += _paragraph("Besides", f"{answers[0].entry.title}: {answers[0].entry.cause}", width)
+    return lines
+
+
+def _cut_evidence(reading, width):
+    return _places(tracebacks.parse_frames(reading.frames.split("\n")), width)
+
+
+def _places(stack, width):
+    own = [frame for frame in stack if not frame.package]
+    lines = _paragraph("Yours", str(own[0]), width) if own else []
+    if len(own) > 1 and own[-1] != own[0]:
+        lines += _paragraph("", f"down to {own[-1]}", width)
+    libraries = [frame for frame in stack if frame.package and frame.package != tracebacks.PYTHON]
+    if libraries:
+        inner = libraries[-1]
+        lines += _paragraph("Library", f"{inner.package}{_version(inner.package)}, {_inside(inner)}", width)
+    return lines
+
+
+def _inside(frame):
+    """A library's frame with the file's path from the package on."""
+    _, mark, inside = frame.path.replace("\\", "/").rpartition("-packages/")
+    return f"{inside if mark else frame.path}, line {frame.line}"
+
+
+def _version(package):
+    """' 5.0 (installed here)' for a package of this environment, as the name of its metadata's folder says."""
+    name = re.sub(r"[-_.]+", "_", catalogue.DISTRIBUTIONS.get(package, package)).lower()
+    for folder in filter(os.path.isdir, sys.path):  # importlib.metadata would take a third of the time this command may take
+        for entry in os.listdir(folder):
+            if entry.endswith(".dist-info") and re.sub(r"[-_.]+", "_", entry.partition("-")[0]).lower() == name:
+                return f" {entry.removesuffix('.dist-info').partition('-')[2]} (installed here)"
+    return " (not installed here)"
+
+
+def _searchable(raised):
+    """The message as a search term: its first line without paths, quoted names, addresses and numbers."""
+    text = raised.message.split("\n")[0]
+    text = re.sub(r"https?://\S+|(?:[A-Za-z]:)?[/~\\][\w./\\-]{3,}|0x[0-9a-f]+|\b\d[\d.,]*\b", " ", text)
+    words = " ".join(text.split())
+    return f'{raised.type} "{textwrap.shorten(words, 90, placeholder="")}"' if words else raised.type

@@ -1,0 +1,198 @@
+"""What the failures are made of: tiny models and tokenizers, a local hub, interpreters without packages."""
+
+import asyncio
+import atexit
+import contextlib
+import functools
+import http.server
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+
+@functools.cache
+def _base():
+    folder = tempfile.mkdtemp(prefix="reproductions-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def scratch():
+    """A new empty folder, removed when Python ends."""
+    return tempfile.mkdtemp(dir=_base())
+
+
+def tiny_model(dtype=torch.float32, **config):
+    """A Llama of two layers with random weights (110,000 parameters)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, **config)).to(dtype).eval()
+
+
+WORDS = "<s> </s> <unk> <pad> user assistant system [INST] [/INST] what is a four bit model hi the cat dog sat on mat sun is up down . ?"
+MISTRAL = """{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}
+{% if message['role'] == 'user' %} [INST] {{ message['content'] }} [/INST]{% else %} {{ message['content'] }} {{ eos_token }}{% endif %}
+{% endfor %}"""  # the shape of Mistral-7B-Instruct v0.1's template, with its own message
+
+
+def tiny_tokenizer(bos=False, **options):
+    """A tokenizer of 30 words. bos: put a BOS in front of every text, as Llama's and Mistral's tokenizers do."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(WORDS.split()))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    options = {"model_input_names": ["input_ids", "attention_mask"], **options}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **options)
+
+
+def tiny_folder(**changes):
+    """A new folder with the tiny model, as `from_pretrained` takes it. changes: fields of its config.json to overwrite."""
+    folder = Path(shutil.copytree(_saved(), scratch(), dirs_exist_ok=True))
+    if changes:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+@functools.cache
+def _saved():
+    folder = scratch()
+    tiny_model(tie_word_embeddings=True).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_4bit(**settings):
+    """The tiny model in NF4, as notebook 04 loads a real one."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **settings)
+    return AutoModelForCausalLM.from_pretrained(tiny_folder(), quantization_config=config)
+
+
+def lora(model, **options):
+    """The model with a LoRA adapter on its query and value projections."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ["q_proj", "v_proj"], **options}))
+
+
+IDS = torch.tensor([[3, 4, 5, 6]])
+TOKEN = "hf_" + 34 * "x"  # what `hub` below takes for a good token
+
+
+@contextlib.contextmanager
+def hub():
+    """A local server that answers requests as huggingface.co does; yields its address.
+
+    someone/gated wants TOKEN; someone/open does not; behind/proxy answers with a web page; nothing else exists.
+    """
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            token, content = self.headers.get("Authorization"), b'{"model_type": "llama"}'
+            status, headers = 200, {"X-Repo-Commit": 40 * "a", "ETag": '"1"'}
+            if self.path.startswith("/behind/"):
+                headers, content = {"Content-Type": "text/html"}, b"<html>Please log in to this network.</html>"
+            elif token not in (None, f"Bearer {TOKEN}"):
+                status, headers = 401, {"X-Error-Message": "Invalid credentials in Authorization header"}
+            elif self.path.startswith("/someone/gated/") and not token:
+                status = 401
+                headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model someone/gated is restricted. Please log in."}
+            elif not self.path.startswith("/someone/"):
+                status, headers = 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def download(repository, endpoint, token=False):
+    """One file of a repository, as every loader fetches it first; the local hub is asked also where HF_HUB_OFFLINE is set."""
+    from unittest import mock
+
+    from huggingface_hub import constants, hf_hub_download
+
+    with mock.patch.object(constants, "HF_HUB_OFFLINE", False):
+        return Path(hf_hub_download(repository, "config.json", endpoint=endpoint, token=token, cache_dir=scratch())).name
+
+
+def other_python(code):
+    """What an interpreter that has none of this environment's packages prints: the wrong kernel, in short."""
+    done = subprocess.run([sys.executable, "-S", "-I", "-c", code], capture_output=True, text=True, cwd=scratch())
+    return done.stderr + done.stdout
+
+
+def pip(*arguments):
+    """This environment's pip, without the settings of this machine."""
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    command = [sys.executable, "-m", "pip", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=settings | {"PIP_CONFIG_FILE": os.devnull})
+
+
+def hidden(where):
+    """Make one library believe that a package is absent."""
+    from unittest import mock
+
+    return mock.patch(where, return_value=False)
+
+
+@contextlib.contextmanager
+def forgotten(package):
+    """Import a package afresh in this block, whatever was imported before."""
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == package}
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
+def run_as_cell(function):
+    """Run an async function as Jupyter runs a cell, inside an event loop; in a thread, since the caller may be such a cell."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: asyncio.run(function())).result()
+
+
+def no_gpu_here():
+    return "this machine has a GPU" if torch.cuda.is_available() else None
+
+
+def needs(package):
+    return None if importlib.util.find_spec(package) else f"{package} is not installed here"
+
+
+def has_dev_full():
+    return None if Path("/dev/full").is_char_device() else "this system has no /dev/full"

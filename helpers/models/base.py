@@ -1,0 +1,188 @@
+"""What a model on this machine is, what can go wrong with it, and whether there is room for it."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers import files, memory
+
+MISTRAL = "mistralai/Mistral-7B-Instruct-v0.3"
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+GEOMETRY = "mistral-7b-geometry"
+OFFLINE = "smollm2-offline"
+QWEN = "qwen2.5-coder-1.5b-offline"
+KERNEL = 1.5e9  # bytes: a process with torch, transformers and a batch of logits, without a model
+
+
+class ModelError(RuntimeError):
+    """A model cannot be had; the message says what would help."""
+
+
+class Damaged(ModelError):
+    """A weight file is not what it should be. file: which one."""
+
+    def __init__(self, file):
+        super().__init__(f"{file.name} in {file.parent} is truncated or damaged. Delete it and download the model again.")
+        self.file = file
+
+
+class HubUnreachable(ModelError):
+    """No answer from the hub (as opposed to a refusal)."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model on this machine's disk.
+
+    path    folder for `from_pretrained`
+    name    short name for records and titles
+    origin  where it came from, in words
+    device  "cuda" or "cpu": where this machine runs it
+    asked   what `find` takes to find it again on any machine: a hub id or a model's short name; the path for a local folder
+    """
+
+    path: str
+    name: str
+    origin: str
+    device: str
+    asked: str = ""
+
+    @property
+    def dtype(self):
+        """Full-precision dtype for this device: float32 on a CPU, bfloat16 on a GPU."""
+        import torch
+
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+    @property
+    def fast(self):
+        """The dtype to compute in where the last digits do not matter: bfloat16 where the machine multiplies it, else float32.
+
+        A CPU without AVX512-BF16 or AMX emulates bfloat16; measured on one with AVX2, a product took five times as long as in float32.
+        """
+        import torch
+
+        return torch.bfloat16 if self.device != "cpu" or cpu_multiplies_bfloat16() else torch.float32
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """True where this CPU has instructions for products in bfloat16 (AVX512-BF16 or AMX)."""
+    import torch
+
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def compute_in(net, dtype):
+    """Cast what bitsandbytes left unquantized (embeddings, norms, head) to dtype, in place, and return net.
+
+    Its 4-bit layers compute in the dtype of their input, so this decides for the whole model.
+    """
+    for module in net.modules():
+        if type(module).__name__ != "Linear4bit":
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+    return net
+
+
+def cache():
+    """Folder for converted models and cached baselines; COURSE_CACHE moves it."""
+    import platformdirs
+
+    folder = Path(os.environ.get("COURSE_CACHE") or platformdirs.user_cache_path("quantization-course"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"The cache folder {folder} cannot be made ({error.strerror}). Set COURSE_CACHE to a folder you may write to.")
+    return folder
+
+
+def require_disk(folder, need, what):
+    """Raise ModelError unless `need` bytes (and 5 % more) are free where `folder` lies."""
+    free = shutil.disk_usage(folder).free
+    if free < need * 1.05:
+        raise ModelError(f"{what} needs {need / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free. {disk_advice(folder)}")
+
+
+def require_ram(need, what):
+    """Raise ModelError unless this process may still take `need` bytes of RAM."""
+    free = memory.free_ram()
+    if free < need:
+        raise ModelError(f"{what} needs {need / 1e9:.1f} GB of RAM, but only {free / 1e9:.1f} GB are free. Close other programs, or use a smaller model.")
+
+
+def require_room(name, size, settings, copies):
+    """Raise ModelError where so many copies of a model, `size` bytes of weights as its config describes them, do not fit in memory."""
+    device = this_device()
+    free = memory.free_vram() if device == "cuda" else memory.free_ram()
+    if settings.get("quantization_config"):
+        held, how = size, "as it is stored"
+    elif device == "cuda":
+        held, how = size * 2 // stored_bytes(settings), "for one copy in 16 bits"
+    else:
+        copy = size * 4 // stored_bytes(settings)
+        held, how = int(copies * copy), f"for what is held at once here, {copies:g} times its {copy / 1e9:.1f} GB in float32"
+    need = held + (0 if device == "cuda" else KERNEL)
+    if need > free:
+        kind = "GPU memory" if device == "cuda" else "RAM"
+        raise ModelError(
+            f"{name} needs about {need / 1e9:.1f} GB of {kind} {how}, and {free / 1e9:.1f} GB are free. Nothing was loaded. "
+            f'Take a smaller model, such as model="{OFFLINE}", or a machine with more memory.'
+        )
+
+
+def stored_bytes(settings):
+    """Bytes of each weight in a checkpoint's files."""
+    text = settings.get("text_config") or {}
+    names = (part.get(key) for part in (settings, text) for key in ("dtype", "torch_dtype"))
+    return 4 if next((name for name in names if name), "bfloat16") == "float32" else 2
+
+
+def disk_advice(folder):
+    return f"Free some disk under {folder}, or set COURSE_CACHE (converted models) and HF_HOME (hub downloads) to a larger disk."
+
+
+def choices():
+    return f'Use model="auto", model="{OFFLINE}", model="{QWEN}", a hub id, or a folder with config.json and *.safetensors.'
+
+
+def this_device():
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def gpu_bytes():
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+
+
+
+
+@contextmanager
+def building(target: Path | str, intact: Callable[[Path], bool] = Path.is_dir) -> Iterator[Path | None]:
+    """Yield a scratch folder that becomes `target` when the block ends well; one process at a time, nothing half-written.
+
+    Yields None when `target` is there and `intact(target)`; one that is not is replaced. That is asked first without the lock, so
+    that a complete folder can be read where nothing may be written, and again with it: another process may have been faster.
+    A killed process leaves only a scratch folder, which the next one removes.
+    """
+    import filelock
+
+    target = Path(target)
+    if target.is_dir() and intact(target):
+        yield None
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{target}.lock"):
+            if target.is_dir() and intact(target):
+                yield None
+                return
+            with files.replacing(target) as scratch:
+                yield scratch
+    except OSError as error:
+        raise ModelError(f"{target} could not be written: {error.strerror or error}. {disk_advice(target.parent)}") from error

@@ -1,0 +1,173 @@
+"""The decision guide: what you have and what you need in, a method out, with its reason in measured numbers and its notebook."""
+
+import functools
+import html
+from dataclasses import dataclass
+
+from helpers import memory, models, widgets
+from helpers.process import headless
+from helpers.publishing import reference
+
+SIZES = ("SmolLM2-135M", "Mistral-7B")
+HARDWARE = ("CPU", "NVIDIA GPU")
+NEEDS = ("quality", "speed", "small size")
+CONTEXT = 4096  # tokens of KV cache that the memory must hold as well
+USABLE = 0.5  # nats of KL divergence; what is beyond is not offered
+WORKING_SPACE = 1.1  # activations, buffers
+
+# How each method stores Linear weights, for `memory.predict`; the rest stays in 16 bits unless said otherwise.
+FORMATS = {
+    "fp32": {"bits": 32, "rest_bits": 32},
+    "bf16": {"bits": 16},
+    "int8-dynamic": {"bits": 8, "scale_bits": 32, "rest_bits": 32},
+    "int8-dynamic-rescued": {"bits": 8, "scale_bits": 32, "rest_bits": 32},
+    "int8-dynamic-torchao": {"bits": 8, "scale_bits": 32, "rest_bits": 32},
+    "int8-static": {"bits": 8, "scale_bits": 32, "rest_bits": 32},
+    "nf4": {"bits": 4, "group_size": 64, "double_quant": True},
+    "gptq": {"bits": 4, "group_size": 64, "scale_bits": 16, "zero_bits": 4},
+    "awq": {"bits": 4, "group_size": 64, "scale_bits": 16, "zero_bits": 4},
+}
+CPU_ONLY = {"int8-dynamic", "int8-dynamic-rescued"}  # torch's own dynamic INT8 has no CUDA kernels
+TRAINING_BYTES = 16  # per parameter: weights, gradients and two moments of AdamW in float32
+
+
+@dataclass(frozen=True)
+class Advice:
+    """method and notebook are None where nothing fits; reason always says why, in numbers."""
+
+    method: str | None
+    notebook: str | None
+    reason: str
+
+
+def choose(found, memory_gb, hardware="CPU", fine_tune=False, need="quality", size="Mistral-7B"):
+    """`Advice` from measured records ({method: record}) for a model of one of SIZES in `memory_gb` of RAM or VRAM.
+
+    The size comes from the model's config, quality and speed from the records: they rank the methods, whatever the model.
+    Raises ValueError for a choice that is none, or records that hold no method.
+    """
+    for name, value, allowed in (("hardware", hardware, HARDWARE), ("need", need, NEEDS), ("size", size, SIZES)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+    if not memory_gb > 0:
+        raise ValueError(f"memory must be above 0 GB, got {memory_gb}")
+    if fine_tune:
+        return _training(found, memory_gb, size)
+    usable = {m: r for m, r in found.items() if m in FORMATS and r["kl_divergence"] is not None and r["kl_divergence"] < USABLE}
+    if hardware != "CPU":
+        usable = {method: record for method, record in usable.items() if method not in CPU_ONLY}
+    if not usable:
+        raise ValueError("no record of a method to choose from: run notebooks 00 to 06 first")
+    needed = {method: bytes_needed(method, size) for method in usable}
+    fitting = {method: record for method, record in usable.items() if needed[method] <= memory_gb * 1e9}
+    if not fitting:
+        least = min(needed, key=needed.get)
+        return Advice(None, "12", f"{size} needs {needed[least] / 1e9:.1f} GB even in {least} (with {CONTEXT:,} tokens of context), and you have {memory_gb:g}: "
+                      "offload, or take a smaller model (notebook 12).")  # fmt: skip
+    device = {reference.on_cpu(record["device"]) for record in fitting.values()}
+    measured_there = device == {hardware == "CPU"}
+    ranks = {
+        "quality": lambda method: fitting[method]["kl_divergence"],
+        "speed": lambda method: -(fitting[method]["decode_tokens_per_s"] or 0),
+        "small size": lambda method: (needed[method], fitting[method]["kl_divergence"]),
+    }
+    best = min(fitting, key=ranks["quality" if need == "speed" and not measured_there else need])
+    record = fitting[best]
+    reason = f"{size} needs {needed[best] / 1e9:.1f} of your {memory_gb:g} GB with {CONTEXT:,} tokens of context; measured on {record['model'].split()[0]}: " \
+             f"KL {record['kl_divergence']:.3f}, {record['top1_agreement']:.0%} of the top tokens unchanged"  # fmt: skip
+    if record["decode_tokens_per_s"] and measured_there:
+        reason += f", {record['decode_tokens_per_s']:.0f} tokens/s on {record['device']}"
+        if "bf16" in found and found["bf16"]["decode_tokens_per_s"] and best != "bf16":
+            reason += f" ({record['decode_tokens_per_s'] / found['bf16']['decode_tokens_per_s']:.1f} times bf16)"
+    elif need == "speed":
+        reason += "; no speed was measured on such hardware, so this is the best quality that fits"
+    return Advice(best, record["notebook"][:2], f"{reason}. {len(fitting)} of {len(usable)} usable methods fit.")
+
+
+@functools.cache
+def bytes_needed(method, size):
+    """Bytes for weights, scales, a KV cache of CONTEXT tokens and working space."""
+    predicted = memory.predict(_config(size), **FORMATS[method], context=CONTEXT)
+    return WORKING_SPACE * predicted.total
+
+
+def _training(found, memory_gb, size):
+    """Full fine-tuning where it fits, else QLoRA, else nothing."""
+    parameters = memory.predict(_config(size)).parameters
+    full = TRAINING_BYTES * parameters
+    small = WORKING_SPACE * memory.predict(_config(size), **FORMATS["nf4"], context=CONTEXT).total + 0.5e9  # adapters, activations
+    if full <= memory_gb * 1e9:
+        return Advice("fp32", "02", f"all weights of {size} can be trained: {TRAINING_BYTES} bytes for each of {parameters / 1e9:.2f} billion are "
+                      f"{full / 1e9:.0f} of your {memory_gb:g} GB. Train first, quantize afterwards (or with QAT).")  # fmt: skip
+    if small <= memory_gb * 1e9:
+        measured = f"; measured after training here: KL {found['qlora']['kl_divergence']:.2f} from the untouched model" if "qlora" in found else ""
+        return Advice("qlora", "07", f"training all weights of {size} takes {full / 1e9:.0f} GB, adapters on 4-bit weights about {small / 1e9:.1f} of your {memory_gb:g} GB{measured}.")
+    return Advice(None, "12", f"{size} takes about {small / 1e9:.1f} GB to train even with QLoRA, and you have {memory_gb:g}: take a smaller model, or several GPUs (notebook 12).")
+
+
+@functools.cache
+def _config(size):
+    return models.mistral_config() if size == "Mistral-7B" else models.smollm2_config()
+
+
+class Guide:
+    """The guide as a widget: `Guide(found)` in a cell. Without a front end it shows the answers to a few typical questions."""
+
+    EXAMPLES = (
+        dict(memory_gb=24, hardware="CPU"),
+        dict(memory_gb=8, hardware="CPU"),
+        dict(memory_gb=8, hardware="CPU", need="speed"),
+        dict(memory_gb=24, hardware="NVIDIA GPU", fine_tune=True),
+        dict(memory_gb=4, hardware="NVIDIA GPU"),
+    )
+
+    def __init__(self, found):
+        import ipywidgets
+
+        self.found = found
+        wide = {"style": {"description_width": "10rem"}, "layout": {"width": "26rem", "max_width": "100%"}}
+        self.size = ipywidgets.Dropdown(options=SIZES, value="Mistral-7B", description="Model:", **wide)
+        self.memory = ipywidgets.BoundedFloatText(value=8, min=0.5, max=1024, step=0.5, description="Memory, GB:", **wide)
+        self.hardware = ipywidgets.Dropdown(options=HARDWARE, description="Hardware:", **wide)
+        self.fine_tune = ipywidgets.Checkbox(value=False, description="I want to fine-tune", indent=False)
+        self.need = ipywidgets.Dropdown(options=NEEDS, description="Most important:", **wide)
+        self.answer = ipywidgets.HTML()
+        controls = (self.size, self.memory, self.hardware, self.need, self.fine_tune)
+        for control in controls:
+            control.observe(lambda _: self.refresh(), "value")
+        self.widget = ipywidgets.VBox([*controls, self.answer])
+        self.refresh()
+
+    def advice(self):
+        """`Advice` for what is chosen now."""
+        return choose(self.found, self.memory.value, self.hardware.value, self.fine_tune.value, self.need.value, self.size.value)
+
+    def refresh(self):
+        try:
+            text = _html(self.advice())
+        except ValueError as error:
+            text = html.escape(str(error))
+        self.answer.value = f'<div role="status" aria-live="polite" style="max-width:60ch">{text}</div>'
+
+    def examples(self):
+        """[(question, Advice)] for the static answer."""
+        return [(_question(**example), choose(self.found, **example)) for example in self.EXAMPLES]
+
+    def __repr__(self):
+        return "\n".join(f"{question}: {advice.method or 'nothing fits'}. {advice.reason}" for question, advice in self.examples())
+
+    def _repr_mimebundle_(self, **_):
+        rows = "".join(f"<tr><td style='text-align:left'>{html.escape(question)}</td><td style='text-align:left'>{_html(advice)}</td></tr>"
+                       for question, advice in self.examples())  # fmt: skip
+        page = f"<table><caption>Decision guide: some answers</caption><thead><tr><th scope='col'>you have, you need</th><th scope='col'>take</th></tr></thead><tbody>{rows}</tbody></table>"
+        static = {"text/plain": repr(self), "text/html": page}
+        return static if headless() else {**static, **widgets.view(self.widget)}
+
+
+def _question(memory_gb, hardware="CPU", fine_tune=False, need="quality", size="Mistral-7B"):
+    return f"{size} in {memory_gb:g} GB, {hardware}, {'fine-tuning' if fine_tune else need}"
+
+
+def _html(advice):
+    where = f" (notebook {html.escape(advice.notebook)})" if advice.notebook else ""
+    return f"<b>{html.escape(advice.method or 'Nothing fits')}</b>{where}: {html.escape(advice.reason)}"

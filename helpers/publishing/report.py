@@ -1,0 +1,119 @@
+"""One self-contained HTML page of a run: all methods, plots with their tables, the claims ledger, timings, environment."""
+
+import base64
+import datetime
+import platform
+
+import jinja2
+from markupsafe import Markup
+
+from helpers import figures, files, records
+from helpers.process import cores
+from helpers.publishing import claims, pareto, reference, tables, verdicts
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Quantization course: this run</title><link rel="icon" href="data:,">
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1rem; color: #1a1a1a; background: #fff }
+div.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+caption { text-align: left; font-weight: 600; padding: .3rem 0 }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap }
+th:first-child, td:first-child, td.text { text-align: left } td.text { white-space: normal; min-width: 5rem } .claims th { text-align: left } td.claim { min-width: 14rem }
+img { max-width: 100%; height: auto } .failed { color: #a40000; font-weight: 600 } a { color: #0b4f8a }
+</style></head><body>
+<h1>Quantization course: this run</h1>
+<p>{{ date }}, {{ device }}. Evaluation: {{ protocol }}.</p>
+<nav aria-label="Contents"><a href="#methods">Methods</a> · {% for plot in plots %}<a href="#plot{{ loop.index }}">{{ plot.title }}</a> · {% endfor %}\
+<a href="#claims">Claims</a> · <a href="#notebooks">Notebooks</a> · <a href="#environment">Environment</a></nav>
+<h2 id="methods">Methods</h2>
+<p>A dash means: not measured, or does not apply. "{{ not_run }}" means: no record in this run. A click on a heading sorts.</p>
+{{ methods }}
+{% for other in references %}<h3>Reference: {{ other.device }}, {{ other.date }}</h3><p>{{ other.model }}</p>{{ other.html }}
+{% endfor %}
+{% if gpu %}<h3>Reference: {{ gpu.device }}, {{ gpu.date }}</h3><p>{{ gpu.model }}</p>{{ gpu_table }}{% endif %}
+{% for plot in plots %}<h2 id="plot{{ loop.index }}">{{ plot.title }}</h2><p><img alt="{{ plot.alt }}" src="data:image/png;base64,{{ plot.png }}"></p><p><em>{{ plot.alt }}</em></p>
+{% if tuned %}<p>Not in the plot: {{ tuned|join(", ") }}. Fine-tuning is meant to leave the untouched model, so there KL is no loss of quality.</p>
+{% endif %}{{ plot.html }}
+{% endfor %}
+<h2 id="claims">What the guides claim</h2>
+<p>{{ counts }}. Each claim is judged by the measurement nearest to what it speaks of, of this run or of those that come with the course.</p>
+<ul>{% for key, title in sources.items() %}<li>{{ key }}: {{ title }}</li>{% endfor %}</ul>
+<div class="wide" tabindex="0" role="region" aria-label="Claims"><table class="claims"><thead><tr>{% for head in ("claim", "guide", "found", "judged on", "verdict", "whose run", "measured elsewhere") %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
+<tbody>{% for v in verdicts %}<tr><td class="text claim">{{ v.claim.claim }}</td><td class="text">{{ v.claim.source }}</td><td class="text claim">{{ v.found }}</td><td class="text">{{ v.judged_on }}</td>
+<td class="text">{{ v.word }}</td><td class="text">{{ v.whose }}</td><td class="text claim">{{ v.elsewhere }}</td></tr>{% endfor %}</tbody></table></div>
+<h2 id="notebooks">Notebooks</h2>
+<div class="wide" tabindex="0" role="region" aria-label="Notebooks"><table><thead><tr><th scope="col">notebook</th><th scope="col">seconds</th><th scope="col">peak GB</th><th scope="col">verdict</th></tr></thead>
+<tbody>{% for r in results %}<tr><td>{{ r.notebook }}</td><td>{{ "%.0f"|format(r.seconds) }}</td><td>{{ "%.2f"|format(r.peak_ram_bytes / 1e9) }}</td>
+<td class="text{{ "" if r.ok else " failed" }}">{{ r.verdict }}</td></tr>{% endfor %}
+<tr><td>together</td><td>{{ "%.0f"|format(results|sum(attribute="seconds")) }}</td><td></td><td class="text">{{ results|selectattr("ok")|list|length }} of {{ results|length }} ok</td></tr></tbody></table></div>
+<h2 id="environment">Environment</h2>
+<p>{{ system }}, {{ cores }} CPU cores. {% for name, version in versions.items() %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}</p>
+</body></html>
+"""
+TITLES = {"weight_bytes": "Quality against size", "decode_tokens_per_s": "Quality against speed"}
+
+
+def write(build, results):
+    """Write `report.html` into the build folder from its records and notebooks and these `run.Result`s; returns its path."""
+    found, references = records.read(build), reference.read()
+    evaluated = [record for record in found.values() if record["eval_tokens"]]
+    protocols = sorted({f"{r['eval_tokens']:,} tokens of {r['eval_text']} in windows of {r['eval_context']}" for r in evaluated})
+    judged, gpu = claims.ledger(build), reference.gpu()
+    page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
+        date=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"), device=", ".join(sorted({r["device"] for r in found.values()})) or "no records",
+        protocol="; ".join(protocols) or "none", not_run=tables.NOT_RUN, methods=Markup(tables.methods(found, expected(references))),
+        gpu=gpu, gpu_table=gpu and Markup(_gpu_table(gpu)), references=[{"device": r.device, "model": r.model, "date": r.date, "html": Markup(tables.methods(r.records, caption=f"Reference: {r.device}"))} for r in references],
+        plots=[plot for plot in (_plot(found, against) for against in TITLES) if plot], tuned=[method for method in pareto.FINE_TUNED if method in found], counts=counts(judged), verdicts=judged, sources=claims.read()[0],
+        results=results, versions=records.versions(), system=f"{platform.system()} {platform.machine()}", cores=cores(),
+    )  # fmt: skip
+    path = build / "report.html"
+    files.write_text(path, page)
+    return path
+
+
+def _gpu_table(gpu):
+    rows = [[(what, None), *((tables.NOT_MEASURED, "") if value is None else (f"{value:.1f}", value) for value in values)] for what, *values in reference.gpu_rows(gpu)]
+    return tables.table(["what", "weights, GB", "peak, GB", "tokens/s"], rows, f"Reference: {gpu['device']}")
+
+
+def expected(references):
+    """{method: notebook} of everything that the references hold."""
+    return {method: record["notebook"] for other in references for method, record in other.records.items()}
+
+
+def counts(judged):
+    """How many claims have which verdict, in one line."""
+    numbers = {word: sum(verdict.word == word for verdict in judged) for word in verdicts.WORDS}
+    return f"{len(judged)} claims: " + ", ".join(f"{word} {number}" for word, number in numbers.items() if number)
+
+
+def picture(found):
+    """(PNG bytes, alternative text) of quality against size for a list of records; (None, "") for fewer than two."""
+    plot = _draw(found, "weight_bytes")
+    return plot[:2] if plot else (None, "")
+
+
+def _draw(found, against):
+    """(PNG, alternative text, table) or None, drawn without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plot = pareto.plot(found, against)
+    if plot is None:
+        return None
+    fig, alt, table = plot
+    png = figures.to_png(fig)
+    plt.close(fig)
+    return png, alt, table
+
+
+def _plot(found, against):
+    plot = _draw(list(found.values()), against)
+    if plot is None:
+        return None
+    png, alt, table = plot
+    rows = [[(row[0], None), (f"{row[1]:.1f}", row[1]), (f"{row[2]:.4f}", row[2]), (row[3], None)] for row in table.values.tolist()]
+    return {"title": TITLES[against], "png": base64.b64encode(png).decode(), "alt": alt, "html": Markup(tables.table(list(table.columns), rows, TITLES[against]))}
