@@ -6,13 +6,13 @@ import sys
 import time
 import warnings
 
-import helpers  # noqa: F401  first: thread counts
 import torch
 from torch.ao.quantization import quantize_dynamic
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+import helpers  # noqa: F401  first: thread counts
 from helpers import evaluation, models, speed
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import helpers  # first: it sets thread counts before torch is imported
-
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 sys.path.insert(0, str(ROOT))
@@ -96,7 +94,7 @@ def site(tmp_path_factory, committed):
     """Folder of the course's site with a report in it, built once from the committed notebooks and the course's records but one."""
     import json
 
-    from helpers import records
+    from helpers import files
     from helpers.publishing import report, run, site
 
     build = tmp_path_factory.mktemp("build")

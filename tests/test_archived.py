@@ -117,7 +117,7 @@ def test_says_what_it_changed_and_puts_everything_back(package, capfd):
     before = {name: attributes(name) for name in TOUCHED[package]}
     with archived.enable(package) as repair:
         assert archived.enable(package) is repair, "enabling twice must not patch twice"
-        needed = [patch.__name__ for patch in (archived.AUTO_GPTQ if package == "auto-gptq" else archived.AUTOAWQ)]
+        needed = [patch.__name__ for patch in (archived.auto_gptq.PATCHES if package == "auto-gptq" else archived.autoawq.PATCHES)]
         assert [name for name, _, _ in repair.applied] == [name for name in needed if name != "runs_without_cuda" or not torch.cuda.is_available()]
         assert all(assumed.endswith(".") and now.endswith(".") for _, assumed, now in repair.applied)
         assert {name: attributes(name) for name in TOUCHED[package]} != before
@@ -131,14 +131,14 @@ def test_says_what_it_changed_and_puts_everything_back(package, capfd):
 @pytest.mark.parametrize("package", TOUCHED)
 def test_another_version_or_none_is_refused_by_name(package, monkeypatch):
     wanted = archived.VERSIONS[package]
-    monkeypatch.setattr(archived.metadata, "version", lambda name: "0.7.0")
+    monkeypatch.setattr(archived.repair.metadata, "version", lambda name: "0.7.0")
     with pytest.raises(archived.ArchivedError, match=f"{package} 0.7.0 is installed, but its repair was written for {wanted}"):
         archived.enable(package)
 
     def missing(name):
-        raise archived.metadata.PackageNotFoundError(name)
+        raise archived.repair.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(archived.metadata, "version", missing)
+    monkeypatch.setattr(archived.repair.metadata, "version", missing)
     with pytest.raises(archived.ArchivedError, match=f"not installed.*{package}=={wanted}"):
         archived.enable(package)
 
@@ -150,10 +150,10 @@ def test_an_unknown_package_is_refused():
 
 def test_a_patch_that_fails_leaves_nothing_behind(monkeypatch):
     hub = attributes("transformers.utils.hub")
-    monkeypatch.setattr(archived, "AUTO_GPTQ", [archived.hub_functions, lambda: 1 / 0])
+    monkeypatch.setattr(archived, "AUTO_GPTQ", [archived.auto_gptq.hub_functions, lambda: 1 / 0])
     with pytest.raises(ZeroDivisionError):
         archived.enable("auto-gptq")
-    assert attributes("transformers.utils.hub") == hub and not archived._active
+    assert attributes("transformers.utils.hub") == hub and not archived.repair._active
 
 
 # --- auto-gptq ------------------------------------------------------------------------------------------------------------------
@@ -171,9 +171,9 @@ def test_does_not_import_without(name, message, monkeypatch):
     for module in [module for module in sys.modules if module.split(".")[0] == "auto_gptq"]:
         monkeypatch.delitem(sys.modules, module)
     imported = set(sys.modules)
-    monkeypatch.setattr(archived, "AUTO_GPTQ", [patch for patch in archived.AUTO_GPTQ[:3] if patch.__name__ != name])
+    monkeypatch.setattr(archived, "AUTO_GPTQ", [patch for patch in archived.auto_gptq.PATCHES[:3] if patch.__name__ != name])
     try:
-        with archived.enable("auto-gptq"), archived._quiet(), pytest.raises(ImportError, match=message):
+        with archived.enable("auto-gptq"), archived.patching.quiet(), pytest.raises(ImportError, match=message):
             importlib.import_module("auto_gptq")
     finally:  # a half imported package must not stay
         for module in [module for module in sys.modules if module.split(".")[0] == "auto_gptq" and module not in imported]:

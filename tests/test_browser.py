@@ -20,10 +20,10 @@ import urllib.request
 import nbformat
 import playwright.sync_api
 import pytest
-
-import helpers
 from conftest import ROOT, browser_path, without_browser
-from helpers import models, progress
+
+from helpers import models, progress, widgets
+from helpers.process import child_environment
 from helpers.publishing import pages
 
 WIDTHS = {"desktop": (1280, 800), "phone": (390, 844)}
@@ -318,7 +318,7 @@ class Session:
         yield from (answer[at:at + 7] for at in range(0, len(answer), 7))
         self.turns = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
-box = chat.ChatBox(Session())
+box = widgets.ChatBox(Session())
 box.ask("<b onmouseover='window.stolen = 1'>hi</b>")
 box
 """
@@ -326,8 +326,8 @@ MONITOR = """
 import itertools
 from helpers import memory
 used = itertools.count(10**9, 10**7)
-memory.Monitor.read = staticmethod(lambda: {"RAM": (next(used), 10**11)})
-monitor = memory.Monitor(interval=0.2).start()
+widgets.Monitor.read = staticmethod(lambda: {"RAM": (next(used), 10**11)})
+monitor = widgets.Monitor(interval=0.2).start()
 monitor
 """
 QUIZ = "from helpers import quiz\nquiz.Quiz('04_nf4_bitsandbytes')"
@@ -363,7 +363,7 @@ def lab(tmp_path_factory):
     env = {name: value for name, value in os.environ.items() if name != "COURSE_BATCH"} | {
         "JUPYTER_TOKEN": token, "JUPYTER_CONFIG_DIR": str(home), "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "IPYTHONDIR": str(home / "ipython"),
         "JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
-        "PYTHONPATH": process.child_environment()["PYTHONPATH"],
+        "PYTHONPATH": child_environment()["PYTHONPATH"],
     }  # fmt: skip
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
                f"--ServerApp.root_dir={folder}", "--LabApp.extension_manager=readonly"]  # fmt: skip

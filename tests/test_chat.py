@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_templates import CHANNELS, CHATML, OPENED, THINKING, letters
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from helpers import chat
-from test_templates import CHANNELS, CHATML, OPENED, THINKING, letters
+from helpers import chat, widgets
+from helpers.chat.session import _pad_id
 
 # The refusal that Mistral's templates make, in a template of our own.
 STRICT = (
@@ -333,10 +334,10 @@ def test_a_seed_repeats_draws_and_leaves_the_callers_alone(net, tokenizer):
 
 
 def test_what_anybody_says_is_escaped(net, tokenizer, monkeypatch):
-    html = chat.transcript_html([user("<script>alert(1)</script>"), assistant('<img src=x onerror="y">')])
+    html = widgets.transcript_html([user("<script>alert(1)</script>"), assistant('<img src=x onerror="y">')])
     assert "<script>" not in html and "<img" not in html and "&lt;script&gt;" in html
 
-    box = chat.ChatBox(chat.ChatSession(net, tokenizer, max_new_tokens=3))
+    box = widgets.ChatBox(chat.ChatSession(net, tokenizer, max_new_tokens=3))
     box.ask("<b>Hi</b>")
     assert "<b>Hi</b>" not in box.log.value and "&lt;b&gt;Hi&lt;/b&gt;" in box.log.value
     assert len(box.session.messages) == 2 and box.stop_button.disabled and not box.send_button.disabled
@@ -345,7 +346,7 @@ def test_what_anybody_says_is_escaped(net, tokenizer, monkeypatch):
 
 
 def test_the_pad_id_of_a_tokenizer_without_one_is_its_end_token():
-    assert strict_tokenizer().pad_token_id is None and chat._pad_id(strict_tokenizer()) == 2
+    assert strict_tokenizer().pad_token_id is None and _pad_id(strict_tokenizer()) == 2
 
 
 @pytest.mark.parametrize(
@@ -354,7 +355,7 @@ def test_the_pad_id_of_a_tokenizer_without_one_is_its_end_token():
 )
 def test_wrong_options_end_before_a_model_is_fetched(arguments, message, monkeypatch, capsys):
     from helpers import models
-    from helpers.__main__ import main
+    from helpers.publishing.commands import main
 
     monkeypatch.setattr(models, "find", lambda _: pytest.fail("asked for a model"))
     assert main(["chat", "--once", "hi", *arguments]) == 2
@@ -362,7 +363,7 @@ def test_wrong_options_end_before_a_model_is_fetched(arguments, message, monkeyp
 
 
 def test_template_arguments_of_the_command_line_are_json_or_text():
-    from helpers.__main__ import _template_argument
+    from helpers.chat.terminal import _template_argument
 
     assert _template_argument("enable_thinking=false") == ("enable_thinking", False)
     assert _template_argument("reasoning_effort=high") == ("reasoning_effort", "high")
@@ -370,4 +371,4 @@ def test_template_arguments_of_the_command_line_are_json_or_text():
 
 def test_a_transcript_shows_parts_and_turns_without_text():
     turns = [user([{"type": "text", "text": "hel"}, {"type": "text", "text": "<lo>"}]), {"role": "assistant", "content": None, "tool_calls": []}]
-    assert "hel&lt;lo&gt;" in chat.transcript_html(turns) and "None" not in chat.transcript_html(turns)
+    assert "hel&lt;lo&gt;" in widgets.transcript_html(turns) and "None" not in widgets.transcript_html(turns)

@@ -9,11 +9,10 @@ from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
-
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from conftest import ROOT
 from helpers import checkpoints
 
 

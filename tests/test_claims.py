@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import nbformat
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from test_records import NUMBERS
 
-from conftest import ROOT
 from helpers import files, models, records
 from helpers.publishing import claims, pages, recorded, reference, verdicts
-from test_records import NUMBERS
 
 SOURCES, CLAIMS = claims.read()
 BY_ID = {claim["id"]: claim for claim in CLAIMS}

@@ -6,13 +6,13 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-
-from conftest import ROOT
-from helpers import files, records
-from helpers.publishing import guide, pareto, reference, report, run, tables
 from test_claims import record
+
+from helpers import files
+from helpers.publishing import guide, pareto, reference, report, run, tables
 
 # The frontier
 

@@ -8,31 +8,31 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 import fakehub
+import pytest
 from conftest import ROOT
-from helpers import bootstrap, memory, models
-from helpers.diagnosis import doctor
+
+from helpers import bootstrap, driver, memory, models
+from helpers.diagnosis import advice, checks, doctor, network
 from helpers.publishing import pages
 
-ROOMY = doctor.Machine(ram=64e9, disk=500e9)
+ROOMY = advice.Machine(ram=64e9, disk=500e9)
 GPU = {"gpu": int(24e9), "vram": int(23e9)}
 GATED = ("it is gated, and there is no token here", "accept the terms, then: hf auth login")
 
 
 def verdicts(machine, model="auto", config=None, paths=None):
-    return {entry.notebook[:2]: entry for entry in doctor.advise(paths or pages.paths(), machine, model, config)}
+    return {entry.notebook[:2]: entry for entry in advice.advise(paths or pages.paths(), machine, model, config)}
 
 
 def changed(**values):
-    return doctor.Machine(**{**vars(ROOMY), **values})
+    return advice.Machine(**{**vars(ROOMY), **values})
 
 
 def test_every_notebook_has_a_verdict_and_a_roomy_cpu_runs_all_with_the_small_model():
     found = verdicts(ROOMY)
     assert set(found) == {path.name[:2] for path in pages.paths()}
-    assert {entry.verdict for entry in found.values()} == {doctor.SMALL}
+    assert {entry.verdict for entry in found.values()} == {advice.SMALL}
     assert doctor.exit_code([], found.values()) == 0
     cost = {path.name[:2]: notebooks_cost(path) for path in pages.paths()}
     assert all(entry.ram_bytes == cost[number]["peak_ram_bytes"] and not entry.estimate for number, entry in found.items())
@@ -45,7 +45,7 @@ def notebooks_cost(path):
 def test_with_too_little_ram_exactly_the_notebooks_that_need_more_cannot():
     peaks = sorted(notebooks_cost(path)["peak_ram_bytes"] for path in pages.paths())
     found = verdicts(changed(ram=peaks[len(peaks) // 2]))
-    cannot = [entry for entry in found.values() if entry.verdict == doctor.CANNOT]
+    cannot = [entry for entry in found.values() if entry.verdict == advice.CANNOT]
     assert len(cannot) == sum(peak > peaks[len(peaks) // 2] for peak in peaks) > 0
     for entry in cannot:
         assert "GB of RAM" in entry.why and f"run --only {entry.notebook[:2]}" in entry.command
@@ -54,58 +54,58 @@ def test_with_too_little_ram_exactly_the_notebooks_that_need_more_cannot():
 
 def test_without_disk_none_can_and_the_command_moves_cache_and_output():
     found = verdicts(changed(disk=1e8))
-    assert {entry.verdict for entry in found.values()} == {doctor.CANNOT}
+    assert {entry.verdict for entry in found.values()} == {advice.CANNOT}
     assert all("of disk" in entry.why and "COURSE_CACHE=" in entry.command and "--output" in entry.command for entry in found.values())
     there = verdicts(changed(disk=1e9, small_bytes=600_000_000))
-    assert there["04"].verdict == doctor.SMALL, "a model that is on the disk already is asked to be there twice"
+    assert there["04"].verdict == advice.SMALL, "a model that is on the disk already is asked to be there twice"
 
 
 def test_a_missing_package_stops_the_notebooks_that_use_it():
     found = verdicts(changed(missing=frozenset({"bitsandbytes"})))
-    assert found["04"].verdict == doctor.CANNOT and found["04"].command == "pip install -r requirements.txt"
-    assert found["01"].verdict == doctor.SMALL
-    assert {entry.verdict for entry in verdicts(changed(missing=frozenset({"torch"}))).values()} == {doctor.CANNOT}
+    assert found["04"].verdict == advice.CANNOT and found["04"].command == "pip install -r requirements.txt"
+    assert found["01"].verdict == advice.SMALL
+    assert {entry.verdict for entry in verdicts(changed(missing=frozenset({"torch"}))).values()} == {advice.CANNOT}
 
 
 def test_no_source_for_the_default_model():
     entry = verdicts(changed(small=("neither the hub nor PyPI answers", "connect once")))["00"]
-    assert (entry.verdict, entry.command) == (doctor.CANNOT, "connect once")
+    assert (entry.verdict, entry.command) == (advice.CANNOT, "connect once")
 
 
 def test_a_24_gb_gpu_with_access_runs_mistral():
     found = verdicts(changed(**GPU))
     for number in ("04", "07"):  # as they are now, none was measured in the 7B shape: a card that was is believed, see below
         entry = found[number]
-        assert entry.verdict == doctor.RUNS and entry.model == models.MISTRAL and entry.vram_bytes < 24e9 and entry.estimate
+        assert entry.verdict == advice.RUNS and entry.model == models.MISTRAL and entry.vram_bytes < 24e9 and entry.estimate
     assert found["04"].vram_bytes > 14.5e9
 
 
 def test_a_gpu_without_access_gets_the_small_model_and_the_login_command():
     found = verdicts(changed(**GPU, large=GATED))
-    assert {entry.verdict for entry in found.values()} == {doctor.SMALL}
+    assert {entry.verdict for entry in found.values()} == {advice.SMALL}
     assert "gated" in found["04"].why and "hf auth login" in found["04"].command and doctor.exit_code([], found.values()) == 0
 
 
 def test_a_gpu_that_others_fill():
     entry = verdicts(changed(gpu=int(24e9), vram=int(5e9)))["04"]
-    assert entry.verdict == doctor.SMALL and "GB of VRAM, 5.0 GB are free" in entry.why and "nvidia-smi" in entry.command
+    assert entry.verdict == advice.SMALL and "GB of VRAM, 5.0 GB are free" in entry.why and "nvidia-smi" in entry.command
     assert entry.switch and "--model smollm2-offline" in entry.command and doctor.exit_code([], [entry]) == 3, "auto would try the large one"
 
 
 def test_a_model_that_was_asked_for_and_does_not_fit_exits_3():
     mistral = models.mistral_config()
     found = verdicts(changed(ram=8e9), "owner/seven-b", mistral)
-    assert {entry.verdict for entry in found.values()} == {doctor.SMALL}
+    assert {entry.verdict for entry in found.values()} == {advice.SMALL}
     assert "about" in found["04"].why and "--model smollm2-offline" in found["04"].command
     assert doctor.exit_code([], found.values()) == 3
-    assert doctor.exit_code([doctor.Check("disk", doctor.BAD, "full", "free some")], found.values()) == 1
+    assert doctor.exit_code([checks.Check("disk", checks.BAD, "full", "free some")], found.values()) == 1
 
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_what_a_notebook_needs_grows_with_the_model(gpu):
     cost = {"cpu": {"peak_ram_bytes": 3_000_000_000, "disk_bytes": 1_000_000_000}}
-    small, mid, large = (doctor.needs(cost, models.mistral_config(layers), gpu) for layers in (1, 8, 32))
-    assert doctor.needs(cost) == doctor.Need(3_000_000_000, 0, 1_000_000_000, False)
+    small, mid, large = (advice.needs(cost, models.mistral_config(layers), gpu) for layers in (1, 8, 32))
+    assert advice.needs(cost) == advice.Need(3_000_000_000, 0, 1_000_000_000, False)
     assert small.disk < mid.disk < large.disk and all(need.estimate for need in (small, mid, large))
     grows = [need.vram if gpu else need.ram for need in (small, mid, large)]
     assert grows == sorted(set(grows)) and grows[-1] > (14.5e9 if gpu else 29e9), "less than the weights alone"
@@ -117,15 +117,15 @@ def test_the_formula_and_the_default_models_own_config_agree(found):
     theirs = memory.predict(AutoConfig.from_pretrained(found.path), context=512)
     assert memory.predict(models.smollm2_config(), context=512) == theirs
     cost = {"cpu": {"peak_ram_bytes": 3_000_000_000, "disk_bytes": 1_000_000_000}}
-    assert doctor.needs(cost, models.smollm2_config()).ram == pytest.approx(3e9, rel=1e-6)
+    assert advice.needs(cost, models.smollm2_config()).ram == pytest.approx(3e9, rel=1e-6)
 
 
 def test_a_measured_gpu_card_is_believed_before_the_formula():
     run = {"peak_ram_bytes": 6e9, "peak_vram_bytes": 17e9}
     cost = {"cpu": {"peak_ram_bytes": 3e9, "disk_bytes": 1e9}, "gpu_7b": run}
-    need = doctor.needs(cost, models.mistral_config(), gpu=True)
+    need = advice.needs(cost, models.mistral_config(), gpu=True)
     assert (need.ram, need.vram, need.estimate) == (6e9, 17e9, False)
-    assert doctor.needs(cost, models.mistral_config(8), gpu=True).estimate
+    assert advice.needs(cost, models.mistral_config(8), gpu=True).estimate
 
 
 @pytest.mark.parametrize(
@@ -141,22 +141,22 @@ def test_a_measured_gpu_card_is_believed_before_the_formula():
 )
 def test_bad_combinations_are_named_with_the_command(monkeypatch, versions, said, remedy):
     pinned = bootstrap.pins()
-    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, pinned.get(name)))
-    check = doctor._combinations()
-    assert check.verdict == doctor.BAD and said in check.found and remedy in check.remedy, check
+    monkeypatch.setattr(bootstrap, "version", lambda name: versions.get(name, pinned.get(name)))
+    check = checks.check_combinations()
+    assert check.verdict == checks.BAD and said in check.found and remedy in check.remedy, check
 
 
 def test_packages_that_a_notebook_installs_itself_do_not_stop_the_course(monkeypatch):
     """On Colab most of the course's packages are missing until a notebook's first cell installs them."""
     here = {*bootstrap.pins()}
-    for absent, verdict in (({"jupyterlab", "gptqmodel", "playwright"}, doctor.NOTE), ({"transformers"}, doctor.BAD), ({"torch"}, doctor.BAD)):
-        monkeypatch.setattr(doctor, "_version", lambda name: bootstrap.pins().get(name) if name in here - absent else None)
-        check = doctor._packages()
+    for absent, verdict in (({"jupyterlab", "gptqmodel", "playwright"}, checks.NOTE), ({"transformers"}, checks.BAD), ({"torch"}, checks.BAD)):
+        monkeypatch.setattr(bootstrap, "version", lambda name: bootstrap.pins().get(name) if name in here - absent else None)
+        check = checks.check_packages()
         assert check.verdict == verdict and all(name in check.found for name in absent), check
 
 
 def test_the_pins_are_no_bad_combination():
-    assert doctor._combinations().verdict == doctor.OK
+    assert checks.check_combinations().verdict == checks.OK
 
 
 def smi(folder, cuda="12.4"):
@@ -174,27 +174,27 @@ def test_a_gpu_that_torch_does_not_use(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    check = doctor._cuda()
-    assert check.verdict == doctor.NOTE and "NVIDIA T4" in check.found and "without CUDA" in check.found and "torch==2.13.0" in check.remedy
+    check = checks.check_cuda()
+    assert check.verdict == checks.NOTE and "NVIDIA T4" in check.found and "without CUDA" in check.found and "torch==2.13.0" in check.remedy
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    check = doctor._cuda()
+    check = checks.check_cuda()
     assert "built for CUDA 13.0, driver 550.54 takes CUDA 12.4" in check.found and "update the NVIDIA driver" in check.remedy
 
 
 @pytest.mark.parametrize(
     ("capability", "verdict", "said"),
-    [((6, 1), doctor.BAD, "starts at 7.5"), ((7, 5), doctor.NOTE, "no bfloat16"), ((9, 0), doctor.OK, "compute capability 9.0")],
+    [((6, 1), checks.BAD, "starts at 7.5"), ((7, 5), checks.NOTE, "no bfloat16"), ((9, 0), checks.OK, "compute capability 9.0")],
 )
 def test_compute_capability(monkeypatch, capability, verdict, said):
     import torch
 
-    monkeypatch.setattr(doctor, "_driver", lambda: ("a GPU", "580.1", "13.0"))
+    monkeypatch.setattr(driver, "describe", lambda: ("a GPU", "580.1", "13.0"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "compute_120"])
-    check = doctor._cuda()
-    assert (check.verdict, said in check.found) == (verdict, True) and bool(check.remedy) == (verdict != doctor.OK)
+    check = checks.check_cuda()
+    assert (check.verdict, said in check.found) == (verdict, True) and bool(check.remedy) == (verdict != checks.OK)
 
 
 def test_another_environments_kernel_is_seen_though_both_link_to_one_python(monkeypatch, tmp_path):
@@ -205,24 +205,24 @@ def test_another_environments_kernel_is_seen_though_both_link_to_one_python(monk
     other.symlink_to(Path(sys.executable).resolve())
     spec = type("Spec", (), {"argv": [str(other)]})
     monkeypatch.setattr(KernelSpecManager, "get_kernel_spec", lambda *_: spec)
-    check = doctor._kernel()
-    assert check.verdict == doctor.NOTE and "another environment" in check.found and "ipykernel install" in check.remedy
+    check = checks.check_kernel()
+    assert check.verdict == checks.NOTE and "another environment" in check.found and "ipykernel install" in check.remedy
     spec.argv = ["python3"]
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(other.parent / name))
-    assert "`jupyter` on the path" in doctor._kernel().found
+    monkeypatch.setattr(checks.shutil, "which", lambda name: str(other.parent / name))
+    assert "`jupyter` on the path" in checks.check_kernel().found
 
 
 @pytest.fixture
 def small_wait(monkeypatch):
-    monkeypatch.setattr(doctor, "HUB_SECONDS", 2)
-    monkeypatch.setattr(doctor, "_default_folder", lambda: None)
+    monkeypatch.setattr(network, "HUB_SECONDS", 2)
+    monkeypatch.setattr(network, "default_folder", lambda: None)
 
 
 def ask(model="auto"):
-    network = doctor._Network(model)
-    network.start()
-    network.join()
-    return network
+    asked = network.Network(model)
+    asked.start()
+    asked.join()
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -239,27 +239,27 @@ def ask(model="auto"):
     ],
 )
 def test_every_way_a_hub_can_answer(monkeypatch, tmp_path, small_wait, mode, token, hub, access):
-    monkeypatch.setattr(doctor, "_pypi_answers", lambda: True)
+    monkeypatch.setattr(network, "_pypi_answers", lambda: True)
     with fakehub.serving(mode) as server:
         fakehub.use(monkeypatch, "http://127.0.0.1:9" if mode == "refused" else server.address, tmp_path)
         if token:
             monkeypatch.setenv("HF_TOKEN", token)
         started = time.monotonic()
-        network = ask()
+        asked = ask()
         assert time.monotonic() - started < 4
-    assert hub in network.hub().found and access in network.access().found
-    for check in (network.hub(), network.access()):
-        assert bool(check.remedy) == (check.verdict != doctor.OK) and (not token or token not in str(check))
-    assert (network.large_refusal() is None) == (mode == "open")
+    assert hub in asked.hub().found and access in asked.access().found
+    for check in (network.hub(), asked.access()):
+        assert bool(check.remedy) == (check.verdict != checks.OK) and (not token or token not in str(check))
+    assert (asked.large_refusal() is None) == (mode == "open")
     assert network.small_refusal() is None
 
 
 def test_neither_hub_nor_pypi(monkeypatch, tmp_path, small_wait):
-    monkeypatch.setattr(doctor, "_pypi_answers", lambda: False)
+    monkeypatch.setattr(network, "_pypi_answers", lambda: False)
     fakehub.use(monkeypatch, "http://127.0.0.1:9", tmp_path)
-    network = ask()
-    check = doctor._model(network)
-    assert check.verdict == doctor.BAD and "neither the hub nor PyPI" in check.found and check.remedy.startswith("connect once")
+    asked = ask()
+    check = checks.check_model(asked)
+    assert check.verdict == checks.BAD and "neither the hub nor PyPI" in check.found and check.remedy.startswith("connect once")
 
 
 def run(*arguments, **env):
@@ -276,7 +276,7 @@ def test_the_whole_command_answers_in_ten_seconds_without_secrets_or_home(found)
     answer = json.loads(done.stdout)
     assert done.returncode == answer["exit_code"] == 0, done.stdout
     assert seconds < 10, "a hub that hangs must not hold up the answer"
-    assert {entry["verdict"] for entry in answer["notebooks"]} <= {doctor.RUNS, doctor.SMALL} and len(answer["notebooks"]) == len(pages.paths())
+    assert {entry["verdict"] for entry in answer["notebooks"]} <= {advice.RUNS, advice.SMALL} and len(answer["notebooks"]) == len(pages.paths())
     assert {"python", "packages", "combinations", "torch", "CUDA", "bitsandbytes", "jupyter kernel", "RAM", "disk", "hub"} <= {
         check["component"] for check in answer["checks"]
     }
@@ -286,7 +286,7 @@ def test_the_whole_command_answers_in_ten_seconds_without_secrets_or_home(found)
 BARE = """
 import sys
 sys.modules["psutil"] = None  # as in a Python that nothing was installed into
-from helpers.__main__ import main
+from helpers.publishing.commands import main
 sys.exit(main(["doctor", *sys.argv[1:]]))
 """
 
@@ -299,12 +299,12 @@ def test_before_anything_is_installed():
 
 
 def test_the_readers_page_and_its_exit_codes(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "_examine", lambda model: ([doctor.Check("RAM", doctor.OK, "64 GB free")], ROOMY, models.mistral_config()))
+    monkeypatch.setattr(doctor, "_examine", lambda model: ([checks.Check("RAM", checks.OK, "64 GB free")], ROOMY, models.mistral_config()))
     assert doctor.main(only=["04"]) == 0
     printed = capsys.readouterr().out
     assert "04_nf4_bitsandbytes  run with the small model" in printed and "-> on a machine with such a GPU" in printed and "[ok  ]" in printed
     tight = changed(ram=1e9)
-    monkeypatch.setattr(doctor, "_examine", lambda model: ([doctor.Check("RAM", doctor.OK, "1 GB free")], tight, None))
+    monkeypatch.setattr(doctor, "_examine", lambda model: ([checks.Check("RAM", checks.OK, "1 GB free")], tight, None))
     assert doctor.main(only=["04"]) == 1
     assert "[bad ] Cannot run here: 04_nf4_bitsandbytes." in capsys.readouterr().out
     monkeypatch.setattr(doctor, "_examine", lambda model: ([], changed(ram=8e9), models.mistral_config()))
@@ -324,11 +324,10 @@ def test_the_issue_template_asks_for_it():
 def test_a_folder_on_a_grid_is_named_with_what_follows(base, tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
-
     from test_grid import asymmetric
 
-    assert doctor._grid(str(base)).verdict == doctor.OK
-    assert doctor._grid("auto") is None and doctor._grid(str(tmp_path / "nowhere")) is None
+    assert checks.check_grid(str(base)).verdict == checks.OK
+    assert checks.check_grid("auto") is None and checks.check_grid(str(tmp_path / "nowhere")) is None
     tensors = load_file(base / "model.safetensors")
     rounded = {name: asymmetric(tensor, 32).to(torch.bfloat16) if name.endswith("proj.weight") else tensor for name, tensor in tensors.items()}
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
@@ -341,11 +340,11 @@ def test_a_folder_on_a_grid_is_named_with_what_follows(base, tmp_path):
 
 def test_the_offline_qwen_is_judged_by_its_own_size(cache, monkeypatch):
     found = verdicts(ROOMY, models.QWEN, models.qwen_config())
-    assert {entry.verdict for entry in found.values()} == {doctor.RUNS} and all(entry.estimate for entry in found.values())
-    network = doctor._Network(models.QWEN)
-    network.pypi = True
-    assert network.large_refusal() is None and network.config().vocab_size == 151936
+    assert {entry.verdict for entry in found.values()} == {advice.RUNS} and all(entry.estimate for entry in found.values())
+    asked = network.Network(models.QWEN)
+    asked.pypi = True
+    assert network.large_refusal() is None and asked.config().vocab_size == 151936
     monkeypatch.setattr(memory, "free_ram", lambda: 2_000_000_000)
     assert "GB of RAM, but only 2.0 GB" in network.large_refusal()[0]
-    network.pypi = False
+    asked.pypi = False
     assert "PyPI does not answer" in network.large_refusal()[0]

@@ -1,16 +1,15 @@
 """The environment: one set of pins everywhere, a reason for each, a light import, a doctor that answers."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 
 import yaml
-
-import helpers
 from conftest import ROOT
+
 from helpers import bootstrap
+from helpers.process import child_environment
 
 
 def test_conda_and_pip_have_the_same_pins():
@@ -48,10 +47,10 @@ def test_a_new_process_finds_the_course_and_what_the_reader_put_on_the_path(tmp_
     (tmp_path / "own" / "only_the_readers.py").touch()
     command = [sys.executable, "-c", "import only_the_readers, helpers; print(helpers.__file__)"]
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "own"))
-    done = subprocess.run(command, cwd=tmp_path, env=process.child_environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True)
     assert done.stdout.strip() == str(ROOT / "helpers" / "__init__.py"), done.stderr
     monkeypatch.delenv("PYTHONPATH")
-    assert process.child_environment()["PYTHONPATH"] == str(ROOT), "an empty entry would be the working folder"
+    assert child_environment()["PYTHONPATH"] == str(ROOT), "an empty entry would be the working folder"
 
 
 def test_no_notebook_replaces_the_readers_path():

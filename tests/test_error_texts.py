@@ -7,8 +7,8 @@ is right too. A*, E* and N* are the reports that the catalogue was extended by; 
 import json
 
 import pytest
-
 from conftest import ROOT
+
 from helpers.diagnosis import explain
 
 FOLDER = ROOT / "tests" / "error_texts"

@@ -8,10 +8,10 @@ import sys
 import time
 
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ROOT
 from helpers.diagnosis import catalogue, explain, reproductions
 
 IDS = list(reproductions.FAILURES)

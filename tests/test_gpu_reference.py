@@ -5,11 +5,11 @@ import re
 import sys
 from datetime import date
 
+import helpers.reference
 import pytest
 import torch
 from conftest import ROOT
 
-import helpers.reference
 from helpers import memory, models
 
 FOLDER = ROOT / "notebooks" / "gpu"

@@ -1,12 +1,10 @@
 """Memory: peaks are seen, predictions meet measurements, bad settings are named."""
 
-import gc
 import json
 import subprocess
 import sys
 import threading
 import time
-import weakref
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from helpers import memory
+from helpers import memory, widgets
 from helpers.prediction import cache_size
 
 SMALL = dict(vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -282,7 +280,7 @@ def test_finding_a_model_applies_the_cap(monkeypatch, tmp_path):
 
 
 def test_monitor_reads_and_degrades_to_text(monkeypatch):
-    monitor = memory.Monitor(interval=0.01).start()
+    monitor = widgets.Monitor(interval=0.01).start()
     time.sleep(0.05)
     monitor.stop()
     assert "widget-view" in str(monitor._repr_mimebundle_())

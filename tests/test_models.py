@@ -143,8 +143,8 @@ def test_killed_half_way_the_next_run_succeeds(tmp_path):
 def test_geometry_has_mistrals_shape_and_a_fitting_tokenizer(cache, found, monkeypatch):
     from transformers import AutoConfig, AutoTokenizer
 
-    monkeypatch.setattr(models, "_package", lambda: found)
-    monkeypatch.setattr(models, "_hub", lambda name: found)
+    monkeypatch.setattr(models.packages, "get", lambda: found)
+    monkeypatch.setattr(models.hub, "download", lambda name: found)
     small = models.geometry.make(layers=1)
     models.check_folder(small.path)
     config = AutoConfig.from_pretrained(small.path)
@@ -244,8 +244,8 @@ def test_no_network(tmp_path):
 
 def test_what_does_not_fit_is_refused_before_anything_is_made(monkeypatch, tmp_path):
     monkeypatch.setenv("COURSE_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "_device", lambda: "cpu")
-    monkeypatch.setattr(models.memory, "free_ram", lambda: 23e9)
+    monkeypatch.setattr(models.base, "this_device", lambda: "cpu")
+    monkeypatch.setattr(memory, "free_ram", lambda: 23e9)
     with pytest.raises(models.ModelError, match=r"mistral-7b-geometry needs about 30\.5 GB of RAM .* 23\.0 GB are free"):
         models.find(models.GEOMETRY)
     assert list(tmp_path.iterdir()) == []
@@ -255,8 +255,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(monkeypatch, tmp_p
 def test_room_is_asked_for_as_many_copies_as_the_caller_holds(monkeypatch, tmp_path, copies, dtype, free, fits):
     save_file({"weight": torch.zeros(1000, 1000, dtype=getattr(torch, dtype))}, tmp_path / "model.safetensors")  # 4 MB of float32
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": dtype}), encoding="utf-8")
-    monkeypatch.setattr(models, "_device", lambda: "cpu")
-    monkeypatch.setattr(models.memory, "free_ram", lambda: free)
+    monkeypatch.setattr(models.base, "this_device", lambda: "cpu")
+    monkeypatch.setattr(memory, "free_ram", lambda: free)
     if fits:
         assert models.find(str(tmp_path), copies=copies).path == str(tmp_path.resolve())
     else:

@@ -15,8 +15,8 @@ import nbformat
 import papermill
 import pytest
 import torch
-
 from conftest import ROOT, deadline
+
 from helpers import checkpoints, memory, models, records
 from helpers.diagnosis import catalogue
 from helpers.process import cores

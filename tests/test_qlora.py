@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import helpers
-
 # As notebook 07 trains: NF4 base, LoRA with dropout, shuffled batches padded to their longest row, a checkpoint every few steps.
 TRAIN = """
 import json, sys
@@ -19,7 +17,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import (AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer,
                           TrainerCallback, TrainingArguments, set_seed)
 from tokenizers import Tokenizer, models
+from helpers.process import child_environment
 from helpers import training
+from helpers.process import child_environment
 
 base, folder = sys.argv[1:]
 
@@ -52,7 +52,7 @@ Path(folder, "losses.json").write_text(json.dumps(losses))
 
 
 def start(base, folder):
-    environment = process.child_environment()
+    environment = child_environment()
     return subprocess.Popen([sys.executable, "-c", TRAIN, str(base), str(folder)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import files, evaluation, models, records
+from helpers import evaluation, files, models, records
 
 FOUND = models.Found("/nowhere", "tiny", "local folder", "cpu")
 NUMBERS = dict.fromkeys(records.NUMBERS, 1.0)

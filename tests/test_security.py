@@ -11,13 +11,13 @@ from html.parser import HTMLParser
 import nbformat
 import pytest
 import yaml
+from conftest import ROOT, browser_path, without_browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import helpers
-from conftest import ROOT, browser_path, without_browser
-from helpers import bootstrap, chat, models, records, redact
+from helpers import bootstrap, models, records, redact, widgets
 from helpers.models import packages
+from helpers.process import child_environment
 from helpers.publishing import pages, report, run, tables
 
 PLANTED = "hf_" + "PlantedToken" * 3
@@ -130,7 +130,7 @@ print("asked for:", asked)
 
 
 def test_no_loading_path_unpickles(tmp_path):
-    env = process.child_environment()
+    env = child_environment()
     done = subprocess.run([sys.executable, "-c", LOADING, str(tmp_path)], env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.rstrip().endswith("asked for: []"), done.stdout[-500:]
@@ -289,7 +289,7 @@ def pages(folder):
         records.write(folder, method=method, notebook=ANSWER, found=found, windows=Windows, eval_text=ANSWER, **{**numbers, "kl_divergence": kl})
     written = report.write(folder, [run.Result(ANSWER, 1.0, 10**9, ANSWER)]).read_text(encoding="utf-8")
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER}]
-    return {"report": written, "chat": f"<!doctype html><title>quiet</title>{chat.transcript_html(turns)}"}
+    return {"report": written, "chat": f"<!doctype html><title>quiet</title>{widgets.transcript_html(turns)}"}
 
 
 class Windows:

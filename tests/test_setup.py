@@ -13,8 +13,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
 from conftest import ROOT
+
 from helpers import bootstrap
 from helpers.publishing import pages
 

@@ -6,8 +6,8 @@ import statistics
 
 import nbformat
 import pytest
-
 from conftest import ROOT
+
 from helpers import bootstrap
 from helpers.publishing import pages
 
