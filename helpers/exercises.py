@@ -4,6 +4,8 @@ import ast
 import inspect
 import textwrap
 
+from helpers import progress
+
 
 def check(function, test):
     """Run `test(function)` and say how it went; returns True when right, False when wrong, None when the stub is still empty.
@@ -13,8 +15,6 @@ def check(function, test):
     """
     right = _judge(function, test)
     if right:
-        from helpers import progress
-
         progress.add_exercise(_source(test))
     return right
 

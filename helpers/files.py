@@ -12,6 +12,11 @@ NOTEBOOKS = COURSE / "notebooks"
 
 
 
+def notebooks() -> list[Path]:
+    """The course's notebooks in reading order."""
+    return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
 def folder(output_dir: Path | str = "build") -> Path:
     """The build folder, made if needed: absolute paths as they are, others under the course's checkout, or here without one.
 

@@ -5,7 +5,6 @@ import re
 
 from helpers import files
 from helpers.process import headless
-from helpers.publishing import pages
 
 FILE = ".course_progress.json"
 KINDS = ("exercises", "quiz")
@@ -68,25 +67,28 @@ def add_exercise(test_source):
 def exercises():
     """{notebook: {function name: source of its check cell}} of the course."""
     found = {}
-    for file in pages.paths():
+    for file in files.notebooks():
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
         sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
         found[file.stem] = {name: source for source in sources for name in re.findall(r"^exercises\.check\((\w+),", source, re.M)}
     return found
 
 
+def questions() -> dict[str, list[dict]]:
+    """{notebook: [{"question", "choices": [{"text", "right", "why"}, ...]}, ...]} of the course."""
+    return json.loads((files.NOTEBOOKS / "data" / "quiz.json").read_text(encoding="utf-8"))
+
+
 def table():
     """A pandas DataFrame of all notebooks: exercises and quiz questions solved, of how many."""
     import pandas as pd
 
-    from helpers import quiz
-
-    done, questions, rows = read(), quiz.load(), {}
+    done, asked, rows = read(), questions(), {}
     for notebook, names in exercises().items():
         entry = done.get(notebook, {})
-        right = sum(1 for number in entry.get("quiz", []) if number in range(len(questions.get(notebook, []))))
+        right = sum(1 for number in entry.get("quiz", []) if number in range(len(asked.get(notebook, []))))
         rows[notebook] = {
             "exercises": f"{len(set(names) & set(entry.get('exercises', [])))} of {len(names)}",
-            "quiz": f"{right} of {len(questions.get(notebook, []))}",
+            "quiz": f"{right} of {len(asked.get(notebook, []))}",
         }
     return pd.DataFrame(rows).T.rename_axis("notebook")

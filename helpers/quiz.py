@@ -1,19 +1,11 @@
 """A short quiz at the end of a notebook: live where there is a front end, with folded answers elsewhere. The questions are data."""
 
 import html
-import json
 
 from helpers import progress, widgets
 from helpers.process import headless
-from helpers.publishing import pages
 
-DATA = pages.FOLDER / "data" / "quiz.json"
 LETTERS = "ABCDE"
-
-
-def load():
-    """{notebook: [{"question", "choices": [{"text", "right", "why"}, ...]}, ...]} of the course."""
-    return json.loads(DATA.read_text(encoding="utf-8"))
 
 
 class Quiz:
@@ -25,9 +17,9 @@ class Quiz:
     def __init__(self, notebook):
         import ipywidgets
 
-        self.notebook, self.questions = notebook, load().get(notebook)
+        self.notebook, self.questions = notebook, progress.questions().get(notebook)
         if not self.questions:
-            raise ValueError(f"there is no quiz for {notebook!r}; there are {', '.join(load())}")
+            raise ValueError(f"there is no quiz for {notebook!r}; there are {', '.join(progress.questions())}")
         self.buttons, self.answers, rows = [], [], []
         for number, question in enumerate(self.questions):
             buttons = [

@@ -355,7 +355,7 @@ def test_the_pad_id_of_a_tokenizer_without_one_is_its_end_token():
 )
 def test_wrong_options_end_before_a_model_is_fetched(arguments, message, monkeypatch, capsys):
     from helpers import models
-    from helpers.publishing.commands import main
+    from helpers.__main__ import main
 
     monkeypatch.setattr(models, "find", lambda _: pytest.fail("asked for a model"))
     assert main(["chat", "--once", "hi", *arguments]) == 2

@@ -286,7 +286,7 @@ def test_the_whole_command_answers_in_ten_seconds_without_secrets_or_home(found)
 BARE = """
 import sys
 sys.modules["psutil"] = None  # as in a Python that nothing was installed into
-from helpers.publishing.commands import main
+from helpers.__main__ import main
 sys.exit(main(["doctor", *sys.argv[1:]]))
 """
 

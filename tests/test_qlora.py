@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.process import child_environment
+
 # As notebook 07 trains: NF4 base, LoRA with dropout, shuffled batches padded to their longest row, a checkpoint every few steps.
 TRAIN = """
 import json, sys
@@ -17,9 +19,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import (AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer,
                           TrainerCallback, TrainingArguments, set_seed)
 from tokenizers import Tokenizer, models
-from helpers.process import child_environment
-from helpers import training
-from helpers.process import child_environment
 
 base, folder = sys.argv[1:]
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import exercises, progress, quiz, widgets
 from helpers.publishing import pages
 
-QUIZ = quiz.load()
+QUIZ = progress.questions()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ runpy.run_path(str(course / "helpers" / "bootstrap.py"))["start"]({packages})'''
 
 def paths():
     """The course's notebooks in reading order."""
-    return sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+    return files.notebooks()
 
 
 def read(path):

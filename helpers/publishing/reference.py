@@ -142,20 +142,6 @@ def costs(output_dir="build"):
     return told
 
 
-def main(arguments):
-    """Command line of `python -m helpers reference`: records and findings of a build, then the verdicts that follow from them."""
-    from helpers.publishing import claims
-
-    for notebook in costs(arguments.output):
-        print("cost on a GPU:", notebook)
-    for path in [*write(arguments.output), *claims.collect(arguments.output)]:
-        print(path.relative_to(pages.ROOT))
-    for line in claims.fill():
-        print(line)
-    remaining = claims.problems()
-    for line in remaining:
-        print("problem:", line)
-    return 1 if remaining else 0
 
 
 def file_name(device, model):
