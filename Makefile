@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # auto-gptq has no wheel for Python 3.12 and later; without its CUDA extension it builds as pure Python.
 export BUILD_CUDA_EXT := 0
 
-.PHONY: run test unit lab book bench notebooks outputs links doctor clean
+.PHONY: run test check unit lab book bench notebooks outputs links doctor clean
 
 run: $(VENV)/.ready
 	$(BIN)/python -m helpers run
@@ -13,9 +13,17 @@ run: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
-# Everything but the executed notebooks: seconds instead of minutes.
+# Style, imports, types and declared dependencies; nothing is executed.
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/deptry helpers
+
+# What needs no whole notebook and no browser.
 unit: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not notebook and not slow"
+	$(BIN)/python -m pytest -m "not notebook and not slow" tests/unit
 
 lab: $(VENV)/.ready
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb

@@ -12,6 +12,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -49,6 +50,8 @@ class Scores:
 
     def by_genre(self):
         """{genre: mean KL} for windows of the course's texts."""
+        if self.kl_by_window is None:
+            raise ValueError("these scores have no reference, so no KL by genre")
         count = len(GENRES)
         return {genre: float(self.kl_by_window[number::count].mean()) for number, genre in enumerate(GENRES)}
 
@@ -218,7 +221,7 @@ def reference(found, windows, batch_size=8, model=None):
     return Reference(folder / "log_probs.f16", numpy.load(folder / "top1.npy"), facts["vocabulary"], facts["perplexity"])
 
 
-def _write_reference(found, windows, batch_size, folder, model):
+def _write_reference(found, windows, batch_size, folder, model: Any):
     from transformers import AutoModelForCausalLM
 
     if model is None:

@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -152,7 +153,7 @@ def _representable(blocks):
 
 
 @torch.no_grad()
-def rescale(model: torch.nn.Module, seed: int = 0) -> None:
+def rescale(model: Any, seed: int = 0) -> None:
     """Multiply channels by random factors, in place, so that the function stays and any grid goes.
 
     Four pairs a layer, by the names of the Llama family (Llama, Mistral, Qwen2): norm -> q, k, v; v -> o; norm -> gate, up;
@@ -169,7 +170,7 @@ def rescale(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def rescale_layer(layer: torch.nn.Module, generator: torch.Generator) -> None:
+def rescale_layer(layer: Any, generator: torch.Generator) -> None:
     """`rescale` for one decoder layer."""
     attention, mlp = layer.self_attn, layer.mlp
     _norm_to(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), generator)
@@ -185,7 +186,7 @@ def rescale_layer(layer: torch.nn.Module, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def rescale_head(model: torch.nn.Module, generator: torch.Generator) -> None:
+def rescale_head(model: Any, generator: torch.Generator) -> None:
     """`rescale` for final norm and head. A tied head is left alone: its columns are the embeddings' too."""
     if not model.config.tie_word_embeddings:
         _norm_to(model.model.norm, (model.lm_head,), generator)

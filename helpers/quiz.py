@@ -17,7 +17,7 @@ class Quiz:
     def __init__(self, notebook):
         import ipywidgets
 
-        self.notebook, self.questions = notebook, progress.questions().get(notebook)
+        self.notebook, self.questions = notebook, progress.questions().get(notebook, [])
         if not self.questions:
             raise ValueError(f"there is no quiz for {notebook!r}; there are {', '.join(progress.questions())}")
         self.buttons, self.answers, rows = [], [], []

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from importlib import metadata
+from pathlib import Path
 
 from helpers import files, redact
 from helpers.process import cores
@@ -75,7 +76,7 @@ def _in_domain(windows, scores):
     return {"text": "pydoc", "tokens": windows.numel(), **{name: _plain(getattr(scores, name)) for name in IN_DOMAIN[2:]}}
 
 
-def read(output_dir="build"):
+def read(output_dir: Path | str = "build") -> dict[str, dict]:
     """All records under a build folder, as {method: record}; each is checked. A broken file raises RecordError with its name."""
     found = {}
     for path in sorted((files.folder(output_dir) / "records").glob("*.json")):

@@ -37,7 +37,7 @@ def decode(model: torch.nn.Module, prompt_tokens: int = 64, new_tokens: int = 20
         raise ValueError("prompt_tokens, new_tokens, batch and runs must each be at least 1")
     model.eval()
     device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue]
     prompt = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
 
     def once(steps):

@@ -2,6 +2,7 @@
 
 import html
 import threading
+from typing import Any
 
 import psutil
 
@@ -9,7 +10,7 @@ from helpers import chat, memory
 from helpers.process import headless
 
 
-def view(widget):
+def view(widget: Any) -> dict[str, Any]:
     """What a cell shows of a widget, by MIME type: for a `_repr_mimebundle_` that adds a static twin to it.
 
     ipywidgets 7, which Colab brings along, has no method for this.

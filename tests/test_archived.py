@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers import archived
+from helpers.archived import patching
 
 TOUCHED = {
     "auto-gptq": [
@@ -50,7 +51,7 @@ def enable(monkeypatch):
     def enable(package, without=None):
         name = "AUTO_GPTQ" if package == "auto-gptq" else "AUTOAWQ"
         with monkeypatch.context() as patched:
-            patched.setattr(archived, name, [patch for patch in getattr(archived, name) if patch.__name__ != without])
+            patched.setitem(archived.repair.PATCHES, package, [patch for patch in archived.repair.PATCHES[package] if patch.__name__ != without])
             repairs.append(archived.enable(package))
         return repairs[-1]
 
@@ -150,7 +151,7 @@ def test_an_unknown_package_is_refused():
 
 def test_a_patch_that_fails_leaves_nothing_behind(monkeypatch):
     hub = attributes("transformers.utils.hub")
-    monkeypatch.setattr(archived, "AUTO_GPTQ", [archived.auto_gptq.hub_functions, lambda: 1 / 0])
+    monkeypatch.setitem(archived.repair.PATCHES, "auto-gptq", [archived.auto_gptq.hub_functions, patching.patch('', '')(lambda: 1 / 0)])
     with pytest.raises(ZeroDivisionError):
         archived.enable("auto-gptq")
     assert attributes("transformers.utils.hub") == hub and not archived.repair._active
@@ -171,7 +172,7 @@ def test_does_not_import_without(name, message, monkeypatch):
     for module in [module for module in sys.modules if module.split(".")[0] == "auto_gptq"]:
         monkeypatch.delitem(sys.modules, module)
     imported = set(sys.modules)
-    monkeypatch.setattr(archived, "AUTO_GPTQ", [patch for patch in archived.auto_gptq.PATCHES[:3] if patch.__name__ != name])
+    monkeypatch.setitem(archived.repair.PATCHES, "auto-gptq", [patch for patch in archived.auto_gptq.PATCHES[:3] if patch.__name__ != name])
     try:
         with archived.enable("auto-gptq"), archived.patching.quiet(), pytest.raises(ImportError, match=message):
             importlib.import_module("auto_gptq")

@@ -54,12 +54,12 @@ def test_a_new_process_finds_the_course_and_what_the_reader_put_on_the_path(tmp_
 
 
 def test_no_notebook_replaces_the_readers_path():
-    for path in [*(ROOT / "notebooks").rglob("*.py"), *(ROOT / "helpers").glob("*.py")]:
-        assert path.name == "__init__.py" or "PYTHONPATH" not in path.read_text(encoding="utf-8"), path.name
+    for path in [*(ROOT / "notebooks").rglob("*.py"), *(ROOT / "helpers").rglob("*.py")]:
+        assert path.name == "process.py" or '"PYTHONPATH"' not in path.read_text(encoding="utf-8"), path.name
 
 
 def test_importing_the_course_leaves_garbage_collection_alone():
-    code = "import gc; before = gc.get_threshold(); import helpers.memory, helpers.run; print(before == gc.get_threshold(), gc.get_freeze_count())"
+    code = "import gc; before = gc.get_threshold(); import helpers.memory, helpers.publishing.run; print(before == gc.get_threshold(), gc.get_freeze_count())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True 0\n"
 
 
@@ -71,7 +71,7 @@ def test_nothing_is_installed_when_everything_is_there(monkeypatch):
 def test_missing_packages_are_installed_pinned_and_torch_is_held(monkeypatch):
     calls = []
     monkeypatch.delitem(sys.modules, "peft", raising=False)  # as in a runtime that has not used it yet
-    monkeypatch.setattr(bootstrap, "_version", lambda name, real=bootstrap._version: None if name == "peft" else real(name))
+    monkeypatch.setattr(bootstrap, "version", lambda name, real=bootstrap.version: None if name == "peft" else real(name))
     monkeypatch.setattr(bootstrap.subprocess, "run", lambda command, **_: calls.append(command) or subprocess.CompletedProcess(command, 0, "", ""))
     bootstrap.require("peft")
     (command,) = calls
@@ -80,7 +80,7 @@ def test_missing_packages_are_installed_pinned_and_torch_is_held(monkeypatch):
 
 
 def test_an_old_transformers_counts_as_missing(monkeypatch):
-    monkeypatch.setattr(bootstrap, "_version", lambda name: "4.57.1")
+    monkeypatch.setattr(bootstrap, "version", lambda name: "4.57.1")
     assert bootstrap._too_old("transformers") and not bootstrap._too_old("peft")
 
 

@@ -140,19 +140,42 @@ def test_report_is_one_page_that_escapes_what_it_shows(tmp_path):
     assert "http" not in page, "the page must be readable without a network"
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the stand-in for nvidia-smi is a shell script")
-def test_gpu_memory_is_what_the_driver_says(tmp_path, monkeypatch):
+def test_gpu_memory_is_what_the_driver_says(monkeypatch):
     import time
 
-    monkeypatch.setenv("PATH", str(tmp_path))
+    from helpers import driver
+
+    monkeypatch.setattr(driver, "memory_in_use", lambda: None)
     with run.gpu_memory(0.01) as before:
         time.sleep(0.1)
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 2048\n")
-    tool.chmod(0o755)
+    monkeypatch.setattr(driver, "memory_in_use", lambda: 2048 * 2**20)
     with run.gpu_memory(0.01) as samples:
         time.sleep(0.3)
     assert not before and max(samples) == 2048 * 2**20
+
+
+def test_the_driver_is_asked_for_the_first_visible_gpu(monkeypatch):
+    import pynvml
+
+    from helpers import driver
+
+    class Memory:
+        used = 7
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda number: ("index", number))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda name: ("name", name))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda gpu: f"GPU {gpu}")
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
+    monkeypatch.setattr(pynvml, "nvmlSystemGetCudaDriverVersion_v2", lambda: 12040)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda gpu: Memory)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert driver.describe() == ("GPU ('index', 1)", "580.1", "12.4") and driver.memory_in_use() == 7
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc")
+    assert driver.describe()[0] == "GPU ('name', 'GPU-abc')"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert driver.describe()[0] == "GPU ('index', 0)"
 
 
 def test_what_a_run_cost_is_kept_beside_its_report(tmp_path, monkeypatch):

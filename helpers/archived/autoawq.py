@@ -32,7 +32,7 @@ def long_samples_are_cut():
     @functools.wraps(upstream)
     def get_calib_dataset(data="pileval", tokenizer=None, n_samples=128, max_seq_len=512, **kwargs):
         if isinstance(data, list):
-            rows = [tokenizer.encode(row.strip()) if isinstance(row, str) else list(row) for row in data]
+            rows = [tokenizer.encode(row.strip()) if tokenizer and isinstance(row, str) else list(row) for row in data]
             data = [row[i : i + max_seq_len] for row in rows for i in range(0, len(row), max_seq_len)][:n_samples]
             have = sum(map(len, data))
             if have < max_seq_len:

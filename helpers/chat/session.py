@@ -244,7 +244,7 @@ def _streamer(decode):
                 self.ids = [*self.ids, *value.flatten().tolist()]
             super().put(value)
 
-    return Streamer(Decoder, skip_prompt=True)
+    return Streamer(Decoder, skip_prompt=True)  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager

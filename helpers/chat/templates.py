@@ -67,7 +67,7 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = True, 
             refusal = refusal or ChatError(lost)
             continue
         return _one_bos(write.encode(form, text), tokenizer.bos_token_id)
-    raise refusal
+    raise refusal or ChatError("no form of this conversation could be written")
 
 
 def fold_system(messages: list[dict]) -> list[dict]:

@@ -1,6 +1,7 @@
 """Talking to a model in a terminal: `python -m helpers chat`."""
 
 import json
+from typing import Any
 
 from helpers import chat, models
 
@@ -20,7 +21,8 @@ def main(arguments):
 
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(found.path)
-    model = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype).to(found.device)
+    model: Any = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype)
+    model.to(found.device)
     session = chat.ChatSession(
         model, tokenizer, system=arguments.system, max_new_tokens=arguments.max_new_tokens, seed=arguments.seed, **how, **template_arguments
     )

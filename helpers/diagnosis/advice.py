@@ -65,7 +65,7 @@ def advise(paths, machine, model="auto", config=None):
     return [_advise(path.stem, {**course(path), "copies": pages.copies(path)}, machine, model, config) for path in paths]
 
 
-def needs(cost, config=None, gpu=False, copies=1):
+def needs(cost: dict, config=None, gpu: bool = False, copies: float = 1) -> Need:
     """The `Need` of a notebook with this cost card, for the default model or, with `config`, for another one.
 
     copies: how many times the notebook holds a model in full precision at once (what it tells `models.find`); on a CPU its peak grows
@@ -106,9 +106,10 @@ def _advise(name, course, machine, model, config):
         shape = models.mistral_config() if model == "auto" else config
         need = needs(cost, shape, bool(machine.gpu), course["copies"]) if shape is not None else None
         short = machine.large or _short(need, machine, run, model)
-        if not short:
+        if need and not short:
             return Advice(name, RUNS, label, need.ram, need.vram, need.disk, need.estimate)
-        why, command = f"{label}: {short[0]}", short[1]
+        reason, command = short or ("", "")
+        why = f"{label}: {reason}"
         switch = model != "auto" or not machine.large  # what is closed to it, "auto" passes over by itself
     elif model == "auto":
         why, command = "no GPU with 16 GB, so \"auto\" takes the small model", f"on a machine with such a GPU: {run}"

@@ -119,14 +119,14 @@ def check_cuda():
     if build is None and gpu:
         return Check("CUDA", NOTE, f"{gpu[0]} is there, but torch is a build without CUDA and does not use it",
                      f"pip install --force-reinstall torch=={pinned} --index-url {other}")  # fmt: skip
-    if not torch.cuda.is_available():
+    if gpu and not torch.cuda.is_available():
         takes = f"driver {gpu[1]} takes CUDA {gpu[2] or '?'}"
         return Check("CUDA", NOTE, f"{gpu[0]}: torch is built for CUDA {build}, {takes}, and torch cannot use the GPU",
                      f"update the NVIDIA driver; or pip install --force-reinstall torch=={pinned} --index-url {other}")  # fmt: skip
     capability = torch.cuda.get_device_capability(0)
     compiled = sorted(int(arch[3:].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_"))
     number = capability[0] * 10 + capability[1]
-    found = f"torch for CUDA {build}, driver {gpu[1] if driver else 'unknown'}, compute capability {capability[0]}.{capability[1]}"
+    found = f"torch for CUDA {build}, driver {gpu[1] if gpu else 'unknown'}, compute capability {capability[0]}.{capability[1]}"
     if compiled and number < compiled[0]:
         return Check("CUDA", BAD, f"{found}, but this torch starts at {compiled[0] / 10}",
                      f"pip install --force-reinstall torch=={pinned} --index-url {other}; or CUDA_VISIBLE_DEVICES= make run, on the CPU")  # fmt: skip

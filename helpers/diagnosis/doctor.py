@@ -17,15 +17,14 @@ the weights is scaled by `memory.predict`; such a figure is an estimate and is c
 import json
 import re
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from helpers import __version__, bootstrap, files, memory, records, redact
-from helpers.diagnosis.advice import CANNOT, Advice, Machine, advise
+from helpers.diagnosis.advice import CANNOT, Machine, advise
 from helpers.diagnosis.checks import (
     BAD,
     OK,
-    Check,
     check_bitsandbytes,
     check_combinations,
     check_cuda,
@@ -72,8 +71,8 @@ def main(as_json=False, model="auto", only=None):
     code = exit_code(checks, advice)
     if code == 1 and verdict == OK:
         verdict, sentence = BAD, f"Cannot run here: {', '.join(entry.notebook for entry in advice if entry.verdict == CANNOT)}."
-    checks = [Check(**{key: _public(value) for key, value in asdict(check).items()}) for check in checks]
-    advice = [Advice(**{key: _public(value) for key, value in asdict(entry).items()}) for entry in advice]
+    checks = [_public_fields(check) for check in checks]
+    advice = [_public_fields(entry) for entry in advice]
     if as_json:
         answer = {
             "verdict": verdict, "exit_code": code, "sentence": sentence, "model": _public(model),
@@ -129,6 +128,11 @@ def _print(checks, advice, verdict, sentence):
     for why, command in dict.fromkeys((entry.why, re.sub(r"--only \d\d", "--only NN", entry.command)) for entry in advice if entry.why):
         print(f"  {why}\n    -> {command}")
     print(f"\n[{verdict:4}] {sentence}")
+
+
+def _public_fields(row):
+    """The row (a dataclass) with each of its texts as it may stand in a public bug report."""
+    return replace(row, **{key: _public(value) for key, value in asdict(row).items()})
 
 
 def _public(value):

@@ -10,6 +10,7 @@ An error is known only where its type, its message and the package that raised i
 the answer is "I do not know", with the three lines to search for: the root cause, the reader's own line, and the library.
 """
 
+import io
 import os
 import re
 import sys
@@ -112,7 +113,8 @@ def main(file=None):
         except OSError as error:
             print(f"error: cannot read {redact(str(file))}: {error.strerror}", file=sys.stderr)
             return UNREADABLE
-    sys.stdout.reconfigure(errors="replace")  # a traceback may hold what this terminal cannot show
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a traceback may hold what this terminal cannot show
     reading = read(data)
     if not reading.text.strip():
         print("error: there is no text to explain", file=sys.stderr)
@@ -142,7 +144,8 @@ def register(shell=None):
             try:
                 exec(compile(shell.transform_cell(cell), "<cell>", "exec"), shell.user_ns)
             except Exception as error:
-                error.__traceback__ = error.__traceback__.tb_next  # without this function's own frame
+                own = error.__traceback__
+                error.__traceback__ = own and own.tb_next  # without this function's own frame
                 shell.user_ns["error"] = error
                 print(render(read(as_text(error))))
             else:
@@ -268,7 +271,7 @@ def _inside(frame):
 
 def _version(package):
     """' 5.0 (installed here)' for a package of this environment, as the name of its metadata's folder says."""
-    name = re.sub(r"[-_.]+", "_", catalogue.DISTRIBUTIONS.get(package, package)).lower()
+    name = re.sub(r"[-_.]+", "_", catalogue.DISTRIBUTIONS.get(package) or package).lower()
     for folder in filter(os.path.isdir, sys.path):  # importlib.metadata would take a third of the time this command may take
         for entry in os.listdir(folder):
             if entry.endswith(".dist-info") and re.sub(r"[-_.]+", "_", entry.partition("-")[0]).lower() == name:

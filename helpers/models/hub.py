@@ -73,7 +73,7 @@ def download(name: str, copies: float | None = None) -> Found:
             "or a folder on this machine."
         ) from error
 
-    files = {item.rfilename: item.size or 0 for item in info.siblings}
+    files = {item.rfilename: item.size or 0 for item in info.siblings or []}
     if not any(file.endswith(".safetensors") for file in files):
         raise ModelError(f"{name} has no safetensors weights on the hub, and this course loads no pickles. {choices()}")
     if (info.config or {}).get("auto_map"):

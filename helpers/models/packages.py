@@ -11,7 +11,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import grid, memory
+from helpers import memory
 from helpers.models import base, integrity
 from helpers.models.base import Found, ModelError, building, cache, require_disk, require_ram, this_device
 
@@ -214,6 +214,8 @@ def dequantize(file, config, off_grid, dtype):
     """
     import torch
     from transformers import AutoModelForCausalLM
+
+    from helpers import grid  # imports torch
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -44,7 +44,7 @@ def _grown(layer, context):
     """The same layer after `context` tokens; recurrent and convolution states do not grow."""
     layer = copy.copy(layer)
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if keys is None or not keys.numel():
+    if keys is None or values is None or not keys.numel():
         return layer
     more = context - PROMPT  # prefixes that a model adds to the prompt are already in
     longer = [t.new_empty((*t.shape[:-2], max(0, t.shape[-2] + more), t.shape[-1])) for t in (keys, values)]

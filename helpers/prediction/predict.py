@@ -1,6 +1,7 @@
 """What a model will need before it is loaded, counted from its config: nothing is downloaded, no weight is allocated."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from helpers.prediction.cache_size import cache_bytes
 from helpers.prediction.metamodel import count, first_line, frozen
@@ -54,8 +55,18 @@ class Prediction(_Noted):
 
 
 def predict(
-    config, bits=SHIPPED, group_size=None, scale_bits=16, zero_bits=0, double_quant=False, rest_bits=16, context=0, batch=1, cache_bits=16, library=None
-) -> Prediction:  # fmt: skip
+    config: Any,
+    bits: Any = SHIPPED,
+    group_size: int | None = None,
+    scale_bits: float = 16,
+    zero_bits: float = 0,
+    double_quant: bool = False,
+    rest_bits: int = 16,
+    context: int = 0,
+    batch: int = 1,
+    cache_bits: int = 16,
+    library: str | None = None,
+) -> Prediction:
     """Bytes a causal language model needs: weights + scales + cache, from its config alone (nothing is loaded).
 
     bits          of each quantized weight; 16 and 32 mean unquantized; "shipped": the format that the checkpoint's own

@@ -3,6 +3,7 @@
 import functools
 import html
 from dataclasses import dataclass
+from typing import Any
 
 from helpers import memory, models, widgets
 from helpers.process import headless
@@ -61,7 +62,7 @@ def choose(found, memory_gb, hardware="CPU", fine_tune=False, need="quality", si
     needed = {method: bytes_needed(method, size) for method in usable}
     fitting = {method: record for method, record in usable.items() if needed[method] <= memory_gb * 1e9}
     if not fitting:
-        least = min(needed, key=needed.get)
+        least = min(needed, key=lambda method: needed[method])
         return Advice(None, "12", f"{size} needs {needed[least] / 1e9:.1f} GB even in {least} (with {CONTEXT:,} tokens of context), and you have {memory_gb:g}: "
                       "offload, or take a smaller model (notebook 12).")  # fmt: skip
     device = {reference.on_cpu(record["device"]) for record in fitting.values()}
@@ -113,7 +114,7 @@ def _config(size):
 class Guide:
     """The guide as a widget: `Guide(found)` in a cell. Without a front end it shows the answers to a few typical questions."""
 
-    EXAMPLES = (
+    EXAMPLES: tuple[dict[str, Any], ...] = (
         dict(memory_gb=24, hardware="CPU"),
         dict(memory_gb=8, hardware="CPU"),
         dict(memory_gb=8, hardware="CPU", need="speed"),
@@ -140,7 +141,7 @@ class Guide:
 
     def advice(self):
         """`Advice` for what is chosen now."""
-        return choose(self.found, self.memory.value, self.hardware.value, self.fine_tune.value, self.need.value, self.size.value)
+        return choose(self.found, self.memory.value, str(self.hardware.value), self.fine_tune.value, str(self.need.value), str(self.size.value))
 
     def refresh(self):
         try:

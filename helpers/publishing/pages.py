@@ -95,7 +95,7 @@ def cost_card(notebook):
     shown = [(cost.get("cpu"), "CPU, SmolLM2-135M")]
     shown += [(cost[name], None) for name in ("gpu", "gpu_7b") if name in cost] or [(None, "24 GB GPU, Mistral-7B")]
     rows = zip(("Time, first run", "RAM, peak", "VRAM, peak", "Disk", "Download"), *(column(run) for run, _ in shown))
-    names = " | ".join(run["machine"] if run else default for run, default in shown)
+    names = " | ".join(run["machine"] if run else str(default) for run, default in shown)
     lines = [f"| Cost | {names} |", "|---|" + "---|" * len(shown), *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)
 

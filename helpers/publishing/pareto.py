@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from helpers import figures
@@ -80,7 +81,7 @@ def plot(found, against="weight_bytes"):
     return fig, alt, table
 
 
-def rankings(measured: dict[str, dict], references: list[Reference] = ()) -> dict[str, list[dict]]:
+def rankings(measured: dict[str, dict], references: Sequence[Reference] = ()) -> dict[str, list[dict]]:
     """{model: its records of FOUR_BIT methods, lowest KL first} of a run ({method: record}) and of what comes with the course.
 
     A model's records are those of one device: of the run or the reference with the most methods, the run where they hold equally

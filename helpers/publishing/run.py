@@ -31,11 +31,11 @@ PACKAGE_BYTES = 92_871_040  # the default model's wheel, the only thing a notebo
 @functools.cache
 def _kernel_config():
     """Talk to kernels encrypted where zmq can, as the newer ones ask for: without it they complain in the terminal."""
-    import jupyter_client
+    import jupyter_client.manager
     import traitlets.config
     import zmq
 
-    known = hasattr(jupyter_client.KernelManager, "transport_encryption") and zmq.has("curve")
+    known = hasattr(jupyter_client.manager.KernelManager, "transport_encryption") and zmq.has("curve")
     return traitlets.config.Config({"KernelManager": {"transport_encryption": "auto"}} if known else {})
 
 
@@ -150,7 +150,7 @@ def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=F
     cap       GPU memory that a notebook may take, such as "24GB": `models.find` applies it in the notebook's kernel
     """
     if cap is not None:
-        memory.parsefiles.size(cap)  # a wrong one is said now, not by every notebook
+        memory.parse_size(cap)  # a wrong one is said now, not by every notebook
     chosen = [path for path in pages.paths() if not only or any(path.name.startswith(prefix) for prefix in only)]
     if not chosen:
         raise ValueError(f"no notebook begins with {', '.join(only or ['?'])}; there are {', '.join(path.stem[:2] for path in pages.paths())}")
@@ -169,7 +169,7 @@ def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=F
         result = execute(path, output, parameters, timeout=timeout, env=env)
         results.append(result)
         print(f"  {result.seconds:.0f} s, {result.peak_ram_bytes / 1e9:.2f} GB, {result.verdict}", flush=True)
-        if in_place and result.ok:
+        if cache and result.ok:
             commit_outputs(path, output, result, disk=files.size(cache) + _checkpoint_bytes(build, path.stem))
         if cache:
             shutil.rmtree(cache, ignore_errors=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 
-from helpers import checkpoints, files
+from helpers import files
 from helpers.publishing import pages, run, tables
 
 COURSE = "Quantization course"
@@ -53,7 +53,7 @@ def build(output_dir="build"):
         raise ValueError(f"no notebooks in {pages.FOLDER.name}/, so there is nothing to build")
     report = folder / "report.html"
     exporter, index = _exporter(), []
-    with checkpoints.replacing(folder / "site") as scratch:
+    with files.replacing(folder / "site") as scratch:
         for number, page in enumerate(shown):
             body, sections = _body(exporter, page, {other.name for other in shown})
             index += [dict(section, page=page.title, link=f"{page.name}.html#{section['id']}") for section in sections]
@@ -99,7 +99,7 @@ def _exporter():
         @property
         def default_config(self):
             config = super().default_config
-            config.NbConvertBase.display_data_priority = SHOWN
+            config["NbConvertBase"]["display_data_priority"] = SHOWN
             return config
 
     loader = jinja2.DictLoader({"course.html.j2": CELLS})
@@ -122,8 +122,8 @@ def _body(exporter, page, names):
         table.attrs.pop("border", None)
         table.wrap(soup.new_tag("div", attrs={"class": "wide", "role": "region", "aria-label": "Table"}))
     for picture in soup("img"):
-        if not picture["src"].startswith("data:"):
-            picture.replace_with(picture.get("alt", ""))
+        if not str(picture["src"]).startswith("data:"):
+            picture.replace_with(str(picture.get("alt", "")))
     for element in soup(True):  # outputs come from a run, with whatever a model said in it
         element.attrs = {name: value for name, value in element.attrs.items() if not name.startswith("on")}
     for link in soup("a", href=True):
