@@ -49,7 +49,6 @@ def enable(monkeypatch):
     repairs = []
 
     def enable(package, without=None):
-        name = "AUTO_GPTQ" if package == "auto-gptq" else "AUTOAWQ"
         with monkeypatch.context() as patched:
             patched.setitem(archived.repair.PATCHES, package, [patch for patch in archived.repair.PATCHES[package] if patch.__name__ != without])
             repairs.append(archived.enable(package))

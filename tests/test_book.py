@@ -37,11 +37,24 @@ def test_all_links_lead_somewhere(site, soups):
     assert broken == [] and checked > 100
 
 
-def test_links_into_the_repository_are_files_there(soups):
-    blob = f"{pages.repository()}/blob/main/"
+def test_without_an_address_nothing_leads_to_one(soups):
+    assert not pages.is_public(), "the course has an address now: this test and the next change places"
+    for name, soup in soups.items():
+        assert [link["href"] for link in soup("a", href=True) if "YOUR_ACCOUNT" in link["href"] or "colab.research" in link["href"]] == [], name
+
+
+def test_with_an_address_links_lead_to_files_in_the_repository_and_to_colab(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "repository", lambda: "https://github.com/someone/course")
+    monkeypatch.setattr(pages, "paths", lambda paths=pages.paths(): paths[:2])
+    site.build(tmp_path)
+    soups = {name: bs4.BeautifulSoup((tmp_path / "site" / f"{name}.html").read_text(encoding="utf-8"), "html.parser") for name in NAMES[:2]}
+    blob = "https://github.com/someone/course/blob/main/"
     files = {link["href"].removeprefix(blob) for soup in soups.values() for link in soup("a", href=True) if link["href"].startswith(blob)}
-    assert {f"notebooks/{name}.ipynb" for name in NAMES} <= files
+    assert {f"notebooks/{name}.ipynb" for name in NAMES[:2]} <= files
     assert [name for name in files if not (pages.ROOT / name.partition("#")[0]).exists()] == []
+    for name, soup in soups.items():
+        (link,) = [link for link in soup("a") if link.text == "Open in Colab"]
+        assert link["href"] == pages.colab(f"{name}.ipynb") != ""
 
 
 def test_nothing_is_fetched_from_elsewhere_and_no_notebook_brings_a_script(soups):
@@ -70,12 +83,6 @@ def test_previous_and_next_lead_through_all_notebooks_and_back(soups):
             at = link["href"]
             seen.append(at.removesuffix(".html"))
         assert seen == order
-
-
-def test_colab_links(soups):
-    for name in NAMES:
-        (link,) = [link for link in soups[f"{name}.html"]("a") if link.text == "Open in Colab"]
-        assert link["href"] == pages.colab(f"{name}.ipynb")
 
 
 def test_solutions_are_folded(soups):

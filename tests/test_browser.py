@@ -409,7 +409,7 @@ def run_all(tab, lab, notebook, name, seconds):
 
 
 @pytest.fixture(scope="module")
-def widgets(browser, lab):
+def live(browser, lab):
     """(page, {name: its output}) of a notebook that has run, with each of the course's widgets, and the table of notebook 11."""
     lines = [line for cell in nbformat.read(ROOT / "notebooks" / "11_compare_methods.ipynb", as_version=4).cells for line in cell.source.splitlines()]
     table, guide = (next(line for line in lines if line.startswith(start)) for start in ("HTML(tables.methods(", "guide.Guide("))
@@ -421,8 +421,8 @@ def widgets(browser, lab):
 
 
 @in_lab
-def test_every_control_of_a_widget_has_a_name_and_every_text_can_be_read(widgets):
-    page, _ = widgets
+def test_every_control_of_a_widget_has_a_name_and_every_text_can_be_read(live):
+    page, _ = live
     parts = ".jp-OutputArea-output"
     legible(page, parts)
     found = controls(page, parts)
@@ -432,8 +432,8 @@ def test_every_control_of_a_widget_has_a_name_and_every_text_can_be_read(widgets
 
 
 @in_lab
-def test_the_table_of_methods_sorts_in_jupyterlab(widgets):
-    page, outputs = widgets
+def test_the_table_of_methods_sorts_in_jupyterlab(live):
+    page, outputs = live
     assert sorts(page, outputs["table"].get_by_role("table")) == 1
 
 
@@ -447,9 +447,9 @@ def tab_to(page, name):
 
 
 @in_lab
-def test_the_decision_guide_by_the_keyboard_alone(widgets):
+def test_the_decision_guide_by_the_keyboard_alone(live):
     """From the cell to its fields and through them; after each choice another answer, and JupyterLab takes no key for itself."""
-    page, outputs = widgets
+    page, outputs = live
     page.locator(".jp-CodeCell").nth(1).focus()
     said = outputs["guide"].get_by_role("status")
     page.wait_for_function("document.querySelectorAll('[role=status]').length")
@@ -473,8 +473,8 @@ def test_the_decision_guide_by_the_keyboard_alone(widgets):
 
 
 @in_lab
-def test_the_memory_monitor_is_live_until_it_is_stopped_by_the_keyboard(widgets):
-    page, outputs = widgets
+def test_the_memory_monitor_is_live_until_it_is_stopped_by_the_keyboard(live):
+    page, outputs = live
     shown = outputs["monitor"].get_by_text(re.compile(r"^RAM \d+\.\d\d of 100\.0 GB$"))
     first = shown.inner_text()
     playwright.sync_api.expect(shown).not_to_have_text(first)
@@ -486,8 +486,8 @@ def test_the_memory_monitor_is_live_until_it_is_stopped_by_the_keyboard(widgets)
 
 
 @in_lab
-def test_chat_box_shows_a_script_and_does_not_run_it(widgets):
-    page, outputs = widgets
+def test_chat_box_shows_a_script_and_does_not_run_it(live):
+    page, outputs = live
     log = outputs["chat"].get_by_role("log")
     assert "<script>window.stolen = 1</script><img src=x" in log.inner_text() and "<b onmouseover" in log.inner_text()
     assert log.locator("script, img, b[onmouseover]").count() == 0
@@ -499,8 +499,8 @@ def test_chat_box_shows_a_script_and_does_not_run_it(widgets):
 
 
 @in_lab
-def test_quiz_by_keyboard_explains_and_is_kept(widgets, lab):
-    page, outputs = widgets
+def test_quiz_by_keyboard_explains_and_is_kept(live, lab):
+    page, outputs = live
     questions = json.loads((ROOT / "notebooks" / "data" / "quiz.json").read_text(encoding="utf-8"))["04_nf4_bitsandbytes"]
     right = [[choice["right"] for choice in question["choices"]].index(True) for question in questions]
     page.get_by_role("button", name="1 A").focus()

@@ -272,21 +272,21 @@ def test_a_damaged_weight_file_is_named_and_the_cache_makes_it_anew(damage, cach
 
 
 @pytest.fixture
-def files(tmp_path):
+def checkpoint_files(tmp_path):
     folder = make_checkpoint(tmp_path / "source")
     save_file({"a": torch.randn(100_000)}, folder / "model.safetensors")
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_download_that_breaks_off_is_taken_up_and_a_flipped_bit_downloads_again(files, tmp_path, monkeypatch):
-    with fakehub.serving("breaks", files) as hub:
+def test_a_download_that_breaks_off_is_taken_up_and_a_flipped_bit_downloads_again(checkpoint_files, tmp_path, monkeypatch):
+    with fakehub.serving("breaks", checkpoint_files) as hub:
         fakehub.use(monkeypatch, hub.address, tmp_path)
         monkeypatch.setattr(models.hub, "HUB_TIMEOUT", 2)
         with pytest.raises(models.HubUnreachable, match="broke off.*Run again"):
             models.find("owner/name")
         hub.mode = "open"
         folder = Path(models.find("owner/name").path)
-        assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
+        assert (folder / "model.safetensors").read_bytes() == checkpoint_files["model.safetensors"]
         hub.asked.clear()
         assert models.find("owner/name").path == str(folder) and hub.asked == [], "a complete download asks the hub again"
         hub.mode = "garbage"
@@ -296,7 +296,7 @@ def test_a_download_that_breaks_off_is_taken_up_and_a_flipped_bit_downloads_agai
             pytest.skip("without links, the hub's cache does not keep a file's SHA-256")
         flip((folder / "model.safetensors").resolve(), -9)
         again = Path(models.find("owner/name").path)
-        assert (again / "model.safetensors").read_bytes() == files["model.safetensors"]
+        assert (again / "model.safetensors").read_bytes() == checkpoint_files["model.safetensors"]
 
 
 @pytest.mark.parametrize("mode", ["refused", "hang", "garbage"])
@@ -312,9 +312,9 @@ def test_a_dead_network_falls_back_to_the_package_and_says_what_is_wrong(mode, f
         assert time.monotonic() - started < 15, "a hub that hangs must not hang the course"
 
 
-def test_a_hub_that_hangs_after_its_first_answer_does_not_hang_the_course(files, tmp_path, monkeypatch):
+def test_a_hub_that_hangs_after_its_first_answer_does_not_hang_the_course(checkpoint_files, tmp_path, monkeypatch):
     """The check of access has no time limit of its own in huggingface_hub."""
-    with fakehub.serving("open", files) as hub:
+    with fakehub.serving("open", checkpoint_files) as hub:
         fakehub.use(monkeypatch, hub.address, tmp_path)
         monkeypatch.setattr(models.hub, "HUB_TIMEOUT", 1)
         answer = hub.RequestHandlerClass.answer
@@ -338,8 +338,8 @@ def test_a_hub_that_hangs_after_its_first_answer_does_not_hang_the_course(files,
         ("expired", "hf_" + "e" * 20, "refuses your token.*hf auth login"),
     ],
 )
-def test_wrong_expired_and_missing_tokens(mode, token, said, files, tmp_path, monkeypatch):
-    with fakehub.serving(mode, files) as hub:
+def test_wrong_expired_and_missing_tokens(mode, token, said, checkpoint_files, tmp_path, monkeypatch):
+    with fakehub.serving(mode, checkpoint_files) as hub:
         fakehub.use(monkeypatch, hub.address, tmp_path)
         if token:
             monkeypatch.setenv("HF_TOKEN", token)

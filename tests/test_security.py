@@ -281,7 +281,7 @@ class Elements(HTMLParser):
         self.text.append(data)
 
 
-def pages(folder):
+def hostile_pages(folder):
     """The same hostile answer as a chat shows it, and as a report gets it in verdicts, model names and text names."""
     found = models.Found("here", ANSWER, "local folder", "cpu")
     numbers = dict.fromkeys(records.NUMBERS, 1)
@@ -302,7 +302,7 @@ class Windows:
 
 @pytest.mark.parametrize("page", ["chat", "report"])
 def test_a_hostile_answer_is_text(page, tmp_path):
-    shown = Elements(pages(tmp_path)[page])
+    shown = Elements(hostile_pages(tmp_path)[page])
     assert not {"script", "svg", "iframe", "object"} & set(shown.names)
     assert set(shown.handlers) <= {tables.SORT}, "only the table's own sorting may run"
     assert ANSWER in "".join(shown.text), "the answer is not shown as it was said"
@@ -320,7 +320,7 @@ def test_a_hostile_answer_does_nothing_in_a_browser(page, tmp_path):
         return re.search(r"<title>(.*?)</title>", subprocess.run(command, capture_output=True, text=True, timeout=60).stdout)[1]
 
     assert title(f"<!doctype html><title>quiet</title>{ANSWER}") == "RUN", "this browser runs nothing, so it proves nothing"
-    assert title(pages(tmp_path)[page]) != "RUN"
+    assert title(hostile_pages(tmp_path)[page]) != "RUN"
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------------------

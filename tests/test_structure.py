@@ -173,10 +173,24 @@ def test_packages_in_the_bootstrap_are_pinned(path):
 def test_readme_table_and_address_are_current():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert pages.replace_part(readme, "notebooks", pages.readme_table()) == readme, "run `make links`"
-    address = pages.repository()
-    for text in [readme, *(path.read_text(encoding="utf-8") for path in PATHS)]:
+
+
+@pytest.mark.parametrize("address", [None, "https://github.com/someone/course"])
+def test_badges_stand_there_once_the_course_has_an_address(address, monkeypatch):
+    if address:
+        monkeypatch.setattr(pages, "repository", lambda: address)
+    texts = [pages.readme_table(), *(pages.refresh(path).cells[0].source for path in PATHS)]
+    for text in texts:
         colab = re.findall(r"colab\.research\.google\.com/github/([^)\"]+?)/blob", text)
-        assert colab and set(colab) == {address.removeprefix("https://github.com/")}
+        assert set(colab) == ({"someone/course"} if address else set()), text[:200]
+    assert address or "YOUR_ACCOUNT" not in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@each_notebook
+def test_reading_time_is_said_and_short_enough(path):
+    notebook = nbformat.read(path, as_version=4)
+    minutes = pages.reading_minutes(notebook)
+    assert minutes <= 40 and f"Reading time: {minutes:.0f} minutes." in notebook.cells[0].source
 
 
 def test_notebooks_are_json_with_stable_ids():

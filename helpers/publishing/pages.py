@@ -55,14 +55,23 @@ def repository():
         return tomllib.load(file)["project"]["urls"]["Repository"]
 
 
+def is_public() -> bool:
+    """True once pyproject.toml names the course's own address: until then no page links to it."""
+    return "YOUR_ACCOUNT" not in repository()
+
+
 def colab(name):
-    """Address that opens a notebook file in Colab."""
+    """Address that opens a notebook file in Colab, or "" while the course has no public address."""
+    if not is_public():
+        return ""
     owner = repository().removeprefix("https://github.com/")
     return f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{name}"
 
 
 def badge(name):
-    """Markdown of the Colab badge for a notebook file."""
+    """Markdown of the Colab badge for a notebook file, or "" while the course has no public address."""
+    if not is_public():
+        return ""
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab(name)})"
 
 
@@ -75,6 +84,15 @@ def copies(path):
     """How many times a notebook holds its model in full precision at once: what it says to `models.find`, 1 if it says nothing."""
     said = re.search(r"models\.find\(.*?copies=([\d.]+)", path.read_text(encoding="utf-8"))
     return float(said[1]) if said else 1.0
+
+
+def reading_minutes(notebook) -> float:
+    """Minutes to read a notebook: 200 words or 20 lines of code a minute, without solutions and the folded first cell."""
+    words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
+    folded = [*tagged(notebook, "solution"), *tagged(notebook, "bootstrap")]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell not in folded]
+    lines = sum(1 for cell in code for line in cell.source.splitlines() if line.strip())
+    return words / 200 + lines / 20
 
 
 def cost_card(notebook):
@@ -97,7 +115,7 @@ def cost_card(notebook):
     rows = zip(("Time, first run", "RAM, peak", "VRAM, peak", "Disk", "Download"), *(column(run) for run, _ in shown))
     names = " | ".join(run["machine"] if run else str(default) for run, default in shown)
     lines = [f"| Cost | {names} |", "|---|" + "---|" * len(shown), *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
+    return "\n".join(lines) + f"\n\nReading time: {reading_minutes(notebook):.0f} minutes."
 
 
 def navigation(path):
@@ -146,12 +164,13 @@ def contents():
 
 def readme_table():
     """Markdown table of all notebooks with their cost on the CPU default, for the README."""
-    lines = ["| | Notebook | What it shows | Time | RAM |", "|---|---|---|---|---|"]
+    lines = ["| Notebook | What it shows | Time | RAM |", "|---|---|---|---|"]
     for path in paths():
         notebook = read(path)
         cpu = notebook.metadata.get("course", {}).get("cost", {}).get("cpu")
         cost = f"{cpu['seconds'] / 60:.1f} min | {cpu['peak_ram_bytes'] / 1e9:.1f} GB" if cpu else "not measured yet | –"
-        lines.append(f"| {badge(path.name)} | [{title(notebook)}](notebooks/{path.name}) | {promise(notebook)} | {cost} |")
+        opens = f" {badge(path.name)}" if is_public() else ""
+        lines.append(f"| [{title(notebook)}](notebooks/{path.name}){opens} | {promise(notebook)} | {cost} |")
     return "\n".join(lines)
 
 

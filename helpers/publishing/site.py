@@ -60,7 +60,7 @@ def build(output_dir="build"):
             around = dict(
                 name=page.name, title=page.title, description=page.promise, origin=page.origin, body=body,
                 sections=[section for section in sections if section["level"] == 2], colab=pages.colab(page.name + ".ipynb"),
-                source=f"{pages.repository()}/blob/main/notebooks/{page.name}.ipynb",
+                source=pages.is_public() and f"{pages.repository()}/blob/main/notebooks/{page.name}.ipynb",
                 previous=shown[number - 1] if number else None, next=shown[number + 1] if number + 1 < len(shown) else None,
             )  # fmt: skip
             _write(scratch / f"{page.name}.html", shown, report, around)
@@ -127,7 +127,9 @@ def _body(exporter, page, names):
     for element in soup(True):  # outputs come from a run, with whatever a model said in it
         element.attrs = {name: value for name, value in element.attrs.items() if not name.startswith("on")}
     for link in soup("a", href=True):
-        link["href"] = _address(link["href"], names)
+        link["href"] = _address(str(link["href"]), names)
+        if not link["href"]:
+            link.unwrap()
     for link in soup(class_="anchor-link"):
         link["aria-label"] = "Link to this section"
     return str(soup), _sections(soup, page.title)
@@ -140,14 +142,14 @@ def _only_live(output):
 
 
 def _address(href, names):
-    """Where a link of a notebook leads on the site: to the page of a notebook, or to a file in the repository."""
+    """Where a link of a notebook leads on the site: to the page of a notebook, or to a file in the repository ("" while that has no address)."""
     target, hash_, part = href.partition("#")
     if not target or re.match(r"[a-z]+:", target):
         return href
     if target.endswith(".ipynb") and Path(target).stem in names:
         return f"{Path(target).stem}.html{hash_}{part}"
     path = (pages.FOLDER / target).resolve().relative_to(pages.ROOT.resolve())
-    return f"{pages.repository()}/blob/main/{path.as_posix()}{hash_}{part}"
+    return f"{pages.repository()}/blob/main/{path.as_posix()}{hash_}{part}" if pages.is_public() else ""
 
 
 def _sections(soup, title):
@@ -165,12 +167,12 @@ def _sections(soup, title):
     return [dict(section, text=" ".join(" ".join(section["text"]).split())) for section in found]
 
 
-def _front(pages, scratch):
+def _front(shown, scratch):
     """What the first page says: each notebook with its promise and its cost, and the picture of all methods."""
     import jinja2
 
-    costs = [page.notebook.metadata.get("course", {}).get("cost", {}).get("cpu") for page in pages]
-    rows = [(page, f"{cost['seconds'] / 60:.1f} min" if cost else "") for page, cost in zip(pages, costs)]
+    costs = [page.notebook.metadata.get("course", {}).get("cost", {}).get("cpu") for page in shown]
+    rows = [(page, f"{cost['seconds'] / 60:.1f} min" if cost else "") for page, cost in zip(shown, costs, strict=True)]
     picture = re.search(r"<!-- picture -->\s*!\[(.*?)\]", (pages.ROOT / "README.md").read_text(encoding="utf-8"))
     if picture and pages.PICTURE.is_file():
         shutil.copy(pages.PICTURE, scratch)
@@ -179,18 +181,18 @@ def _front(pages, scratch):
 <ul class="front">{% for page, time in rows %}<li><a href="{{ page.name }}.html">{{ page.title }}</a>{% if time %} <span>{{ time }} on 2 cores</span>{% endif %}<br>{{ page.promise }}</li>
 {% endfor %}</ul>
 {% if alt %}<p><img src="{{ picture }}" alt="{{ alt }}"></p><p><em>{{ alt }}</em></p>{% endif %}
-<p><a href="{{ repository }}">Source, installation and licence</a></p>"""
+{% if repository %}<p><a href="{{ repository }}">Source, installation and licence</a></p>{% endif %}"""
     body = jinja2.Environment(autoescape=True).from_string(template).render(
-        course=COURSE, rows=rows, alt=picture and picture[1], picture=pages.PICTURE.name, repository=pages.repository()
+        course=COURSE, rows=rows, alt=picture and picture[1], picture=pages.PICTURE.name, repository=pages.is_public() and pages.repository()
     )
-    return {"name": "index", "title": COURSE, "description": "Quantization of language models, measured", "body": body, "next": pages[0]}
+    return {"name": "index", "title": COURSE, "description": "Quantization of language models, measured", "body": body, "next": shown[0]}
 
 
-def _write(target, pages, report, values):
+def _write(target, shown, report, values):
     import jinja2
     import markupsafe
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(SITE), autoescape=True)
     values = dict(values, body=markupsafe.Markup(values["body"]))
-    text = environment.get_template("page.html.j2").render(course=COURSE, pages=pages, report=report.is_file(), **values)
+    text = environment.get_template("page.html.j2").render(course=COURSE, pages=shown, report=report.is_file(), **values)
     files.write_text(target, text)
