@@ -243,7 +243,7 @@ def test_every_way_a_hub_can_answer(monkeypatch, tmp_path, small_wait, mode, tok
     for check in (asked.hub(), asked.access()):
         assert bool(check.remedy) == (check.verdict != checks.OK) and (not token or token not in str(check))
     assert (asked.large_refusal() is None) == (mode == "open")
-    assert network.small_refusal() is None
+    assert asked.small_refusal() is None
 
 
 def test_neither_hub_nor_pypi(monkeypatch, tmp_path, small_wait):

@@ -100,7 +100,7 @@ def facts():
 def geometry(layers=32):
     from helpers import models
 
-    return models.geometry.make(layers).path
+    return models.geometry(layers).path
 
 
 def shape():

@@ -162,7 +162,7 @@ def both():
 
     Empty where no model has been measured on both.
     """
-    from helpers.publishing import reference
+    from helpers import reference
 
     every = reference.read()
     pairs = [(gpu, cpu) for gpu in every for cpu in every if cpu.on_cpu and not gpu.on_cpu and gpu.model == cpu.model]
@@ -187,13 +187,12 @@ def fits(record, peak, size):
 
 
 def main():
-    from helpers import figures, records
-    from helpers.publishing import pages
+    from helpers import figures, notebooks, records
 
     record = read()
     PICTURE.write_bytes(figures.to_png(plot(record)))
     readme = ROOT / "README.md"
-    files.write_text(readme, pages.replace_part(readme.read_text(encoding="utf-8"), "gpu", section(record)))
+    records.write_text(readme, notebooks.replace_part(readme.read_text(encoding="utf-8"), "gpu", section(record)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@
 # <!-- contents -->
 # <!-- /contents -->
 
-# %% jupyter={"source_hidden": true} tags=["bootstrap"]
+# %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -39,8 +39,7 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
-from helpers import widgets, chat, evaluation, exercises, figures, grid, memory, models, records, speed
-from helpers.diagnosis import doctor
+from helpers import chat, doctor, evaluation, exercises, figures, grid, memory, models, records, speed
 
 figures.style()
 
@@ -204,7 +203,7 @@ checked.round(2)
 # RAM and VRAM, live while you work (one line of text where there is no Jupyter front end). `monitor.stop()` ends it.
 
 # %%
-monitor = widgets.Monitor().start()
+monitor = memory.Monitor().start()
 monitor
 
 # %% [markdown]
@@ -229,7 +228,7 @@ print(tokenizer.decode(output[0, len(ids):], skip_special_tokens=True))
 
 # %%
 session = chat.ChatSession(net, tokenizer, max_new_tokens=max_new_tokens, enable_thinking=False)
-box = widgets.ChatBox(session)
+box = chat.ChatBox(session)
 box.ask("Name one planet with rings.")
 box
 
@@ -279,7 +278,7 @@ assert bf16.kl_divergence < 0.02 and bf16.top1_agreement > 0.9
 # Mistral-7B. Where the course has measured Mistral-7B's shape on a GPU, that measurement judges the claim.
 
 # %%
-from helpers.publishing import claims
+from helpers import claims
 
 gigabytes = {name: prediction.model / 1e9 for name, prediction in predictions.items()}
 full, half = gigabytes["fp32"], gigabytes["fp16 / bf16"]

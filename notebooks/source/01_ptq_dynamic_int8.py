@@ -18,7 +18,7 @@
 # **Before you start:** how perplexity and KL divergence are measured is in [00](00_start_here.ipynb). Fewer than 8 bits:
 # [02](02_qat_fake_quant.ipynb), [04](04_nf4_bitsandbytes.ipynb).
 
-# %% jupyter={"source_hidden": true} tags=["bootstrap"]
+# %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -391,7 +391,7 @@ def draw(bits, size, clipping):
 import base64
 import ipywidgets
 from IPython.display import HTML
-from helpers.process import headless
+from helpers import batch
 
 class Explorer:
     """Three controls and a picture; redrawn when a control moves."""
@@ -413,7 +413,7 @@ class Explorer:
 
 explorer = Explorer()
 panel = ipywidgets.VBox([ipywidgets.HBox(explorer.controls), explorer.picture])
-HTML(explorer.picture.value) if headless() else panel  # in batch: the picture alone
+HTML(explorer.picture.value) if batch() else panel  # in batch: the picture alone
 
 # %%
 rows = []
@@ -1087,7 +1087,7 @@ pd.DataFrame([
 # ## What the guides claim
 
 # %%
-from helpers.publishing import claims
+from helpers import claims
 
 raw = pd.Series(clipping)[list(clippings)]
 save_error = save_errors.get("int8-dynamic")

@@ -18,7 +18,7 @@
 # **Before you start:** scale, zero point and groups are in [01](01_ptq_dynamic_int8.ipynb); how perplexity and KL divergence
 # are measured is in [00](00_start_here.ipynb).
 
-# %% jupyter={"source_hidden": true} tags=["bootstrap"]
+# %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -867,7 +867,7 @@ Markdown("\n".join(f"| {' | '.join(row)} |" for row in rows))
 # ## What the guides claim
 
 # %%
-from helpers.publishing import claims
+from helpers import claims
 
 rounded_score, trained_score = scores["round to nearest"], scores["QAT, distillation"]
 gain = evaluation.difference(trained_score, rounded_score)  # below zero: training lowered the KL

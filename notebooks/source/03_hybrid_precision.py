@@ -18,7 +18,7 @@
 #
 # **Before you start:** [00](00_start_here.ipynb) for how quality is measured.
 
-# %% jupyter={"source_hidden": true} tags=["bootstrap"]
+# %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -568,7 +568,7 @@ decisions
 # ## What the guides claim
 
 # %%
-from helpers.publishing import claims
+from helpers import claims
 
 int8_share, int4_share = share["INT8 dynamic"], share["4-bit weights"]
 int8_ratio = int8_share["attention"] / int8_share["feed-forward"]

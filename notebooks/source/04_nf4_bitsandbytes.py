@@ -18,7 +18,7 @@
 #
 # **Before you start:** [00 Start here](00_start_here.ipynb) for the memory arithmetic.
 
-# %% jupyter={"source_hidden": true} tags=["bootstrap"]
+# %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -44,7 +44,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from helpers import widgets, chat, evaluation, exercises, figures, memory, models, records, speed
+from helpers import chat, evaluation, exercises, figures, memory, models, records, speed
 
 figures.style()
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its 8-bit layers report every cast
@@ -480,7 +480,7 @@ for question in ("What is the capital of France?", "And what is it famous for?")
 # The same session as a chat box (live in Jupyter; a transcript elsewhere):
 
 # %%
-widgets.ChatBox(session)
+chat.ChatBox(session)
 
 # %% [markdown]
 # ## Batches
@@ -504,7 +504,7 @@ print(f"{same} of {len(prompts)} answers are identical to the ones alone")
 # ## What the guides claim
 
 # %%
-from helpers.publishing import claims
+from helpers import claims
 
 smaller = 1 - weight_bytes / bf16.model
 parameters = net.num_parameters() / predicted.parameters

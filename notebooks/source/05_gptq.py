@@ -18,7 +18,7 @@
 #
 # **Before you start:** [04 NF4](04_nf4_bitsandbytes.ipynb) for quantization without calibration, and [00](00_start_here.ipynb) for sizes.
 
-# %% jupyter={"source_hidden": true} tags=["bootstrap"]
+# %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -57,7 +57,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import helpers
-from helpers import files, archived, chat, checkpoints, evaluation, exercises, figures
+from helpers import archived, chat, checkpoints, evaluation, exercises, figures
 from helpers import memory, models, records, speed
 
 figures.style()
@@ -230,7 +230,7 @@ def gptq(weight, hessian, group_size=64, bits=4, damp=0.01, order=None, blocksiz
 # %%
 def quietly():
     """Nothing of what a library prints in a batch run; everything in Jupyter."""
-    return contextlib.redirect_stdout(io.StringIO()) if process.headless() else contextlib.nullcontext()
+    return contextlib.redirect_stdout(io.StringIO()) if helpers.batch() else contextlib.nullcontext()
 
 with quietly():
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
@@ -238,7 +238,7 @@ with quietly():
     from gptqmodel.quantization.gptq import GPTQ
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
-loop_processor._PROJECT_LOG_DIR = files.folder(output_dir) / "logs"  # or it makes ./logs wherever you are
+loop_processor._PROJECT_LOG_DIR = records.folder(output_dir) / "logs"  # or it makes ./logs wherever you are
 
 def library_gptq(weight, inputs, **settings):
     """gptqmodel's result for one weight, float32."""
@@ -710,7 +710,7 @@ with tempfile.TemporaryDirectory() as scratch:
     program = PROGRAM.format(reload=f"dtype = {dtype}\n{inspect.getsource(reload)}")
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(order)], capture_output=True, text=True,
-        env=process.child_environment())
+        env=helpers.child_environment())
     assert done.returncode == 0, done.stderr[-2000:]
     elsewhere = load_file(f"{scratch}/logits.safetensors")
 rates = json.loads(done.stdout.splitlines()[-1])
@@ -992,8 +992,7 @@ if push_to_hub:
 # ## What the guides claim
 
 # %%
-from helpers import process
-from helpers.publishing import claims
+from helpers import claims
 
 linear_bits = bits + (16 + bits) / group_size
 smaller = 1 - sizes_of["gptq"] / bf16_bytes

@@ -18,7 +18,7 @@
 #
 # **Before you start:** [00 Start here](00_start_here.ipynb) for the memory arithmetic, [05 GPTQ](05_gptq.ipynb) for groups and calibration.
 
-# %% jupyter={"source_hidden": true} tags=["bootstrap"]
+# %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -46,9 +46,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, AwqConfig
 
 import helpers
-from helpers import files, archived, checkpoints, evaluation, exercises, figures
-from helpers import process
-from helpers.process import headless
+from helpers import archived, batch, checkpoints, evaluation, exercises, figures
 from helpers import memory, models, records, speed
 
 figures.style()
@@ -59,7 +57,7 @@ for name in ("auto_gptq", "auto_gptq.modeling._base", "accelerate", "bitsandbyte
 def quietly():
     """Progress bars and pages of text: shown in Jupyter, left out of a batch run."""
     stack = contextlib.ExitStack()
-    if headless():
+    if batch():
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
     return stack
@@ -600,7 +598,7 @@ with quietly():
     from gptqmodel.looper.awq_processor import AWQProcessor
     from gptqmodel.quantization import AWQConfig
 
-loop_processor._PROJECT_LOG_DIR = files.folder(output_dir) / "logs"  # or it makes ./logs wherever you are
+loop_processor._PROJECT_LOG_DIR = records.folder(output_dir) / "logs"  # or it makes ./logs wherever you are
 
 def fast_clip(self, weight, x, **_):
     return best_clip(weight, x.to(weight.device), self.qcfg.group_size)
@@ -664,7 +662,7 @@ every = {name: folders.get(name, str(found.path)) for name in dtypes}
 with tempfile.TemporaryDirectory() as scratch:
     order = json.dumps([every, dtypes, found.device, prompt.tolist(), scratch])
     done = subprocess.run([sys.executable, "-c", RELOAD, order], capture_output=True, text=True,
-                          env=process.child_environment())
+                          env=helpers.child_environment())
     assert done.returncode == 0, done.stderr[-1000:]
     elsewhere = load_file(f"{scratch}/logits.safetensors")
 fresh = pd.DataFrame(json.loads(done.stdout.splitlines()[-1])).T
@@ -908,7 +906,7 @@ assert all(row[1].startswith("ValueError") for row in rows)
 # ## What the guides claim
 
 # %%
-from helpers.publishing import claims
+from helpers import claims
 
 awq_score = scores["awq"]
 lost = f"rounded {floor.kl_divergence:.3f}; "

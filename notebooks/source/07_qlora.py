@@ -18,7 +18,7 @@
 #
 # **Before you start:** [04 NF4 with bitsandbytes](04_nf4_bitsandbytes.ipynb) for the 4-bit format.
 
-# %% jupyter={"source_hidden": true} tags=["bootstrap"]
+# %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -42,7 +42,7 @@ import contextlib, hashlib, io, logging, pathlib, shutil, tempfile, warnings
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names an optional kernel at import
 import bitsandbytes as bnb
 import helpers
-from helpers import files, chat, checkpoints, evaluation, exercises, figures, memory, models, records, speed
+from helpers import chat, checkpoints, evaluation, exercises, figures, memory, models, records, speed
 from helpers import training
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -459,7 +459,7 @@ class LivePlot(TrainerCallback):
 
     def on_log(self, args, state, control, **_):
         losses = {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry}
-        if process.headless() or not losses:
+        if helpers.batch() or not losses:
             return
         fig, ax = plt.subplots(figsize=(7, 2.5))
         ax.plot(losses.keys(), losses.values(), marker=".")
@@ -481,7 +481,7 @@ class StopAt(TrainerCallback):
 # The learning rate for a 7B model is the QLoRA paper's, 2e-4. The small model takes a higher one, found by trying a few.
 
 # %%
-run_folder = files.folder(output_dir) / "training" / "07_qlora"
+run_folder = records.folder(output_dir) / "training" / "07_qlora"
 shutil.rmtree(run_folder, ignore_errors=True)  # or an older run would be resumed
 rate = learning_rate or (3e-3 if width < 2048 else 2e-4)
 arguments = TrainingArguments(
@@ -860,8 +860,7 @@ saved.to_frame().round(2)
 # ## What the guides claim
 
 # %%
-from helpers import process
-from helpers.publishing import claims
+from helpers import claims
 
 needed = short.iloc[0].sum() * 2**30 / 1e9
 tuned_loss = f"held-out loss {change:+.0%}, base unchanged, {guide_bytes / 1e6:.1f} MB for q and v"

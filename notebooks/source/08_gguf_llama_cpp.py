@@ -19,7 +19,7 @@
 # **Before you start:** [00 Start here](00_start_here.ipynb) for the measure of quality, [04 NF4](04_nf4_bitsandbytes.ipynb) for blocks
 # and their scales.
 
-# %% jupyter={"source_hidden": true} tags=["bootstrap"]
+# %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -48,7 +48,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import helpers
-from helpers import files, chat, evaluation, exercises, figures, memory, models, records, speed
+from helpers import chat, evaluation, exercises, figures, memory, models, records, speed
 
 
 # %%
@@ -722,7 +722,7 @@ recipes = {
     "q4_k_m-imatrix": ("Q4_K_M", importance),
     "q2_k": ("Q2_K", None),
 }
-folder = files.folder(output_dir) / "gguf"
+folder = records.folder(output_dir) / "gguf"
 files = {name: folder / f"{found.name}-{name}.gguf" for name in recipes}
 
 # %%
@@ -956,7 +956,7 @@ def started(path, log, **settings):
     settings = {"n_ctx": 1024, "n_parallel": 1, "threads": torch.get_num_threads(), **settings}
     command = [sys.executable, "-c", SERVER, str(path), json.dumps(settings)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                               env=process.child_environment())
+                               env=helpers.child_environment())
     address = process.stdout.readline().strip()
     if not address:
         process.wait()
@@ -1380,7 +1380,7 @@ if chatml:
 if tune and chatml:
     lines = [f"FROM ./{tuned_file.name}", f'TEMPLATE """{GO_TEMPLATE}"""',
              f'PARAMETER stop "{tokenizer.eos_token}"', "PARAMETER num_ctx 2048", "PARAMETER temperature 0"]
-    files.write_text(folder / "Modelfile", "\n".join(lines) + "\n")
+    records.write_text(folder / "Modelfile", "\n".join(lines) + "\n")
     print((folder / "Modelfile").read_text(encoding="utf-8"))
 
 # %% [markdown]
@@ -1467,8 +1467,7 @@ files["f16"].unlink()
 # not use it. Their "2 to 3 times faster" for 4 bits is judged in [04 NF4](04_nf4_bitsandbytes.ipynb). So the table of this notebook is empty.
 
 # %%
-from helpers import process
-from helpers.publishing import claims
+from helpers import claims
 
 findings = []
 claims.write(output_dir, notebook="08_gguf_llama_cpp", found=found, findings=findings)

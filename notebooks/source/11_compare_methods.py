@@ -19,7 +19,7 @@
 # **Before you start:** [04 NF4 with bitsandbytes](04_nf4_bitsandbytes.ipynb). Run the others first to see your own numbers here;
 # what you have not run stands beside the results that come with the course.
 
-# %% jupyter={"source_hidden": true} tags=["bootstrap"]
+# %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -41,7 +41,7 @@ import os
 import statistics
 import time
 
-from helpers import files, models
+from helpers import models
 
 # Compiled kernels go into the course's cache; torch reads this when it is imported.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(models.cache() / "inductor"))
@@ -56,10 +56,8 @@ from transformers import QuantizedCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.utils import logging
 
-from helpers import evaluation, exercises, figures, memory, records
-from helpers.publishing import claims, guide, pages, pareto
-from helpers import speed
-from helpers.publishing import reference, report, tables
+from helpers import claims, evaluation, exercises, figures, guide, memory, notebooks, pareto, records
+from helpers import reference, report, speed, tables
 
 figures.style()
 logging.disable_progress_bar()
@@ -460,7 +458,7 @@ loop.round(2)
 # %%
 import sys
 
-sys.path.insert(0, str(pages.FOLDER / "gpu"))
+sys.path.insert(0, str(notebooks.FOLDER / "gpu"))
 import summary
 
 gpu_record = summary.read()
@@ -592,7 +590,7 @@ from lm_eval.tasks import TaskManager
 
 logging.disable_progress_bar()
 datasets.disable_progress_bars()
-folder = pages.FOLDER / "data" / "course_questions"
+folder = notebooks.FOLDER / "data" / "course_questions"
 task = yaml.safe_load((folder / "course_questions.yaml").read_text(encoding="utf-8"))
 files = task["dataset_kwargs"]["data_files"]
 files.update({split: str(folder / name) for split, name in files.items()})

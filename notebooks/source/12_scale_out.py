@@ -17,7 +17,7 @@
 #
 # **Before you start:** LoRA on 4-bit weights is in [07](07_qlora.ipynb), memory arithmetic in [00](00_start_here.ipynb).
 
-# %% jupyter={"source_hidden": true} tags=["bootstrap"]
+# %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -55,7 +55,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks for names
 # %%
 found = models.find(model, copies=2)
 gpus = torch.cuda.device_count() if found.device == "cuda" else 0
-cores = process.cores()
+cores = helpers.cores()
 files = Path(helpers.__file__).parent.parent / "notebooks"
 script = files / "scale_out" / "train.py"
 data = files / "data" / "quantization_qa.jsonl"
@@ -482,8 +482,7 @@ pd.DataFrame([
 # ## What the guides claim
 
 # %%
-from helpers import process
-from helpers.publishing import claims
+from helpers import claims
 
 same_answer = offload["same answer"].mean()
 offloaded = (f"the same answer at {same_answer:.0%} of the budgets, up to {slowest:.1f} times slower "

@@ -18,7 +18,7 @@
 #
 # **Before you start:** [00 Start here](00_start_here.ipynb) and [04 NF4 with bitsandbytes](04_nf4_bitsandbytes.ipynb).
 
-# %% jupyter={"source_hidden": true} tags=["bootstrap"]
+# %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -45,9 +45,7 @@ from IPython.display import Markdown
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from helpers import files, chat, exercises, memory, models, records, speed
-from helpers import process
-from helpers.diagnosis import catalogue, explain, reproductions
+from helpers import catalogue, chat, exercises, explain, memory, models, records, reproductions, speed
 
 transformers_logging.disable_progress_bar()
 found = models.find(model, copies=2)
@@ -587,7 +585,7 @@ text = tokenizer.apply_chat_template(conversation, tokenize=False)
 error = quantized = None  # the error kept the model alive, as seen above
 
 # %%
-from helpers.publishing import claims
+from helpers import claims
 
 def kind(name):
     """Type of the error that an entry of the catalogue raised above."""
@@ -798,6 +796,6 @@ def plain_text(result):
 record = {"notebook": "13_troubleshooting", "device": records.device_name(found.device),
           "versions": records.versions(),
           "entries": {name: plain_text(result) for name, result in outcomes.items()}}
-path = files.folder(output_dir) / "troubleshooting.json"
-files.write_text(path, explain.redact(json.dumps(record, indent=1)) + "\n")
+path = records.folder(output_dir) / "troubleshooting.json"
+records.write_text(path, explain.redact(json.dumps(record, indent=1)) + "\n")
 print(f"{path.name}: {len(record['entries'])} entries, {len(provoked)} provoked on this machine")
