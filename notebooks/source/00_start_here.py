@@ -83,8 +83,14 @@ print(grid.find(found.path))
 
 # %%
 mistral = MistralConfig(
-    vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=128, sliding_window=None,
+    vocab_size=32768,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    sliding_window=None,
     tie_word_embeddings=False,
 )
 formats = {
@@ -97,12 +103,19 @@ formats = {
 predictions = {name: memory.predict(mistral, **settings) for name, settings in formats.items()}
 
 # %%
-arithmetic = pd.DataFrame({
-    name: {"parameters, 10^9": p.parameters / 1e9, "weights, GB": p.weights / 1e9,
-           "scales, GB": p.scales / 1e9, "rest, GB": p.rest / 1e9,
-           "together, GB": p.model / 1e9, "bits per weight": p.bits_per_weight}
-    for name, p in predictions.items()
-}).T
+arithmetic = pd.DataFrame(
+    {
+        name: {
+            "parameters, 10^9": p.parameters / 1e9,
+            "weights, GB": p.weights / 1e9,
+            "scales, GB": p.scales / 1e9,
+            "rest, GB": p.rest / 1e9,
+            "together, GB": p.model / 1e9,
+            "bits per weight": p.bits_per_weight,
+        }
+        for name, p in predictions.items()
+    }
+).T
 arithmetic.round(2)
 
 # %% [markdown]
@@ -110,10 +123,13 @@ arithmetic.round(2)
 
 # %%
 contexts = [0, 4096, 8192, 16384, 32768]
-fit = pd.DataFrame({
-    name: [memory.predict(mistral, **formats[name], context=tokens).total / 1e9 for tokens in contexts]
-    for name in list(formats)[1:]
-}, index=pd.Index(contexts, name="tokens in the cache"))
+fit = pd.DataFrame(
+    {
+        name: [memory.predict(mistral, **formats[name], context=tokens).total / 1e9 for tokens in contexts]
+        for name in list(formats)[1:]
+    },
+    index=pd.Index(contexts, name="tokens in the cache"),
+)
 
 # %%
 fig, ax = plt.subplots()
@@ -124,9 +140,12 @@ for limit in (24, 16, 8):
     ax.annotate(f"{limit} GB", (33800, limit), xytext=(0, 3), textcoords="offset points")
 ax.set(xlabel="tokens in the KV cache", ylabel="GB", ylim=(0, 27), xlim=(-1000, 37000))
 ax.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-figures.show(fig, alt="Memory of Mistral-7B against context length: 16-bit weights need a 24 GB card, "
-             "int8 fits 16 GB, and the 4-bit formats leave room on 8 GB for more than 16,000 tokens.",
-             table=fit.round(1))
+figures.show(
+    fig,
+    alt="Memory of Mistral-7B against context length: 16-bit weights need a 24 GB card, "
+    "int8 fits 16 GB, and the 4-bit formats leave room on 8 GB for more than 16,000 tokens.",
+    table=fit.round(1),
+)
 
 # %% [markdown]
 # Not every model is a Mistral. `memory.predict` builds the model without data and lets transformers build the cache, so it counts
@@ -139,17 +158,17 @@ mxfp4, fp8 = {"quant_method": "mxfp4"}, {"quant_method": "fp8"}
 asked_about = {
     "Mistral-7B-v0.1": dict(model_type="mistral", vocab_size=32000),
     "Mixtral-8x7B": dict(model_type="mixtral"),
-    "gpt-oss-20b": dict(
-        model_type="gpt_oss", num_hidden_layers=24, num_local_experts=32, quantization_config=mxfp4),
+    "gpt-oss-20b": dict(model_type="gpt_oss", num_hidden_layers=24, num_local_experts=32, quantization_config=mxfp4),
     "DeepSeek-V3": dict(model_type="deepseek_v3", quantization_config=fp8),
     "Qwen3-Next-80B": dict(model_type="qwen3_next"),
 }
-needs = {name: memory.predict(AutoConfig.for_model(**asked), context=32768)
-         for name, asked in asked_about.items()}
-pd.DataFrame({
-    name: {"parameters, 10^9": p.parameters / 1e9, "model, GB": p.model / 1e9, "cache, GB": p.kv_cache / 1e9}
-    for name, p in needs.items()
-}).T.round(2)
+needs = {name: memory.predict(AutoConfig.for_model(**asked), context=32768) for name, asked in asked_about.items()}
+pd.DataFrame(
+    {
+        name: {"parameters, 10^9": p.parameters / 1e9, "model, GB": p.model / 1e9, "cache, GB": p.kv_cache / 1e9}
+        for name, p in needs.items()
+    }
+).T.round(2)
 
 # %% [markdown]
 # The caches differ more than the models do. Mistral-7B-v0.1 attends to a window of 4,096 tokens and keeps no more. DeepSeek-V3
@@ -171,8 +190,10 @@ experts = memory.predict(AutoConfig.for_model("mixtral"), bits=4, group_size=64)
 config = AutoConfig.from_pretrained(found.path)
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 
+
 def load(dtype):
     return AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype).to(found.device)
+
 
 rows, nets, loading = {}, {}, {}
 for dtype, bits in {found.dtype: torch.finfo(found.dtype).bits, torch.bfloat16: 16}.items():
@@ -220,7 +241,7 @@ print(tokenizer.decode(ids))
 inputs = torch.tensor([ids], device=found.device)
 mask = torch.ones_like(inputs)
 output = net.generate(inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
-print(tokenizer.decode(output[0, len(ids):], skip_special_tokens=True))
+print(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
 
 # %% [markdown]
 # A session keeps the history, drops the oldest turns when the budget is full, and streams. `enable_thinking=False` goes to the chat
@@ -255,9 +276,7 @@ if torch.bfloat16 not in scores:
 
 # %%
 names = {dtype: {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype] for dtype in nets}
-baseline = pd.DataFrame({
-    names[dtype]: {**scores[dtype].summary(), **vars(rates[dtype])} for dtype in nets
-}).T
+baseline = pd.DataFrame({names[dtype]: {**scores[dtype].summary(), **vars(rates[dtype])} for dtype in nets}).T
 baseline.round(4)
 
 # %% [markdown]
@@ -284,10 +303,19 @@ gigabytes = {name: prediction.model / 1e9 for name, prediction in predictions.it
 full, half = gigabytes["fp32"], gigabytes["fp16 / bf16"]
 groups, nf4 = gigabytes["4-bit, groups of 128"], gigabytes["NF4 + double quantization"]
 claimed = {
-    "7b-fp32-16": full, "7b-fp16-8": half, "7b-fp32-28": full, "7b-fp16-14": half,
-    "7b-int8-7": gigabytes["int8, a scale per row"], "7b-nf4-3.5": nf4, "7b-4bit-range": nf4,
-    "nf4-75": 1 - nf4 / half, "nf4-eighth": nf4 / full, "gptq-75": 1 - groups / half,
-    "awq-memory": groups / half, "colab-size": nf4 * 1e9 / 2**30, "colab-unquantized": half * 1e9 / 2**30,
+    "7b-fp32-16": full,
+    "7b-fp16-8": half,
+    "7b-fp32-28": full,
+    "7b-fp16-14": half,
+    "7b-int8-7": gigabytes["int8, a scale per row"],
+    "7b-nf4-3.5": nf4,
+    "7b-4bit-range": nf4,
+    "nf4-75": 1 - nf4 / half,
+    "nf4-eighth": nf4 / full,
+    "gptq-75": 1 - groups / half,
+    "awq-memory": groups / half,
+    "colab-size": nf4 * 1e9 / 2**30,
+    "colab-unquantized": half * 1e9 / 2**30,
 }
 findings = [claims.finding(name, value, computed_for="Mistral-7B") for name, value in claimed.items()]
 claims.write(output_dir, notebook="00_start_here", found=found, findings=findings)
@@ -304,9 +332,9 @@ with pd.option_context("display.max_colwidth", None):
 #
 # **1 (easy).** Bytes of a KV cache: keys and values, for each layer, each key-value head, each token.
 
+
 # %%
-def kv_cache_bytes(layers, kv_heads, head_dim, tokens, bytes_per_number=2):
-    ...
+def kv_cache_bytes(layers, kv_heads, head_dim, tokens, bytes_per_number=2): ...
 
 
 # %%
@@ -317,11 +345,13 @@ def test_cache(function):
     assert answer == expected_cache, f"1,000 tokens take {expected_cache:,} bytes, you have {answer:,}"
     assert function(32, 8, 128, 1000, 1) == answer / 2, "bytes_per_number is not used"
 
+
 expected_cache = memory.predict(mistral, context=1000).kv_cache
 exercises.check(kv_cache_bytes, test_cache)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def kv_cache_bytes(layers, kv_heads, head_dim, tokens, bytes_per_number=2):
         return 2 * layers * kv_heads * head_dim * tokens * bytes_per_number
 
@@ -332,9 +362,9 @@ if solutions:
 # **2 (medium).** The longest context of Mistral-7B, in whole thousands of tokens, that fits `gigabytes` with weights in a `format_name`
 # of the table above, with 1 GB kept free. 0 if not even the weights fit.
 
+
 # %%
-def longest_context(format_name, gigabytes):
-    ...
+def longest_context(format_name, gigabytes): ...
 
 
 # %%
@@ -349,10 +379,12 @@ def test_longest(function):
     assert longer > 23e9, f"there is room for more than {answer} tokens"
     assert function("NF4 + double quantization", 8) > 0, "4-bit weights fit 8 GB"
 
+
 exercises.check(longest_context, test_longest)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def longest_context(format_name, gigabytes):
         per_thousand = memory.predict(mistral, context=1000).kv_cache
         room = (gigabytes - 1) * 1e9 - predictions[format_name].model
@@ -393,8 +425,15 @@ monitor.stop()
 for dtype, name in names.items():
     size, used = memory.weight_bytes(nets[dtype]), loading[dtype]
     records.write(
-        output_dir, method=name, notebook="00_start_here", found=found, windows=windows,
-        bits_per_weight=8 * size / memory.predict(config).parameters, weight_bytes=size,
+        output_dir,
+        method=name,
+        notebook="00_start_here",
+        found=found,
+        windows=windows,
+        bits_per_weight=8 * size / memory.predict(config).parameters,
+        weight_bytes=size,
         peak_memory_bytes=used.peak_vram if found.device == "cuda" else used.peak_ram,
-        scores=scores[dtype], decode_tokens_per_s=rates[dtype].decode_tokens_per_s, quantize_seconds=None,
+        scores=scores[dtype],
+        decode_tokens_per_s=rates[dtype].decode_tokens_per_s,
+        quantize_seconds=None,
     )

@@ -69,17 +69,21 @@ print(f"{found.name}: {parameters / 1e6:.1f} M parameters, {sizes['fp32'] / 1e6:
 # %%
 Linear = torch.nn.Linear
 
+
 def check_bits(bits):
     if not isinstance(bits, int) or not 2 <= bits <= 8:
         raise ValueError(f"bits must be a whole number from 2 to 8, not {bits!r}")
+
 
 def check_groups(net, group_size):
     widths = {name: module.in_features for name, module in net.named_modules() if isinstance(module, Linear)}
     fitting = [size for size in (16, 32, 64, 128, 256) if all(width % size == 0 for width in widths.values())]
     for name, width in widths.items():
         if group_size < 1 or width % group_size:
-            raise ValueError(f"group_size={group_size} does not divide the {width} inputs of {name}; "
-                             f"these divide every layer: {fitting}")
+            raise ValueError(
+                f"group_size={group_size} does not divide the {width} inputs of {name}; "
+                f"these divide every layer: {fitting}"
+            )
 
 
 # %%
@@ -89,8 +93,9 @@ def check_model(net):
         raise ValueError(f"{type(net).__name__} has no Linear layers to quantize")
     for name, module in linears:
         if module.weight.dtype != torch.float32:
-            raise TypeError(f"quantize_dynamic wants float32 weights, {name} is {module.weight.dtype}: "
-                            "call .float() first")
+            raise TypeError(
+                f"quantize_dynamic wants float32 weights, {name} is {module.weight.dtype}: call .float() first"
+            )
 
 
 # %%
@@ -132,8 +137,10 @@ else:
     calibration = calibration_windows(calibration_text, calibration_tokens)
 reference = evaluation.reference(found, windows)
 second_reference = evaluation.reference(found, in_domain)
-print(f"fp32 perplexity {reference.perplexity:.2f} on {windows.numel():,} tokens; "
-      f"{probe.numel():,} for steps in between, {calibration.numel():,} for calibration")
+print(
+    f"fp32 perplexity {reference.perplexity:.2f} on {windows.numel():,} tokens; "
+    f"{probe.numel():,} for steps in between, {calibration.numel():,} for calibration"
+)
 
 
 # %% [markdown]
@@ -144,9 +151,11 @@ print(f"fp32 perplexity {reference.perplexity:.2f} on {windows.numel():,} tokens
 # - **asymmetric**: the range is `[low, high]`, and `zero_point` is the code of 0.0. Usual for activations.
 # - **granularity**: one scale per tensor, per channel (output row) or per group of `group_size` inputs of a row.
 
+
 # %%
 def codes_between(bits):
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
 
 def choose_scale(low, high, bits, symmetric):
     """Scale (float32) and zero point (int) for ranges [low, high] of any shape."""
@@ -164,6 +173,7 @@ def quantize(x, scale, zero_point, bits):
     """Integer codes of x, in torch's order: times 1 / scale, plus zero point, then round half to even."""
     return (x * (1 / scale) + zero_point).round().clamp(*codes_between(bits)).to(torch.int8)
 
+
 def dequantize(codes, scale, zero_point):
     return (codes.float() - zero_point) * scale
 
@@ -171,11 +181,13 @@ def dequantize(codes, scale, zero_point):
 # %% [markdown]
 # A granularity is only a question of shape: each row of `blocks` gets its own range.
 
+
 # %%
 def blocks_of(weight, granularity):
     """weight [out, in] as [number of ranges, values per range]."""
     per_range = {"tensor": weight.numel(), "channel": weight.shape[1], "group": group_size}[granularity]
     return weight.reshape(-1, per_range)
+
 
 def round_trip(weight, bits, granularity, symmetric):
     blocks = blocks_of(weight, granularity)
@@ -195,11 +207,13 @@ layer_name = f"model.layers.{net.config.num_hidden_layers // 2}.mlp.up_proj"
 weight = net.get_submodule(layer_name).weight.detach()
 warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")  # torch 2.13 deprecates these too
 
+
 def codes_of_torch(blocks, scale, zero_point):
     """int8 codes by torch.quantize_per_tensor or torch.quantize_per_channel."""
     if len(blocks) == 1:
         return torch.quantize_per_tensor(blocks, scale.item(), zero_point.item(), torch.qint8).int_repr()
     return torch.quantize_per_channel(blocks, scale[:, 0], zero_point[:, 0], 0, torch.qint8).int_repr()
+
 
 def codes_of_torchao(blocks, scale, zero_point, bits):
     block_size = (1, blocks.shape[1])
@@ -213,14 +227,25 @@ def against_libraries(granularity, width, symmetric):
     gaps = {"torchao": (codes.int() - codes_of_torchao(blocks, scale, zero_point, width)).abs()}
     if width == 8:
         gaps["torch"] = (codes.int() - codes_of_torch(blocks, scale, zero_point)).abs()
-    return {"range per": granularity, "bits": width, "symmetric": symmetric,
-            "bits per weight": width + constants * len(scale) / weight.numel(),
-            "error, %": 100 * ((restored - weight).norm() / weight.norm()).item(),
-            **{f"{name}: codes off": int((gap > 0).sum()) for name, gap in gaps.items()},
-            "largest gap": max(int(gap.max()) for gap in gaps.values())}
+    return {
+        "range per": granularity,
+        "bits": width,
+        "symmetric": symmetric,
+        "bits per weight": width + constants * len(scale) / weight.numel(),
+        "error, %": 100 * ((restored - weight).norm() / weight.norm()).item(),
+        **{f"{name}: codes off": int((gap > 0).sum()) for name, gap in gaps.items()},
+        "largest gap": max(int(gap.max()) for gap in gaps.values()),
+    }
 
-affine = pd.DataFrame([against_libraries(granularity, width, symmetric) for granularity in
-                       ("tensor", "channel", "group") for width in (8, 4) for symmetric in (True, False)])
+
+affine = pd.DataFrame(
+    [
+        against_libraries(granularity, width, symmetric)
+        for granularity in ("tensor", "channel", "group")
+        for width in (8, 4)
+        for symmetric in (True, False)
+    ]
+)
 
 # %%
 exactly = affine[affine.symmetric]
@@ -265,13 +290,16 @@ print("scales, zero points and int4 groups: equal to torch")
 # - **MSE**: the limit with the smallest mean squared error.
 # - **entropy**: the limit whose 2^(bits-1) bins keep the histogram most alike (smallest KL divergence, as TensorRT calibrates).
 
+
 # %%
 def minmax(x, bits):
     """x [rows, n] -> one limit per row, as do the next two."""
     return x.abs().amax(1)
 
+
 def percentile(x, bits, keep=0.9999):
     return x.abs().kthvalue(math.ceil(keep * x.shape[1]), 1).values
+
 
 def mse(x, bits, shrink=0.75, steps=12):
     best, limit = None, x.abs().amax(1)
@@ -301,11 +329,13 @@ def entropy(x, bits, bins=2048):
         divergence[width] = (p * (p.clamp(min=1e-12) / q.clamp(min=1e-9)).log()).sum().item()
     return top[None] * min(divergence, key=divergence.get) / bins
 
+
 clippings = {"min-max": minmax, "percentile": percentile, "MSE": mse, "entropy": entropy}
 
 
 # %% [markdown]
 # A real weight, and a real activation: what enters `down_proj` of the same layer on calibration text.
+
 
 # %%
 @torch.inference_mode()
@@ -313,8 +343,10 @@ def watch(net, windows, look):
     """Run `net` window by window; {layer: [look(layer, its input [1, tokens, in]) for each window]}."""
     seen, hooks = {}, []
     for name, module in net.named_modules():
+
         def hook(module, inputs, name=name):
             seen.setdefault(name, []).append(look(name, inputs[0]))
+
         if isinstance(module, Linear):
             hooks.append(module.register_forward_pre_hook(hook))
     try:
@@ -330,8 +362,11 @@ def watch(net, windows, look):
 middle = layer_name.replace("up_proj", "down_proj")
 activation = watch(net, calibration[:1], lambda name, x: x[0].clone() if name == middle else None)[middle][0]
 tensors = {f"weight of {layer_name}": weight, f"input of {middle}": activation}
-limits = {(name, clip): function(x.reshape(1, -1), bits).item()
-          for name, x in tensors.items() for clip, function in clippings.items()}
+limits = {
+    (name, clip): function(x.reshape(1, -1), bits).item()
+    for name, x in tensors.items()
+    for clip, function in clippings.items()
+}
 
 
 # %%
@@ -339,12 +374,19 @@ def relative_error(x, limit, bits):
     scale, zero = choose_scale(-limit, limit, bits, True)
     return ((dequantize(quantize(x, scale, zero, bits), scale, zero) - x).norm() / x.norm()).item()
 
+
 rows = []
 for (name, clip), limit in limits.items():
     x = tensors[name]
-    rows.append({"tensor": name, "clipping": clip, "limit": limit,
-                 "cut off, %": 100 * (x.abs() > limit).float().mean().item(),
-                 f"error, {bits} bits, %": 100 * relative_error(x, torch.tensor(limit), bits)})
+    rows.append(
+        {
+            "tensor": name,
+            "clipping": clip,
+            "limit": limit,
+            "cut off, %": 100 * (x.abs() > limit).float().mean().item(),
+            f"error, {bits} bits, %": 100 * relative_error(x, torch.tensor(limit), bits),
+        }
+    )
 
 # %%
 fig, panels = plt.subplots(1, 2, figsize=(11, 3.2))
@@ -355,9 +397,13 @@ for panel, (name, x) in zip(panels, tensors.items()):
         panel.axvline(-limits[name, clip], color=color, linestyle=style)
     panel.set(title=name, xlabel="value", ylabel="count (log)")
 panels[1].legend(fontsize=8)
-figures.show(fig, table=pd.DataFrame(rows), alt="Histograms with logarithmic counts of a weight and an "
-             "activation, with the four clipping limits as vertical lines. The weight is bell-shaped; the "
-             "activation is a narrow peak with tails that reach far beyond most of its values.")
+figures.show(
+    fig,
+    table=pd.DataFrame(rows),
+    alt="Histograms with logarithmic counts of a weight and an "
+    "activation, with the four clipping limits as vertical lines. The weight is bell-shaped; the "
+    "activation is a narrow peak with tails that reach far beyond most of its values.",
+)
 
 
 # %% [markdown]
@@ -365,12 +411,14 @@ figures.show(fig, table=pd.DataFrame(rows), alt="Histograms with logarithmic cou
 # Bits, granularity and clipping of the weight above. With the keyboard: Tab goes from control to control, the arrows change the bits,
 # Space opens a list. Without a live front end the picture below stays as it is.
 
+
 # %%
 def draw(bits, size, clipping):
     """Histogram of the weight before and after quantization; size: values per range."""
     x = weight.reshape(-1, size)
-    limit = torch.minimum(clippings[clipping](weight.view(1, -1) if clipping == "entropy" else x, bits),
-                          minmax(x, bits))
+    limit = torch.minimum(
+        clippings[clipping](weight.view(1, -1) if clipping == "entropy" else x, bits), minmax(x, bits)
+    )
     scale, zero = choose_scale(-limit[:, None], limit[:, None], bits, True)
     restored = dequantize(quantize(x, scale, zero, bits), scale, zero)
     error = 100 * ((restored - x).norm() / x.norm()).item()
@@ -381,8 +429,11 @@ def draw(bits, size, clipping):
     ax.hist(restored.flatten().numpy(), color=figures.PALETTE[1], label="after", **look)
     for side in (-1, 1):
         ax.axvline(side * limit.median().item(), color=figures.PALETTE[0], linestyle="--")
-    ax.set(title=f"{bits} bits, {size:,} values per range, {clipping}: error {error:.2f} %",
-           xlabel="weight (dashed: median limit)", ylabel="count (log)")
+    ax.set(
+        title=f"{bits} bits, {size:,} values per range, {clipping}: error {error:.2f} %",
+        xlabel="weight (dashed: median limit)",
+        ylabel="count (log)",
+    )
     ax.legend(fontsize=8)
     return fig, error
 
@@ -393,13 +444,17 @@ import ipywidgets
 from IPython.display import HTML
 from helpers import batch
 
+
 class Explorer:
     """Three controls and a picture; redrawn when a control moves."""
+
     def __init__(self):
         ranges = {f"group of {group_size}": group_size, "channel": weight.shape[1], "tensor": weight.numel()}
-        self.controls = [ipywidgets.BoundedIntText(bits, min=2, max=8, description="bits"),
-                         ipywidgets.Dropdown(options=ranges, description="range per"),
-                         ipywidgets.Dropdown(options=list(clippings), description="clipping")]
+        self.controls = [
+            ipywidgets.BoundedIntText(bits, min=2, max=8, description="bits"),
+            ipywidgets.Dropdown(options=ranges, description="range per"),
+            ipywidgets.Dropdown(options=list(clippings), description="clipping"),
+        ]
         self.picture = ipywidgets.HTML()
         for control in self.controls:
             control.observe(self.redraw, "value")
@@ -410,6 +465,7 @@ class Explorer:
         alt, png = fig.axes[0].get_title(), base64.b64encode(figures.to_png(fig)).decode()
         self.picture.value = f'<img alt="Histogram of the weights: {alt}" src="data:image/png;base64,{png}">'
         plt.close(fig)
+
 
 explorer = Explorer()
 panel = ipywidgets.VBox([ipywidgets.HBox(explorer.controls), explorer.picture])
@@ -423,8 +479,12 @@ for size, clip in ((weight.numel(), "min-max"), (weight.numel(), "MSE"), (group_
         rows.append({"bits": width, "values per range": size, "clipping": clip, "error, %": error})
         plt.close(fig)
 shown, _ = draw(4, group_size, "min-max")
-figures.show(shown, table=pd.DataFrame(rows), alt=f"The weight before and after rounding to 4 bits in groups "
-             f"of {group_size}: each group has its own 16 levels, so the histogram keeps its shape.")
+figures.show(
+    shown,
+    table=pd.DataFrame(rows),
+    alt=f"The weight before and after rounding to 4 bits in groups "
+    f"of {group_size}: each group has its own 16 levels, so the histogram keeps its shape.",
+)
 
 # %% [markdown]
 # ## Dynamic quantization: the guide's call
@@ -436,8 +496,10 @@ from torch.quantization import quantize_dynamic
 if torch.backends.quantized.engine == "none":  # macOS wheels ship an engine and do not select it
     torch.backends.quantized.engine = torch.backends.quantized.supported_engines[-1]
 
+
 def headline(text):
     return str(text).split("\n")[0][:150]
+
 
 with warnings.catch_warnings(record=True) as caught, memory.track() as guide_cost:
     warnings.simplefilter("always")
@@ -449,6 +511,8 @@ warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 # %%
 results, second = {}, {}
+
+
 def report(name, quantized):
     """Quality on the whole evaluation text, and size."""
     memory.release()
@@ -456,10 +520,13 @@ def report(name, quantized):
     second[name] = evaluation.score(quantized, in_domain, second_reference)
     sizes[name] = memory.weight_bytes(quantized)
     s, mb = results[name], sizes[name] / 1e6
-    print(f"{name}: perplexity {reference.perplexity:.2f} -> {s.perplexity:.2f}, KL {s.kl_divergence:.3f}, "
-          f"same top-1 {s.top1_agreement:.1%}; {sizes['fp32'] / 1e6:.0f} -> {mb:.0f} MB, "
-          f"{8 * sizes[name] / parameters:.1f} bits per weight, embeddings counted")
+    print(
+        f"{name}: perplexity {reference.perplexity:.2f} -> {s.perplexity:.2f}, KL {s.kl_divergence:.3f}, "
+        f"same top-1 {s.top1_agreement:.1%}; {sizes['fp32'] / 1e6:.0f} -> {mb:.0f} MB, "
+        f"{8 * sizes[name] / parameters:.1f} bits per weight, embeddings counted"
+    )
     return s
+
 
 scores = report("int8-dynamic", guide)
 guide.set_input_embeddings(net.get_input_embeddings())  # the same numbers: one copy in memory is enough
@@ -473,19 +540,29 @@ guide.set_input_embeddings(net.get_input_embeddings())  # the same numbers: one 
 # Three suspects: the weights (one scale per tensor), the rounding range of the activations, and the activations themselves. Look at what
 # enters each layer.
 
+
 # %%
 def extremes(name, x):
     """Largest magnitude per channel, median magnitude, and the position of the largest; x [1, tokens, in]."""
     x = x[0].abs()
     return x.amax(0), x[::16].median(), x.amax(1).argmax().item()  # every 16th token is enough for a median
 
+
 channel_max, rows = {}, []
 for name, items in watch(net, calibration, extremes).items():
     largest, medians, positions = zip(*items)
     channel_max[name] = torch.stack(largest).amax(0)
     top, median = channel_max[name].max().item(), torch.stack(medians).median().item()
-    rows.append({"layer": name, "largest |x|": top, "median |x|": median, "ratio": top / median,
-                 "channel": channel_max[name].argmax().item(), "positions of the largest": positions})
+    rows.append(
+        {
+            "layer": name,
+            "largest |x|": top,
+            "median |x|": median,
+            "ratio": top / median,
+            "channel": channel_max[name].argmax().item(),
+            "positions of the largest": positions,
+        }
+    )
 activations = pd.DataFrame(rows).sort_values("ratio", ascending=False).set_index("layer")
 activations.head(8)
 
@@ -501,9 +578,13 @@ for (kind, part), color, marker in zip(body.groupby("kind"), figures.PALETTE, "o
 ax.set(yscale="log", xlabel="layer", ylabel="largest |x| / median |x|")
 ax.legend(fontsize=8, ncol=2)
 by_kind = body.groupby("kind")["ratio"].agg(["median", "max"]).sort_values("max", ascending=False)
-figures.show(fig, table=by_kind, alt="Ratio of the largest to the median activation that enters a layer, "
-             f"over depth (log). {(body['ratio'] < 200).mean():.0%} lie below 200; a few {by_kind.index[0]} "
-             f"layers stand far above, up to {by_kind['max'].iloc[0]:,.0f}.")
+figures.show(
+    fig,
+    table=by_kind,
+    alt="Ratio of the largest to the median activation that enters a layer, "
+    f"over depth (log). {(body['ratio'] < 200).mean():.0%} lie below 200; a few {by_kind.index[0]} "
+    f"layers stand far above, up to {by_kind['max'].iloc[0]:,.0f}.",
+)
 
 # %% [markdown]
 # These are the *massive activations* of language models ([Sun et al. 2024](https://arxiv.org/abs/2402.17762)): one channel, mostly at the very first token.
@@ -518,9 +599,15 @@ for label, (low, high), width in (("tensor", tensor, 7), ("tensor", tensor, 8), 
     scale, zero_point = choose_scale(low, high, width, False)
     codes = quantize(x, scale, zero_point, width)
     gap = dequantize(codes, scale, zero_point) - x
-    rows.append({"scale per": label, "bits": width, "median scale": scale.median().item(),
-                 "codes that mean 0.0, %": 100 * (codes == zero_point).float().mean().item(),
-                 "error without the first token, %": 100 * (gap[1:].norm() / x[1:].norm()).item()})
+    rows.append(
+        {
+            "scale per": label,
+            "bits": width,
+            "median scale": scale.median().item(),
+            "codes that mean 0.0, %": 100 * (codes == zero_point).float().mean().item(),
+            "error without the first token, %": 100 * (gap[1:].norm() / x[1:].norm()).item(),
+        }
+    )
 print(worst)
 pd.DataFrame(rows)
 
@@ -531,10 +618,12 @@ pd.DataFrame(rows)
 # %%
 import torch.nn.functional as F
 
+
 def divergence(logits, expected):
     """Mean KL(expected || logits) in nats per token; both [tokens, vocabulary]."""
     given, wanted = logits.log_softmax(-1), expected.log_softmax(-1)
     return F.kl_div(given, wanted, log_target=True, reduction="batchmean").item()
+
 
 @torch.inference_mode()
 def token_by_token(net, ids):
@@ -564,6 +653,7 @@ print(f"and with other texts in the batch, {changed:.0%} of its top-1 prediction
 # The second suspect: torch's dynamic Linear asks for `reduce_range=True`, **7 bits** for activations. That protects CPUs without VNNI
 # instructions, which add two 8-bit products in 16 bits and overflow silently. Does this CPU need it?
 
+
 # %%
 def kernels_are_exact():
     """Largest possible sums through the two int8 kernels used here: torch.ao's, and the one below torchao."""
@@ -574,6 +664,7 @@ def kernels_are_exact():
     dynamic = torch.ops.quantized.linear_dynamic(ones, packed, reduce_range=False)
     right = torch._int_mm(codes, codes.t()) == 512 * 127 * 127
     return bool((dynamic - 512).abs().max() < 1) and bool(right.all())
+
 
 exact = kernels_are_exact()
 print(f"8-bit sums on this CPU: {'exact' if exact else 'they overflow, so 7 bits stay'}")
@@ -603,14 +694,17 @@ head = [name for name in linears if net.get_submodule(name) is net.get_output_em
 worst_layers = [name for name in activations.index if name not in head]
 kept = worst_layers[: left_out if exact else 2 * left_out]  # 7 bits are rougher, so more layers stay float
 
+
 def clone(net, shared=None):
     """A copy that shares these tensors, or all: quantizing replaces a tensor, it changes none."""
     return copy.deepcopy(net, {id(tensor): tensor for tensor in shared or net.parameters()})
+
 
 def dynamic(net, skip=()):
     """torch's quantize_dynamic with weights per channel."""
     targets = {name: tq.per_channel_dynamic_qconfig for name in linears if name not in skip}
     return quantize_dynamic(clone(net), targets, dtype=torch.qint8, inplace=True)
+
 
 def full_range(quantized):
     """8 bits for activations, if this CPU is exact."""
@@ -618,6 +712,7 @@ def full_range(quantized):
         if exact and isinstance(module, torch.ao.nn.quantized.dynamic.Linear):
             module.version = 3
     return quantized
+
 
 def put_back(quantized, names, source):
     """Float layers of `source` in place of quantized ones."""
@@ -627,10 +722,17 @@ def put_back(quantized, names, source):
 
 # %%
 ladder = {}
+
+
 def rung(name, quantized):
     scores = evaluation.score(quantized, probe, reference)
-    ladder[name] = {"KL": scores.kl_divergence, "perplexity": scores.perplexity,
-                    "same top-1": scores.top1_agreement, "MB": memory.weight_bytes(quantized) / 1e6}
+    ladder[name] = {
+        "KL": scores.kl_divergence,
+        "perplexity": scores.perplexity,
+        "same top-1": scores.top1_agreement,
+        "MB": memory.weight_bytes(quantized) / 1e6,
+    }
+
 
 rung("the guide's call", guide)
 repaired = dynamic(net)
@@ -654,12 +756,15 @@ pd.DataFrame(ladder).T
 # - input of o: into the rows of v (several query heads read one value head, so they share `s`);
 # - input of down: into the rows of up, since `down(act(gate) * up)` is linear in up.
 
+
 # %%
 def balance(x_max, w_max, alpha):
     return (x_max.clamp(min=1e-5) ** alpha / w_max.clamp(min=1e-5) ** (1 - alpha)).clamp(min=1e-5)
 
+
 def column_max(*layers):
     return torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0)
+
 
 def divide_rows(layer, s):
     layer.weight.div_(s[:, None])
@@ -676,7 +781,8 @@ def smooth(net, channel_max, alpha):
         attention, mlp, layer = block.self_attn, block.mlp, f"model.layers.{index}"
         after_norm = {
             block.input_layernorm: ("self_attn.q_proj", attention.q_proj, attention.k_proj, attention.v_proj),
-            block.post_attention_layernorm: ("mlp.up_proj", mlp.gate_proj, mlp.up_proj)}
+            block.post_attention_layernorm: ("mlp.up_proj", mlp.gate_proj, mlp.up_proj),
+        }
         for norm, (name, *layers) in after_norm.items():
             s = balance(channel_max[f"{layer}.{name}"], column_max(*layers), alpha)
             norm.weight.div_(s)
@@ -729,8 +835,12 @@ fig, ax = plt.subplots(figsize=(8, 3.2))
 ax.barh(table.index[::-1], table["KL"][::-1], color=figures.PALETTE[0])
 ax.axvline(0.2, color=figures.PALETTE[1], linestyle="--")
 ax.set(xscale="log", xlabel="KL divergence from fp32 (log); dashed: the target 0.2")
-figures.show(fig, table=table, alt=f"KL divergence after each repair, from {table['KL'].iloc[0]:.2f} with "
-             f"the guide's call down to {table['KL'].iloc[-1]:.3f} with all repairs.")
+figures.show(
+    fig,
+    table=table,
+    alt=f"KL divergence after each repair, from {table['KL'].iloc[0]:.2f} with "
+    f"the guide's call down to {table['KL'].iloc[-1]:.3f} with all repairs.",
+)
 
 # %%
 rescued_kl = report("int8-dynamic-rescued", rescued).kl_divergence
@@ -769,11 +879,22 @@ from torchao.quantization.observer import AffineQuantizedMinMaxObserver
 act_bits = 8 if exact else 7
 qmin, qmax = codes_between(act_bits)
 
+
 def calibrate(net, windows):
     """One min-max observer per Linear input; {layer name: scale [1, 1, 1]}."""
-    observers = {name: AffineQuantizedMinMaxObserver(
-        MappingType.SYMMETRIC, torch.int8, PerTensor(), qmin, qmax, scale_dtype=torch.float32,
-        zero_point_dtype=torch.int32, keepdim=True) for name in linears}
+    observers = {
+        name: AffineQuantizedMinMaxObserver(
+            MappingType.SYMMETRIC,
+            torch.int8,
+            PerTensor(),
+            qmin,
+            qmax,
+            scale_dtype=torch.float32,
+            zero_point_dtype=torch.int32,
+            keepdim=True,
+        )
+        for name in linears
+    }
     watch(net, windows, lambda name, x: observers[name](x) is None)
     return {name: observer.calculate_qparams()[0] for name, observer in observers.items()}
 
@@ -784,9 +905,15 @@ def static(net, scales, skip):
     net = clone(net)
     for name in linears:
         if name not in skip:
-            quantize_(net.get_submodule(name), Int8StaticActivationInt8WeightConfig(
-                act_quant_scale=scales[name], granularity=[PerTensor(), PerRow()],
-                reduce_range=not exact, set_inductor_config=False))
+            quantize_(
+                net.get_submodule(name),
+                Int8StaticActivationInt8WeightConfig(
+                    act_quant_scale=scales[name],
+                    granularity=[PerTensor(), PerRow()],
+                    reduce_range=not exact,
+                    set_inductor_config=False,
+                ),
+            )
     return net
 
 
@@ -806,17 +933,21 @@ pd.DataFrame(ladder).T.tail(2)
 # Static int8 of the untouched model, with each clipping range, found on calibration text (every eighth token of a window). Only the
 # activation scales differ, so the weights are quantized once. If outliers were noise, cutting them off would help.
 
+
 # %%
 def clip_all(name, x):
     x = x[:, ::8].reshape(1, -1)
     return {clip: function(x, act_bits).item() for clip, function in clippings.items()}
 
+
 def clipped_scales(net):
     """{clipping: {layer name: scale}} from one calibration window."""
     half = (qmax - qmin) / 2
     limits = watch(net, calibration[:1], clip_all)
-    return {clip: {name: torch.tensor(limit[clip] / half).view(1, 1, 1) for name, (limit,) in limits.items()}
-            for clip in clippings}
+    return {
+        clip: {name: torch.tensor(limit[clip] / half).view(1, 1, 1) for name, (limit,) in limits.items()}
+        for clip in clippings
+    }
 
 
 # %%
@@ -893,6 +1024,7 @@ for name, quantized in (("int8-dynamic", guide), ("int8-dynamic-torchao", ao)):
 #
 # `checkpoints.writing` gives a folder that appears under its name only when it is complete.
 
+
 # %%
 def unpack(net):
     """All tensors of a model with torch.ao dynamic Linears: codes and constants, and what stayed float."""
@@ -929,7 +1061,8 @@ for name, quantized in (("int8-dynamic", guide), ("int8-dynamic-rescued", rescue
 from transformers import TorchAoConfig
 
 through = AutoModelForCausalLM.from_pretrained(
-    found.path, dtype=torch.float32, quantization_config=TorchAoConfig(ao_config)).eval()
+    found.path, dtype=torch.float32, quantization_config=TorchAoConfig(ao_config)
+).eval()
 with checkpoints.writing(output_dir, "int8-dynamic-torchao") as scratch:
     through.save_pretrained(scratch), tokenizer.save_pretrained(scratch)
 with torch.inference_mode():
@@ -951,6 +1084,7 @@ del state, tensors
 # %% [markdown]
 # ### Reload
 # One function for all of them. It brings its own imports, so it can be copied into a program of yours, and a fresh process can run it.
+
 
 # %% tags=["reload"]
 def reload(folder):
@@ -998,8 +1132,10 @@ def reload(folder):
 bf16 = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.bfloat16).eval()
 sizes["bf16"] = memory.weight_bytes(bf16)
 quantized_models = dict(zip(results, (guide, rescued, ao, fixed)))
-rates = {name: speed.decode(quantized, new_tokens=12, runs=2)
-         for name, quantized in {"fp32": net, "bf16": bf16, **quantized_models}.items()}
+rates = {
+    name: speed.decode(quantized, new_tokens=12, runs=2)
+    for name, quantized in {"fp32": net, "bf16": bf16, **quantized_models}.items()
+}
 sample = windows[:1, :128].clone()
 with torch.inference_mode():
     before = {name: quantized(sample).logits for name, quantized in quantized_models.items()}
@@ -1012,7 +1148,9 @@ memory.release()
 # %%
 from safetensors.torch import save_file
 
-FRESH = inspect.getsource(reload) + """
+FRESH = (
+    inspect.getsource(reload)
+    + """
 import sys, torch
 from safetensors.torch import load_file
 given = load_file(sys.argv[1])
@@ -1021,6 +1159,7 @@ with torch.inference_mode():
         name = folder.split("/")[-1]
         print(name, torch.equal(reload(folder)(given["sample"]).logits, given[name]))
 """
+)
 
 with tempfile.TemporaryDirectory() as scratch:
     given = f"{scratch}/given.safetensors"
@@ -1033,8 +1172,10 @@ assert done.returncode == 0, done.stderr[-500:]
 answers = dict(line.split() for line in done.stdout.strip().splitlines())
 for name in before:
     on_disk = sum(file.stat().st_size for file in checkpoints.folder(output_dir, name).glob("*.safetensors"))
-    print(f"{name:22} same logits, bit for bit: {answers[name]}; {on_disk / 1e6:.0f} MB on disk, "
-          f"{sizes[name] / 1e6:.0f} in memory")
+    print(
+        f"{name:22} same logits, bit for bit: {answers[name]}; {on_disk / 1e6:.0f} MB on disk, "
+        f"{sizes[name] / 1e6:.0f} in memory"
+    )
     assert answers[name] == "True", f"{name} is another model in a fresh process"
 
 # %% [markdown]
@@ -1052,13 +1193,18 @@ fastest = table["decode tok/s"].idxmax()
 fig, ax = plt.subplots(figsize=(8, 2.8))
 ax.barh(table.index[::-1], table["decode tok/s"][::-1], color=figures.PALETTE[0])
 ax.set(xlabel="decoded tokens per second, batch 1")
-figures.show(fig, table=table.round(4), alt=f"Decode speed of all variants on this CPU. Fastest: {fastest} "
-             f"with {table['decode tok/s'].max():.1f} tok/s; fp32 has {table['decode tok/s']['fp32']:.1f}.")
+figures.show(
+    fig,
+    table=table.round(4),
+    alt=f"Decode speed of all variants on this CPU. Fastest: {fastest} "
+    f"with {table['decode tok/s'].max():.1f} tok/s; fp32 has {table['decode tok/s']['fp32']:.1f}.",
+)
 
 
 # %%
 def faster(name, base="fp32"):
     return table["decode tok/s"][name] / table["decode tok/s"][base]
+
 
 for name in results:
     print(f"{name:22} {faster(name):.2f} x fp32, {faster(name, 'bf16'):.2f} x bf16")
@@ -1075,13 +1221,16 @@ print(f"static without torchao's Python overhead (torch eager): {eager_rate:.1f}
 best = min(results, key=lambda name: results[name].kl_divergence)
 quick = max(results, key=lambda name: rates[name].decode_tokens_per_s * (results[name].kl_divergence < 0.2))
 smallest = min(results, key=lambda name: sizes[name])
-pd.DataFrame([
-    ["closest to fp32", best, f"KL {results[best].kl_divergence:.3f}"],
-    ["fastest on this CPU with KL < 0.2", quick, f"{rates[quick].decode_tokens_per_s:.1f} tok/s"],
-    ["smallest", smallest, f"{sizes[smallest] / 1e6:.0f} MB"],
-    ["least work", "int8-dynamic-torchao", f"one call, no calibration, KL {ao_kl:.3f}"],
-    ["never on a language model", "int8-dynamic", f"KL {scores.kl_divergence:.2f}"],
-], columns=["if you want", "take", "because"])
+pd.DataFrame(
+    [
+        ["closest to fp32", best, f"KL {results[best].kl_divergence:.3f}"],
+        ["fastest on this CPU with KL < 0.2", quick, f"{rates[quick].decode_tokens_per_s:.1f} tok/s"],
+        ["smallest", smallest, f"{sizes[smallest] / 1e6:.0f} MB"],
+        ["least work", "int8-dynamic-torchao", f"one call, no calibration, KL {ao_kl:.3f}"],
+        ["never on a language model", "int8-dynamic", f"KL {scores.kl_divergence:.2f}"],
+    ],
+    columns=["if you want", "take", "because"],
+)
 
 # %% [markdown]
 # ## What the guides claim
@@ -1098,12 +1247,13 @@ static_text = f"static INT8: KL {raw.min():.2f} to {raw.max():.2f} over four cli
 
 # %%
 findings = [
-    claims.finding("ptq-minimal-loss", guide_score.kl_divergence, guide_score.kl_low, guide_score.kl_high,
-                   text=quality),
-    claims.finding("int8-size", weight_bits,
-                   text=f"{weight_bits:.1f} bits per weight: the embedding stays in float32"),
-    claims.finding("int8-faster", faster("int8-dynamic"),
-                   text=", ".join(f"{name} {faster(name):.1f} x" for name in results)),
+    claims.finding(
+        "ptq-minimal-loss", guide_score.kl_divergence, guide_score.kl_low, guide_score.kl_high, text=quality
+    ),
+    claims.finding("int8-size", weight_bits, text=f"{weight_bits:.1f} bits per weight: the embedding stays in float32"),
+    claims.finding(
+        "int8-faster", faster("int8-dynamic"), text=", ".join(f"{name} {faster(name):.1f} x" for name in results)
+    ),
     claims.finding("ptq-save", int(save_error is None), text=save_error or "saved"),
     claims.finding("torch-quantization-tool", 0.5 if caught else 1, text="deprecated" if caught else ""),
     claims.finding("clipping-calibration", raw.min(), text=static_text),
@@ -1119,9 +1269,9 @@ with pd.option_context("display.max_colwidth", None):
 # ## Exercises
 # **1 (easy).** The signal-to-noise ratio in decibels: `10 log10(sum x² / sum (x - restored)²)`. How much does one more bit buy?
 
+
 # %%
-def snr_db(x, restored):
-    ...
+def snr_db(x, restored): ...
 
 
 # %%
@@ -1132,10 +1282,12 @@ def test_snr(function):
     gain = float(per_bit[1]) - float(per_bit[0])
     assert 5.5 < gain < 6.5, f"one more bit should gain about 6 dB; yours gains {gain:.2f}"
 
+
 exercises.check(snr_db, test_snr)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def snr_db(x, restored):
         return 10 * torch.log10(x.square().sum() / (x - restored).square().sum()).item()
 
@@ -1145,6 +1297,7 @@ if solutions:
 # %% [markdown]
 # **2 (medium).** SmoothQuant for one pair, `second(first(x))` with no function in between. Return new weights (first, second) such that
 # the product is unchanged and each channel between them has the same largest value on both sides: `max|activation| = max|column|`.
+
 
 # %%
 def migrate(first, second, channel_max):
@@ -1166,10 +1319,12 @@ def test_migrate(function):
     ratio = (x @ new_first.T).abs().amax(0) / new_second.abs().amax(0)
     assert torch.allclose(ratio, torch.ones(64), rtol=1e-3), "the maxima differ: which alpha is that?"
 
+
 exercises.check(migrate, test_migrate)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def migrate(first, second, channel_max):
         s = (channel_max / second.abs().amax(0)).sqrt()  # alpha = 0.5
         return first / s[:, None], second * s
@@ -1180,6 +1335,7 @@ if solutions:
 # %% [markdown]
 # **3 (hard).** What torch's dynamic kernel computes, with integers only inside the product: quantize `x` asymmetrically (one range, 8 bits),
 # multiply codes, and correct for the zero point with the row sums of the weight codes.
+
 
 # %%
 def int8_linear(x, codes, scale):
@@ -1198,10 +1354,12 @@ def test_linear(function):
     rounded = dequantize(quantize(x, x_scale, x_zero, 8), x_scale, x_zero)
     assert torch.allclose(answer, rounded @ restored.T, atol=1e-3), "is the zero point corrected?"
 
+
 exercises.check(int8_linear, test_linear)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def int8_linear(x, codes, scale):
         x_scale, x_zero = choose_scale(x.min(), x.max(), 8, False)
         x_codes = quantize(x, x_scale, x_zero, 8)
@@ -1235,9 +1393,17 @@ quiz.Quiz("01_ptq_dynamic_int8")
 # %% tags=["record"]
 for (name, s), cost in zip(results.items(), (guide_cost, rescue_cost, ao_cost, static_cost)):
     records.write(
-        output_dir, method=name, notebook="01_ptq_dynamic_int8", found=found, windows=windows,
-        bits_per_weight=8 * sizes[name] / parameters, weight_bytes=sizes[name],
+        output_dir,
+        method=name,
+        notebook="01_ptq_dynamic_int8",
+        found=found,
+        windows=windows,
+        bits_per_weight=8 * sizes[name] / parameters,
+        weight_bytes=sizes[name],
         peak_memory_bytes=cost.peak_ram,
-        scores=s, in_domain=(in_domain, second[name]),
-        decode_tokens_per_s=rates[name].decode_tokens_per_s, quantize_seconds=cost.seconds)
+        scores=s,
+        in_domain=(in_domain, second[name]),
+        decode_tokens_per_s=rates[name].decode_tokens_per_s,
+        quantize_seconds=cost.seconds,
+    )
 print("recorded:", ", ".join(results))

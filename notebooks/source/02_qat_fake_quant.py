@@ -69,10 +69,12 @@ if needed > free:
 # %% [markdown]
 # Bad input should fail here, not after minutes of training.
 
+
 # %%
 def body(module, name):
     """Linear layers to quantize: all but the output head, which shares its weight with the embedding."""
     return isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+
 
 def check(net, bits, group_size):
     if not isinstance(bits, int) or not 2 <= bits <= 8:
@@ -83,8 +85,10 @@ def check(net, bits, group_size):
     fitting = [size for size in (8, 16, 32, 64, 128, 256, 512) if all(n % size == 0 for n in widths.values())]
     for name, width in widths.items():
         if group_size < 2 or width % group_size:
-            raise ValueError(f"group_size={group_size} does not divide the {width} inputs of {name}; "
-                             f"these divide every layer: {fitting}")
+            raise ValueError(
+                f"group_size={group_size} does not divide the {width} inputs of {name}; "
+                f"these divide every layer: {fitting}"
+            )
 
 
 # %%
@@ -95,8 +99,10 @@ def cut(text, context):
         raise ValueError(f"the text has {len(ids)} tokens, less than one window of {context}: give more")
     return ids[: len(ids) // context * context].view(-1, context)
 
+
 def load():
     return AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.float32)
+
 
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 net = load()
@@ -105,8 +111,13 @@ training = cut(evaluation.text("training", "pydoc"), train_context)
 print(f"{training.numel():,} training tokens in {len(training)} windows of {train_context}")
 
 # %%
-bad = [lambda: check(net, 9, 64), lambda: check(net, 4, 100), lambda: check(torch.nn.Embedding(4, 4), 4, 64),
-       lambda: cut("", train_context), lambda: cut("Too short.", train_context)]
+bad = [
+    lambda: check(net, 9, 64),
+    lambda: check(net, 4, 100),
+    lambda: check(torch.nn.Embedding(4, 4), 4, 64),
+    lambda: cut("", train_context),
+    lambda: cut("Too short.", train_context),
+]
 for attempt in bad:
     try:
         attempt()
@@ -122,6 +133,7 @@ for attempt in bad:
 # Rounding is a staircase: its derivative is zero wherever it exists, so plain backpropagation would learn nothing.
 # The **straight-through estimator** (Bengio et al., [arXiv:1308.3432](https://arxiv.org/abs/1308.3432)) replaces that one
 # derivative by 1 and leaves every other one as it is.
+
 
 # %%
 class Round(torch.autograd.Function):
@@ -141,6 +153,7 @@ def group_scales(weight, bits, group_size):
     """One symmetric scale per group: the largest |weight| lands half a step beyond the last positive code."""
     half_range = (2**bits - 1) / 2
     return weight.detach().reshape(-1, group_size).abs().amax(1, keepdim=True) / half_range
+
 
 def fake_quantize(weight, scale, bits):
     """weight [out, in], scale [groups, 1]: weights on a grid of 2**bits codes, straight-through gradient."""
@@ -174,7 +187,8 @@ assert torch.equal(weight.grad, twin.grad), "straight-through gradient differs f
 low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 zeros = torch.zeros(len(scale), dtype=torch.int32)
 native = torch.fake_quantize_per_channel_affine(
-    layer.weight.detach().reshape(-1, group_size), scale.flatten(), zeros, 0, low, high)
+    layer.weight.detach().reshape(-1, group_size), scale.flatten(), zeros, 0, low, high
+)
 assert torch.equal(native.reshape(ours.shape), ours), "fake-quantized weights differ from torch's"
 blocked = (weight.grad == 0).float().mean().item()
 print(f"{layer_name} {tuple(weight.shape)}: equal to torchao and torch")
@@ -195,10 +209,22 @@ left.plot(group, ours.detach().reshape(-1, group_size)[0], "o", markersize=3, la
 left.set(xlabel="weight", ylabel="weight in the forward pass"), left.legend(fontsize=8)
 right.plot(sweep.detach(), sweep.grad, color=figures.PALETTE[2])
 right.set(xlabel="weight", ylabel="gradient passed back", ylim=(-0.1, 1.1))
-edges = pd.DataFrame({"scale": scale[0].item(), "smallest code": low, "largest code": high,
-                      "gradient inside": 1.0, "gradient beyond": 0.0}, index=["first group"])
-figures.show(fig, table=edges, alt=f"Left: weights become a staircase of {2**bits} steps. "
-             "Right: the gradient passed back is 1 inside the range and 0 beyond it.")
+edges = pd.DataFrame(
+    {
+        "scale": scale[0].item(),
+        "smallest code": low,
+        "largest code": high,
+        "gradient inside": 1.0,
+        "gradient beyond": 0.0,
+    },
+    index=["first group"],
+)
+figures.show(
+    fig,
+    table=edges,
+    alt=f"Left: weights become a staircase of {2**bits} steps. "
+    "Right: the gradient passed back is 1 inside the range and 0 beyond it.",
+)
 
 # %% [markdown]
 # ## Is that gradient right?
@@ -211,10 +237,12 @@ exact = layer.weight.detach()[:8].double()
 steps_of = group_scales(exact, bits, group_size)
 inputs, target = torch.randn(32, exact.shape[1]).double(), torch.randn(32, 8).double()
 position = exact.reshape(len(steps_of), -1) * (1 / steps_of)
-error = position.round() - position                     # held fixed below
+error = position.round() - position  # held fixed below
+
 
 def loss_of(quantized):
     return ((inputs @ quantized.T - target) ** 2).mean()
+
 
 def without_rounding(w):
     codes = torch.clamp(w.reshape(len(steps_of), -1) * (1 / steps_of) + error, low, high)
@@ -227,6 +255,7 @@ def difference(function, w, index, h=1e-6):
     plus[index] += h
     minus[index] -= h
     return ((loss_of(function(plus.view_as(w))) - loss_of(function(minus.view_as(w)))) / (2 * h)).item()
+
 
 leaf = exact.clone().requires_grad_()
 loss_of(fake_quantize(leaf, steps_of, bits)).backward()
@@ -275,6 +304,7 @@ with torch.no_grad():
 # activations together, so the loss goes through them 64 positions at a time and keeps only its gradient, which for a KL divergence
 # is the difference of the two distributions.
 
+
 # %%
 class Divergence(torch.autograd.Function):
     """Mean KL(expected || model) in nats per token; both [tokens, vocabulary] before the softmax."""
@@ -310,8 +340,10 @@ def distillation(logits, batch):
         expected = teacher(batch, use_cache=False).logits
     return Divergence.apply(logits.flatten(0, 1), expected.flatten(0, 1))
 
+
 def cross_entropy(logits, batch):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+
 
 @torch.no_grad()
 def held_out_kl(net):
@@ -323,6 +355,7 @@ def held_out_kl(net):
 # bf16 autocast is worth it only where the processor multiplies bf16 in hardware, which one matrix product tells. Models that are there for
 # comparison only are scored under it too.
 
+
 # %%
 def seconds_of(dtype):
     a, b = (torch.randn(1024, 1024, device=found.device).to(dtype) for _ in "ab")
@@ -331,6 +364,7 @@ def seconds_of(dtype):
     for _ in range(5):
         (a @ b).sum().item()
     return time.perf_counter() - start
+
 
 fp32_seconds, bf16_seconds = seconds_of(torch.float32), seconds_of(torch.bfloat16)
 autocast = bf16_seconds < fp32_seconds
@@ -390,6 +424,7 @@ memory.release()
 # A quantized Linear takes a quantized tensor, and everything around it in this model (norms, attention, residual sum) hands it
 # floats. `QuantWrapper` puts a quantize step before and a dequantize step after each of them.
 
+
 # %%
 def wrap(net, swap):
     for name, module in list(net.named_modules()):
@@ -397,6 +432,7 @@ def wrap(net, swap):
             parent, _, child = name.rpartition(".")
             setattr(net.get_submodule(parent), child, swap(module, name))
     return net
+
 
 net = wrap(load(), lambda module, name: QuantWrapper(module))
 net.qconfig = get_default_qat_qconfig("fbgemm")
@@ -426,8 +462,10 @@ final_model = convert(qat_model.eval(), inplace=True)
 print(final_model.model.layers[0].mlp.down_proj)
 few = 4
 eager = measure(final_model, few)
-print(f"eager int8 QAT on the first {few} windows: perplexity {eager.perplexity:.1f}, "
-      f"KL {eager.kl_divergence:.2f}, top-1 {eager.top1_agreement:.1%}")
+print(
+    f"eager int8 QAT on the first {few} windows: perplexity {eager.perplexity:.1f}, "
+    f"KL {eager.kl_divergence:.2f}, top-1 {eager.top1_agreement:.1%}"
+)
 
 # %% [markdown]
 # It runs, and it is poor: each activation tensor gets one scale with 7 bits, in and out of every layer, and a few outlier
@@ -450,6 +488,7 @@ print("save_pretrained:", save_error[:160])
 # %%
 from torch.ao.nn import quantized as nnq
 
+
 def unpack(net):
     """Tensors of an eager model: codes, scales and zero points of each layer, and all that stayed float."""
     kept = ("norm.weight", "embed_tokens.weight")
@@ -471,6 +510,7 @@ def unpack(net):
 # transformers does not know these tensors. `save_own_format` writes a config.json that plain `from_pretrained` refuses, with words that
 # name the function to use; an ordinary config.json would give random weights and a warning.
 
+
 # %%
 def save(tensors, method, loader, metadata=None):
     """Tensors, config and tokenizer as the checkpoint of a method; bytes of the weights on disk."""
@@ -479,6 +519,7 @@ def save(tensors, method, loader, metadata=None):
         config = AutoConfig.from_pretrained(found.path)
         loader = f"{loader}() in notebook 02_qat_fake_quant.ipynb"
         return checkpoints.save_own_format(scratch, tensors, config, loader, metadata)
+
 
 eager_bytes = save(unpack(final_model), "qat-int8-eager", "load_eager")
 print(f"saved {eager_bytes / 1e6:.0f} MB")
@@ -493,6 +534,7 @@ from torch.ao.nn import quantized as nnq
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+
 def eager_layer(tensors, name):
     codes, scales, zeros = (tensors[f"{name}.module.{part}"] for part in ("codes", "scales", "zero_points"))
     scale_in, zero_in = tensors[f"{name}.quant.input"].tolist()
@@ -501,6 +543,7 @@ def eager_layer(tensors, name):
     linear.set_weight_bias(torch._make_per_channel_quantized_tensor(codes, scales, zeros, 0), None)
     linear.scale, linear.zero_point = scale_out, int(zero_out)
     return torch.nn.Sequential(nnq.Quantize(scale_in, int(zero_in), torch.quint8), linear, nnq.DeQuantize())
+
 
 def load_eager(folder):
     tensors = load_file(folder / "quantized.safetensors")
@@ -559,11 +602,13 @@ memory.release()
 # Activation checkpointing keeps one activation per layer and computes the rest again, fake-quantized weights included: slower, and with
 # less memory. Two layers of three do it here; the fp32 run fits without.
 
+
 # %%
 def batches():
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
     order = order.repeat(1 + steps * batch_size // len(training))[: steps * batch_size]
     return [training[rows].to(found.device) for rows in order.split(batch_size)]
+
 
 def train(net, objective, label, checkpointing=True):
     net.get_input_embeddings().weight.requires_grad_(False)
@@ -575,7 +620,8 @@ def train(net, objective, label, checkpointing=True):
     weights = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps, pct_start=0.15, cycle_momentum=False)
+        optimizer, learning_rate, total_steps=steps, pct_start=0.15, cycle_momentum=False
+    )
     history = []
     for step, batch in enumerate(tqdm(batches(), desc=label, disable=None)):
         with torch.autocast(found.device, torch.bfloat16, enabled=autocast):
@@ -640,21 +686,25 @@ for name, module in net.named_modules():
         step = scale.expand(-1, group_size).reshape(old.shape)
         before, after = fake_quantize(old, scale, bits), module.weight.dequantize().cpu()
         new_scale = module.weight.scale.detach().cpu().reshape(scale.shape)
-        movement.append({
-            "kind": name.split(".")[-1],
-            "scale changed by": ((new_scale - scale) / scale).abs().mean().item(),
-            "moved by a step": ((after - before).abs() > step / 2).float().mean().item(),
-            "error rounded, steps": ((before - old) / step).abs().mean().item(),
-            "error trained, steps": ((after - old) / step).abs().mean().item(),
-        })
+        movement.append(
+            {
+                "kind": name.split(".")[-1],
+                "scale changed by": ((new_scale - scale) / scale).abs().mean().item(),
+                "moved by a step": ((after - before).abs() > step / 2).float().mean().item(),
+                "error rounded, steps": ((before - old) / step).abs().mean().item(),
+                "error trained, steps": ((after - old) / step).abs().mean().item(),
+            }
+        )
 
 # %%
 movement = pd.DataFrame(movement).groupby("kind").mean()
 worse = movement["error trained, steps"].mean() > movement["error rounded, steps"].mean()
 rounded_kl, trained_kl = scores["round to nearest"].kl_divergence, scores["QAT, distillation"].kl_divergence
-print(f"{movement['moved by a step'].mean():.1%} of the weights moved by a step. Each weight alone lies "
-      f"{'further from' if worse else 'closer to'} its original value than after rounding, "
-      f"while the KL went from {rounded_kl:.3f} to {trained_kl:.3f}.")
+print(
+    f"{movement['moved by a step'].mean():.1%} of the weights moved by a step. Each weight alone lies "
+    f"{'further from' if worse else 'closer to'} its original value than after rounding, "
+    f"while the KL went from {rounded_kl:.3f} to {trained_kl:.3f}."
+)
 del original, module, old, before, after, step, new_scale
 memory.release()
 movement.round(4)
@@ -668,14 +718,15 @@ movement.round(4)
 # %%
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
+
 def pack(codes):
     """int8 codes of at most 4 bits [out, in] to uint8 [out, in / 2]."""
     pairs = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2))
     return pairs[..., 0] | pairs[..., 1] << 4
 
+
 tied = {"lm_head.weight"} if net.config.tie_word_embeddings else set()
-state = {name: value.detach().cpu().to(torch.bfloat16)
-         for name, value in net.state_dict().items() if name not in tied}
+state = {name: value.detach().cpu().to(torch.bfloat16) for name, value in net.state_dict().items() if name not in tied}
 tensors, metadata = flatten_tensor_state_dict(state)
 for name in tensors:
     if name.endswith("qdata") and bits <= 4:
@@ -697,11 +748,13 @@ from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_s
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+
 def restore(value):
     """Two codes per byte to one; all other tensors stay as they are."""
     if value.dtype != torch.uint8:
         return value
     return torch.stack([value & 15, value >> 4], -1).flatten(-2).to(torch.int8) - 8
+
 
 def load_quantized(folder, device="cpu"):
     with safe_open(folder / "quantized.safetensors", "pt") as file:
@@ -723,14 +776,15 @@ for name, value in state.items():
 del back
 final, decode = measure(reloaded, batch_size=8), speed.decode(reloaded, new_tokens=8, runs=2)
 second = evaluation.score(reloaded, in_domain, evaluation.reference(found, in_domain), batch_size=8)
-print(f"all windows: KL {final.kl_divergence:.3f} [{final.kl_low:.3f}, {final.kl_high:.3f}]; pydoc: "
-      f"{second.kl_divergence:.3f}; {memory.weight_bytes(reloaded) / 1e6:.0f} MB in memory")
+print(
+    f"all windows: KL {final.kl_divergence:.3f} [{final.kl_low:.3f}, {final.kl_high:.3f}]; pydoc: "
+    f"{second.kl_divergence:.3f}; {memory.weight_bytes(reloaded) / 1e6:.0f} MB in memory"
+)
 print(f"decode {decode}: on a CPU torchao unpacks every layer in every pass")
 chat = [{"role": "user", "content": "What is a list in Python?"}]
-question = tokenizer.apply_chat_template(
-    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+question = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 answer = reloaded.generate(**question.to(found.device), max_new_tokens=24, do_sample=False)
-reply = tokenizer.decode(answer[0, question.input_ids.shape[1]:], skip_special_tokens=True)
+reply = tokenizer.decode(answer[0, question.input_ids.shape[1] :], skip_special_tokens=True)
 print("all weights bit for bit the same after reload;", repr(reply))
 del net, reloaded, state, tensors, converted, trained, seen, codes
 memory.release()
@@ -775,9 +829,13 @@ fig.tight_layout()
 held = {name: curve.set_index("step")["held-out KL"].dropna() for name, curve in curves.items()}
 watch = pd.DataFrame(held)
 ends = watch.iloc[-1].round(3)
-figures.show(fig, table=watch.round(3), alt="Three panels over the steps: loss (cross-entropy and KL are "
-             "different units), gradient norm before clipping, and KL on held-out text, which ends at "
-             f"{ends.iloc[0]} with distillation and {ends.iloc[1]} with cross-entropy.")
+figures.show(
+    fig,
+    table=watch.round(3),
+    alt="Three panels over the steps: loss (cross-entropy and KL are "
+    "different units), gradient norm before clipping, and KL on held-out text, which ends at "
+    f"{ends.iloc[0]} with distillation and {ends.iloc[1]} with cross-entropy.",
+)
 
 # %% [markdown]
 # ## Recovery, and what only looks like it
@@ -790,17 +848,27 @@ table = pd.DataFrame({name: score.summary() for name, score in scores.items()}).
 table["recovered"] = 1 - table["kl_divergence"] / lost
 table.loc["fp32, fine-tuned", "recovered"] = math.nan
 table.loc["fp32"] = measure(load().to(found.device), judges, fast=True).summary()
-table = table.loc[["fp32", "round to nearest", "QAT, cross-entropy", "QAT, distillation",
-                   "fp32, fine-tuned", "fp32, fine-tuned, then rounded"]]
+table = table.loc[
+    [
+        "fp32",
+        "round to nearest",
+        "QAT, cross-entropy",
+        "QAT, distillation",
+        "fp32, fine-tuned",
+        "fp32, fine-tuned, then rounded",
+    ]
+]
 table.round(3)
 
 # %%
 recovered = table.loc["QAT, distillation", "recovered"]
 also = table.loc["QAT, cross-entropy", "recovered"]
 at_home = 1 - watch["QAT, distillation"].iloc[-1] / held_out_rtn
-print(f"{bits} bits: distillation recovers {recovered:.0%} of the lost KL, cross-entropy {also:.0%}, "
-      "on other genres; "
-      f"on the genre of the training text, distillation recovers {at_home:.0%}")
+print(
+    f"{bits} bits: distillation recovers {recovered:.0%} of the lost KL, cross-entropy {also:.0%}, "
+    "on other genres; "
+    f"on the genre of the training text, distillation recovers {at_home:.0%}"
+)
 gained = evaluation.difference(scores["QAT, distillation"], scores["round to nearest"])
 print("KL after distillation minus KL of rounding: {:+.3f} [{:+.3f}, {:+.3f}]".format(*gained))
 assert bits != 4 or steps < 14 or gained[2] < 0, "no recovery on genres that were not trained on"
@@ -822,10 +890,13 @@ for (name, row), color in zip(table.iterrows(), figures.PALETTE):
 axis.set(xlabel="perplexity on other genres", ylabel="KL from the untouched model")
 axis.margins(x=0.25, y=0.15)
 distilled, crossed = table.loc["QAT, distillation"], table.loc["QAT, cross-entropy"]
-figures.show(fig, table=table[["perplexity", "kl_divergence"]].astype(float).round(3),
-             alt="Perplexity against KL of six models. "
-             f"Distillation: perplexity {distilled['perplexity']:.1f}, KL {distilled['kl_divergence']:.2f}; "
-             f"cross-entropy: perplexity {crossed['perplexity']:.1f}, KL {crossed['kl_divergence']:.2f}.")
+figures.show(
+    fig,
+    table=table[["perplexity", "kl_divergence"]].astype(float).round(3),
+    alt="Perplexity against KL of six models. "
+    f"Distillation: perplexity {distilled['perplexity']:.1f}, KL {distilled['kl_divergence']:.2f}; "
+    f"cross-entropy: perplexity {crossed['perplexity']:.1f}, KL {crossed['kl_divergence']:.2f}.",
+)
 
 # %% [markdown]
 # ## When to use QAT
@@ -837,8 +908,14 @@ eight = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerGroup(group
 quantize_(net, eight, filter_fn=body)
 int8 = measure(net, few)
 del net
-mistral = MistralConfig(vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                        num_attention_heads=32, num_key_value_heads=8)
+mistral = MistralConfig(
+    vocab_size=32768,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
 mistral_gb = 16 * memory.predict(mistral).parameters / 1e9
 
 # %%
@@ -846,19 +923,31 @@ from IPython.display import Markdown
 
 advice = [
     ("8-bit weights", f"rounding costs a KL of {int8.kl_divergence:.4f}", "round, do not train"),
-    (f"{bits}-bit weights",
-     f"rounding costs {lost:.2f}; {quantize_seconds:.0f} s of distillation bring back {recovered:.0%}",
-     "calibrate first (notebooks 05 and 06); train if that is not enough"),
-    ("the model must stay what it is",
-     f"KL {trained_kl:.2f} distilled, {crossed['kl_divergence']:.2f} with cross-entropy",
-     "distil from the untouched model"),
-    ("you fine-tune anyway",
-     f"perplexity x {math.exp(gap):.2f} rounded later, x {math.exp((1 - closed) * gap):.2f} in training",
-     "fake-quantize while fine-tuning"),
-    ("7 billion parameters", f"{mistral_gb:.0f} GB for weights, gradients and Adam",
-     "train adapters on 4-bit weights instead (notebook 07)"),
-    ("one activation scale per tensor", f"KL {eager.kl_divergence:.1f} after {guide_steps} steps of QAT",
-     "a scale per token ([01](01_ptq_dynamic_int8.ipynb))"),
+    (
+        f"{bits}-bit weights",
+        f"rounding costs {lost:.2f}; {quantize_seconds:.0f} s of distillation bring back {recovered:.0%}",
+        "calibrate first (notebooks 05 and 06); train if that is not enough",
+    ),
+    (
+        "the model must stay what it is",
+        f"KL {trained_kl:.2f} distilled, {crossed['kl_divergence']:.2f} with cross-entropy",
+        "distil from the untouched model",
+    ),
+    (
+        "you fine-tune anyway",
+        f"perplexity x {math.exp(gap):.2f} rounded later, x {math.exp((1 - closed) * gap):.2f} in training",
+        "fake-quantize while fine-tuning",
+    ),
+    (
+        "7 billion parameters",
+        f"{mistral_gb:.0f} GB for weights, gradients and Adam",
+        "train adapters on 4-bit weights instead (notebook 07)",
+    ),
+    (
+        "one activation scale per tensor",
+        f"KL {eager.kl_divergence:.1f} after {guide_steps} steps of QAT",
+        "a scale per token ([01](01_ptq_dynamic_int8.ipynb))",
+    ),
 ]
 rows = [("situation", "numbers of this run", "advice"), ("---",) * 3, *advice]
 Markdown("\n".join(f"| {' | '.join(row)} |" for row in rows))
@@ -876,14 +965,12 @@ losses = f"trains; KL per batch {eager_losses[0]:.2f} to {eager_losses[-1]:.2f} 
 
 # %%
 findings = [
-    claims.finding("qat-better-4", *gain,
-                   text=f"at {bits} bits: {rounded_kl:.3f} rounded, {trained_kl:.3f} trained"),
+    claims.finding("qat-better-4", *gain, text=f"at {bits} bits: {rounded_kl:.3f} rounded, {trained_kl:.3f} trained"),
     claims.finding("qat-for-int8", int8.kl_divergence, int8.kl_low, int8.kl_high),
     claims.finding("qat-prepare", int(all(map(math.isfinite, eager_losses))), text=losses),
     claims.finding("qat-convert", int(not convert_error), text=convert_error),
     claims.finding("qat-save", int(not save_error), text=save_error[:80]),
-    claims.finding("qat-small-data", regained, least, most,
-                   text=f"after {seen_tokens:,} tokens"),
+    claims.finding("qat-small-data", regained, least, most, text=f"after {seen_tokens:,} tokens"),
     claims.finding("qat-24gb", mistral_gb, computed_for="Mistral-7B"),
 ]
 claims.write(output_dir, notebook="02_qat_fake_quant", found=found, findings=findings)
@@ -898,6 +985,7 @@ with pd.option_context("display.max_colwidth", None):
 #
 # **1 (easy). Within reach.** AdamW moves a weight by about the learning rate per step at most, so only weights close to a rounding boundary can change their code. Which
 # share of them is that? The boundaries lie halfway between two codes; ignore the two ends of the range.
+
 
 # %%
 def within_reach(weight, scale, distance):
@@ -915,10 +1003,12 @@ def test_reach(function):
     every = function(ladder.repeat(3, 1), torch.ones(3, 1), 10.0)
     assert math.isclose(every, 1.0), "ten steps reach everything"
 
+
 exercises.check(within_reach, test_reach)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def within_reach(weight, scale, distance):
         position = weight.reshape(len(scale), -1) / scale
         return ((0.5 - (position - position.round()).abs()) * scale < distance).float().mean().item()
@@ -932,6 +1022,7 @@ if solutions:
 # %% [markdown]
 # **2 (medium). Learn the scale.** LSQ (Esser et al., [arXiv:1902.08153](https://arxiv.org/abs/1902.08153)) trains the scale together with the weights. Derive its gradient: rounding
 # counts as the identity, so inside the range the codes depend on the scale too, and beyond it they do not.
+
 
 # %%
 def scale_gradient(groups, scale, bits, upstream):
@@ -952,10 +1043,12 @@ def test_scale(function):
     hint = "inside the range: code - weight / scale; beyond it: the last code"
     assert torch.allclose(got, scale.grad, rtol=1e-3, atol=1e-4), hint
 
+
 exercises.check(scale_gradient, test_scale)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def scale_gradient(groups, scale, bits, upstream):
         position, low, high = groups / scale, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         codes = position.round()
@@ -968,6 +1061,7 @@ if solutions:
 # %% [markdown]
 # **3 (hard). A zero point for fake quantization.** Weights that lean to one side waste half of a symmetric grid. Write the asymmetric version: range from the smallest to the largest
 # weight of each group (with zero in it), a whole zero point, and gradients that pass straight through.
+
 
 # %%
 def fake_quantize_asymmetric(weight, bits, group_size):
@@ -994,10 +1088,12 @@ def test_asymmetric(function):
     passed = weight.grad is not None and (weight.grad == 1).float().mean() > 0.9
     assert passed, "the gradient must pass where nothing is clipped"
 
+
 exercises.check(fake_quantize_asymmetric, test_asymmetric)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def fake_quantize_asymmetric(weight, bits, group_size):
         groups, top = weight.reshape(-1, group_size), 2**bits - 1
         with torch.no_grad():
@@ -1034,9 +1130,17 @@ quiz.Quiz("02_qat_fake_quant")
 
 # %% tags=["record"]
 record = records.write(
-    output_dir, method=f"qat-int{bits}", notebook="02_qat_fake_quant", found=found, windows=windows,
-    bits_per_weight=bits_per_weight, weight_bytes=stored_bytes,
+    output_dir,
+    method=f"qat-int{bits}",
+    notebook="02_qat_fake_quant",
+    found=found,
+    windows=windows,
+    bits_per_weight=bits_per_weight,
+    weight_bytes=stored_bytes,
     peak_memory_bytes=used.peak_ram if found.device == "cpu" else used.peak_vram,
-    scores=final, in_domain=(in_domain, second),
-    decode_tokens_per_s=decode.decode_tokens_per_s, quantize_seconds=quantize_seconds)
+    scores=final,
+    in_domain=(in_domain, second),
+    decode_tokens_per_s=decode.decode_tokens_per_s,
+    quantize_seconds=quantize_seconds,
+)
 pd.Series(record)

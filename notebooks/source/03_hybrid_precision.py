@@ -62,19 +62,25 @@ print(f"{found.name} on the {found.device.upper()}, {parameters / 1e6:.1f} M par
 # A wrong setting should stop now with a sentence, not after a minute with a stack trace. torchao itself would not stop: where a
 # group size does not divide a layer, it leaves that layer as it is and says nothing.
 
+
 # %%
 def check_model(net, group_size):
     """Raise ValueError unless every Linear layer outside the output head can be quantized in groups."""
     head = net.get_output_embeddings() if hasattr(net, "get_output_embeddings") else None
-    widths = {name: module.in_features for name, module in net.named_modules()
-              if isinstance(module, torch.nn.Linear) and module is not head}
+    widths = {
+        name: module.in_features
+        for name, module in net.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
     if not widths:
         raise ValueError(f"{type(net).__name__} has no Linear layers to quantize")
     fitting = [size for size in (32, 64, 128) if all(width % size == 0 for width in widths.values())]
     for name, width in widths.items():
         if group_size not in fitting and (group_size < 1 or width % group_size):
-            raise ValueError(f"group_size={group_size} does not divide the {width} inputs of {name}; "
-                             f"these divide every layer: {fitting}")
+            raise ValueError(
+                f"group_size={group_size} does not divide the {width} inputs of {name}; "
+                f"these divide every layer: {fitting}"
+            )
     if group_size not in fitting:
         raise ValueError(f"the 4-bit kernel has no group_size={group_size}; these fit every layer: {fitting}")
 
@@ -170,6 +176,7 @@ for name, module in by_name.named_modules():
 #
 # Everything before the block is unchanged, so each measurement starts from the hidden states that the untouched model has there.
 
+
 # %%
 @torch.inference_mode()
 def hidden_states(net, windows):
@@ -180,11 +187,13 @@ def hidden_states(net, windows):
         states.append(layer(states[-1], position_embeddings=rope))
     return states, rope
 
+
 states, rope = hidden_states(net, probe)
 
 
 # %% [markdown]
 # The output head over the whole vocabulary costs as much as a few layers, so every second position has to do.
+
 
 # %%
 @torch.inference_mode()
@@ -194,6 +203,7 @@ def log_probs_from(first):
     for layer in layers[first:]:
         hidden = layer(hidden, position_embeddings=rope)
     return net.lm_head(net.model.norm(hidden)[:, ::2]).float().log_softmax(-1)
+
 
 expected = log_probs_from(len(layers))
 probability = expected.exp()
@@ -243,6 +253,7 @@ def as_table(costs):
     rows = {label[kind]: {f"{b[0]}-{b[-1]}": 1000 * costs[kind, b] for b in blocks} for kind in kinds}
     return pd.DataFrame(rows).T
 
+
 maps = {method: as_table(costs) for method, costs in measured.items()}
 both = pd.concat(maps).round(2)
 tops = {method: table.stack().idxmax() for method, table in maps.items()}
@@ -258,7 +269,8 @@ for ax, (method, table) in zip(axes, maps.items()):
 alt = "Heat maps of the KL divergence by layer kind and depth, logarithmic colours. " + " ".join(
     f"{method}: the most sensitive is {tops[method][0]} in layers {tops[method][1]} with "
     f"{table.max().max():.1f} thousandths of a nat; the median is {table.stack().median():.2f}."
-    for method, table in maps.items())
+    for method, table in maps.items()
+)
 figures.show(fig, alt=alt, table=both)
 
 # %% [markdown]
@@ -282,11 +294,16 @@ for method, table in by_kind.groupby("method", sort=False):
     in_attention = table.kind.isin([label[kind] for kind in attention])
     sums = table.groupby(in_attention)[["sum of its blocks", "million weights"]].sum()
     per_weight = sums["sum of its blocks"] / sums["million weights"]
-    share[method] = {"attention": per_weight[True], "feed-forward": per_weight[False],
-                     "worst": table.loc[table["sum of its blocks"].idxmax(), "kind"]}
+    share[method] = {
+        "attention": per_weight[True],
+        "feed-forward": per_weight[False],
+        "worst": table.loc[table["sum of its blocks"].idxmax(), "kind"],
+    }
     more = "attention" if per_weight[True] > per_weight[False] else "feed-forward"
-    print(f"{method}: per weight, {more} is {max(per_weight) / min(per_weight):.1f} times as sensitive; "
-          f"the worst kind is {share[method]['worst']}")
+    print(
+        f"{method}: per weight, {more} is {max(per_weight) / min(per_weight):.1f} times as sensitive; "
+        f"the worst kind is {share[method]['worst']}"
+    )
 
 # %% [markdown]
 # ## Plans
@@ -300,11 +317,15 @@ for method, table in by_kind.groupby("method", sort=False):
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
+
 def settings(precision):
     """The torchao config of a precision; None leaves the layer in bfloat16."""
     if precision == "int4":  # packed two to a byte, in the order of this device's kernel
-        return (PrototypeInt4WeightOnlyConfig(group_size=group_size) if found.device == "cpu"
-                else Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d"))
+        return (
+            PrototypeInt4WeightOnlyConfig(group_size=group_size)
+            if found.device == "cpu"
+            else Int4WeightOnlyConfig(group_size=group_size, int4_packing_format="tile_packed_to_4d")
+        )
     return {"int8": int8, "int8 weights": Int8WeightOnlyConfig(), "bf16": None}[precision]
 
 
@@ -315,6 +336,7 @@ def bytes_of(kind, precision):
     if precision != "bf16":
         quantize_(layer, settings(precision))
     return memory.weight_bytes(layer)
+
 
 precisions = ("bf16", "int8", "int8 weights", "int4")
 layer_bytes = {(kind, precision): bytes_of(kind, precision) for kind in kinds for precision in precisions}
@@ -327,6 +349,7 @@ def plan_bytes(plan):
     """Predicted bytes of the whole model under plan {(kind, block): precision}."""
     return rest + sum(len(block) * layer_bytes[kind, precision] for (kind, block), precision in plan.items())
 
+
 def rule(for_attention, for_feed_forward):
     return {unit: for_attention if unit[0] in attention else for_feed_forward for unit in units}
 
@@ -335,11 +358,14 @@ def rule(for_attention, for_feed_forward):
 # The plan from the map: start with everything in the low precision, then raise units to the high one in the order of **KL saved per
 # byte**, until the bytes of the guide's plan are spent.
 
+
 # %%
 def guided(low, high, saved, budget):
     """Raise units from low to high, most KL saved per byte first, while the plan fits the budget in bytes."""
+
     def extra(unit):
         return len(unit[1]) * (layer_bytes[unit[0], high] - layer_bytes[unit[0], low])
+
     plan = dict.fromkeys(units, low)
     left = budget - plan_bytes(plan)
     for unit in sorted(units, key=lambda unit: saved[unit] / extra(unit), reverse=True):
@@ -370,9 +396,11 @@ for ours, theirs in ((ours8, guide8), (ours4, guide4)):
 # %% [markdown]
 # What the map keeps, as the share of each kind's layers that stays in the higher precision:
 
+
 # %%
 def kept(plan, high):
     return {label[kind]: sum(len(b) for b in blocks if plan[kind, b] == high) / len(layers) for kind in kinds}
+
 
 share_kept = {"bf16 among int8": kept(ours8, "bf16"), "int8 among int4": kept(ours4, "int8 weights")}
 pd.DataFrame(share_kept).T.round(2)
@@ -386,11 +414,18 @@ pd.DataFrame(share_kept).T.round(2)
 del states, expected, probability, net, layers
 gc.collect()
 
+
 def by_layer(plan):
     """torchao's settings of every layer that a plan quantizes, by the layer's full name."""
-    return FqnToConfig(OrderedDict(
-        (f"model.layers.{i}.{kind}", settings(precision))
-        for (kind, block), precision in plan.items() for i in block if precision != "bf16"))
+    return FqnToConfig(
+        OrderedDict(
+            (f"model.layers.{i}.{kind}", settings(precision))
+            for (kind, block), precision in plan.items()
+            for i in block
+            if precision != "bf16"
+        )
+    )
+
 
 def apply(plan, dtype=torch.bfloat16):
     """The model under a plan; what the plan leaves alone is in dtype."""
@@ -421,12 +456,13 @@ for name, plan in tqdm(plans.items(), "plans", disable=None):
     gc.collect()
 
 # %%
-table = pd.DataFrame.from_dict(rows, orient="index", columns=[
-    "MB", "bits per weight", "perplexity", "KL", "same top-1", "decode tok/s"])
+table = pd.DataFrame.from_dict(
+    rows, orient="index", columns=["MB", "bits per weight", "perplexity", "KL", "same top-1", "decode tok/s"]
+)
 map_of = {"int8": measured["INT8 dynamic"], "int4": measured["4-bit weights"]}
 table["KL, sum over the map"] = [
-    sum(map_of[precision][unit] for unit, precision in plan.items() if precision in map_of)
-    for plan in plans.values()]
+    sum(map_of[precision][unit] for unit, precision in plan.items() if precision in map_of) for plan in plans.values()
+]
 
 # %%
 fig, ax = plt.subplots(figsize=(8, 3.6))
@@ -435,8 +471,12 @@ for number, (name, row) in enumerate(table.iterrows()):
 ax.set(xlabel="MB, everything counted", ylabel="KL, nats per token", yscale="log")
 ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 best = table.KL.drop("bf16").idxmin()
-figures.show(fig, table=table.round(4), alt=f"KL against size, {len(table)} plans. After bf16, the "
-             f"closest to the untouched model is {best}: KL {table.KL[best]:.4f} in {table.MB[best]:.0f} MB.")
+figures.show(
+    fig,
+    table=table.round(4),
+    alt=f"KL against size, {len(table)} plans. After bf16, the "
+    f"closest to the untouched model is {best}: KL {table.KL[best]:.4f} in {table.MB[best]:.0f} MB.",
+)
 
 
 # %% [markdown]
@@ -445,14 +485,18 @@ figures.show(fig, table=table.round(4), alt=f"KL against size, {len(table)} plan
 #
 # ### The verdict
 
+
 # %%
 def duel(theirs, ours):
     """Does the map beat the rule at equal bytes? Says so either way."""
     a, b = table.loc[theirs], table.loc[ours]
     won = bool(b.KL < a.KL)
-    print(f"{ours}: KL {b.KL:.4f}, {b.MB:.1f} MB\n{theirs}: KL {a.KL:.4f}, {a.MB:.1f} MB\n"
-          f"  the map {'WINS' if won else 'LOSES'} at equal bytes ({b.KL / a.KL:.2f} of its KL)\n")
+    print(
+        f"{ours}: KL {b.KL:.4f}, {b.MB:.1f} MB\n{theirs}: KL {a.KL:.4f}, {a.MB:.1f} MB\n"
+        f"  the map {'WINS' if won else 'LOSES'} at equal bytes ({b.KL / a.KL:.2f} of its KL)\n"
+    )
     return won
+
 
 won8 = duel("int8, attention bf16 (guide)", "int8 + bf16 by the map")
 won4 = duel("int4, attention int8 (guide)", "int4 + int8 by the map")
@@ -466,8 +510,10 @@ assert table.KL.notna().all() and table.KL.max() < 1, "a plan that loads and is 
 # %%
 weights_only, mixed = table.loc["all int8 weights"], table.loc["int8 + bf16 by the map"]
 better = "better and smaller" if weights_only.KL < mixed.KL else "smaller, not better"
-print(f"all int8 weights against int8 + bf16 by the map: {better}\n"
-      f"KL {weights_only.KL:.4f} against {mixed.KL:.4f}, {weights_only.MB:.0f} against {mixed.MB:.0f} MB")
+print(
+    f"all int8 weights against int8 + bf16 by the map: {better}\n"
+    f"KL {weights_only.KL:.4f} against {mixed.KL:.4f}, {weights_only.MB:.0f} against {mixed.MB:.0f} MB"
+)
 
 # %% [markdown]
 # ### Is it fast?
@@ -479,9 +525,12 @@ pace = table["decode tok/s"]
 fig, ax = plt.subplots(figsize=(7, 2.8))
 ax.barh(pace.index[::-1], pace[::-1], color=figures.PALETTE[0])
 ax.set(xlabel="decoded tokens per second, batch 1")
-figures.show(fig, alt=f"Decode speed of the plans. Fastest: {pace.idxmax()} with {pace.max():.1f} tokens/s, "
-             f"slowest: {pace.idxmin()} with {pace.min():.1f}; bf16 has {pace['bf16']:.1f}.",
-             table=pd.DataFrame({"decode tok/s": pace, "times bf16": pace / pace["bf16"]}).round(2))
+figures.show(
+    fig,
+    alt=f"Decode speed of the plans. Fastest: {pace.idxmax()} with {pace.max():.1f} tokens/s, "
+    f"slowest: {pace.idxmin()} with {pace.min():.1f}; bf16 has {pace['bf16']:.1f}.",
+    table=pd.DataFrame({"decode tok/s": pace, "times bf16": pace / pace["bf16"]}).round(2),
+)
 
 # %% [markdown]
 # ## Save, and reload in a fresh process
@@ -497,8 +546,11 @@ hybrid = apply(plans["int8 + bf16 by the map"])
 few = windows[:1]  # enough to recognise a model by
 before = evaluation.score(hybrid, few).perplexity
 through = AutoModelForCausalLM.from_pretrained(
-    found.path, dtype=torch.bfloat16, device_map={"": found.device},
-    quantization_config=TorchAoConfig(by_layer(plans["int8 + bf16 by the map"])))
+    found.path,
+    dtype=torch.bfloat16,
+    device_map={"": found.device},
+    quantization_config=TorchAoConfig(by_layer(plans["int8 + bf16 by the map"])),
+)
 checkpoint = checkpoints.folder(output_dir, "hybrid")
 with checkpoints.writing(output_dir, "hybrid") as scratch:
     through.save_pretrained(scratch), tokenizer.save_pretrained(scratch)
@@ -509,6 +561,7 @@ print(f"{on_disk / 1e6:.1f} MB on disk, {memory.weight_bytes(hybrid) / 1e6:.1f} 
 # %% [markdown]
 # The reload brings its own imports, so that it can be copied into a program of yours:
 
+
 # %% tags=["reload"]
 def reload(folder):
     """The hybrid model in a checkpoint folder, ready to run; only safetensors and JSON are read."""
@@ -518,7 +571,9 @@ def reload(folder):
 
 
 # %%
-FRESH = inspect.getsource(reload) + """
+FRESH = (
+    inspect.getsource(reload)
+    + """
 import math, sys
 import torch
 from safetensors.torch import load_file
@@ -530,6 +585,7 @@ with torch.inference_mode():
             nll += torch.nn.functional.cross_entropy(logits[:-1].float(), row[1:], reduction="sum").item()
 print(math.exp(nll / windows.shape[0] / (windows.shape[1] - 1)))
 """
+)
 
 # %%
 del hybrid, through
@@ -540,8 +596,10 @@ with tempfile.TemporaryDirectory() as scratch:
     done = subprocess.run(command, capture_output=True, text=True)
 assert done.returncode == 0, done.stderr[-800:]
 fresh = float(done.stdout.split()[-1])
-print(f"perplexity of {few.numel():,} tokens: {fresh:.4f} in a fresh process, {before:.4f} before "
-      f"({fresh / before - 1:+.4%})")
+print(
+    f"perplexity of {few.numel():,} tokens: {fresh:.4f} in a fresh process, {before:.4f} before "
+    f"({fresh / before - 1:+.4%})"
+)
 assert abs(fresh / before - 1) < 0.001
 
 # %% [markdown]
@@ -552,15 +610,24 @@ pick8 = "int8 + bf16 by the map" if won8 else "int8, attention bf16 (guide)"
 pick4 = "int4 + int8 by the map" if won4 else "int4, attention int8 (guide)"
 ends = table.loc["all int4", ["KL", "MB"]], table.loc["all int8 weights", ["KL", "MB"]]
 way = (table.loc[pick4, ["KL", "MB"]] - ends[0]) / (ends[1] - ends[0])  # 0: all int4, 1: all int8 weights
-decisions = pd.DataFrame([
-    ["8 bits are enough, quality first", best, f"KL {table.KL[best]:.4f}, {table.MB[best]:.0f} MB"],
-    ["activations must be INT8 (integer hardware)", pick8,
-     f"KL {table.KL[pick8]:.4f}, all int8 {table.KL['all int8']:.4f}"],
-    ["4 bits lose too much, 8 do not fit", pick4,
-     f"{way.KL:.0%} of the KL back for {way.MB:.0%} of the bytes between"],
-    ["the smallest", table.MB.idxmin(), f"{table.MB.min():.0f} MB, KL {table.KL[table.MB.idxmin()]:.3f}"],
-    ["the fastest here", pace.idxmax(), f"{pace.max():.1f} tok/s, bf16 {pace['bf16']:.1f}"],
-], columns=["if", "take", "because"])
+decisions = pd.DataFrame(
+    [
+        ["8 bits are enough, quality first", best, f"KL {table.KL[best]:.4f}, {table.MB[best]:.0f} MB"],
+        [
+            "activations must be INT8 (integer hardware)",
+            pick8,
+            f"KL {table.KL[pick8]:.4f}, all int8 {table.KL['all int8']:.4f}",
+        ],
+        [
+            "4 bits lose too much, 8 do not fit",
+            pick4,
+            f"{way.KL:.0%} of the KL back for {way.MB:.0%} of the bytes between",
+        ],
+        ["the smallest", table.MB.idxmin(), f"{table.MB.min():.0f} MB, KL {table.KL[table.MB.idxmin()]:.3f}"],
+        ["the fastest here", pace.idxmax(), f"{pace.max():.1f} tok/s, bf16 {pace['bf16']:.1f}"],
+    ],
+    columns=["if", "take", "because"],
+)
 pd.options.display.max_colwidth = None
 decisions
 
@@ -573,21 +640,26 @@ from helpers import claims
 int8_share, int4_share = share["INT8 dynamic"], share["4-bit weights"]
 int8_ratio = int8_share["attention"] / int8_share["feed-forward"]
 int4_ratio = int4_share["attention"] / int4_share["feed-forward"]
-sensitive = (f"attention loses {int8_ratio:.1f} times the KL per weight in INT8, {int4_ratio:.1f} times "
-             f"in 4 bits; the worst kind is {int8_share['worst']}")
+sensitive = (
+    f"attention loses {int8_ratio:.1f} times the KL per weight in INT8, {int4_ratio:.1f} times "
+    f"in 4 bits; the worst kind is {int8_share['worst']}"
+)
 guide, all8 = table.loc["int8, attention bf16 (guide)"], table.loc["all int8"]
-balance = (f"{guide.KL / all8.KL - 1:+.0%} KL and {guide.MB / all8.MB - 1:+.0%} bytes against all int8; "
-           f"the map at that size: {mixed.KL / all8.KL - 1:+.0%} KL")
-efficiency = (f"{guide['decode tok/s'] / pace['bf16']:.2f} times the speed of bf16, "
-              f"{guide.MB / table.MB['bf16']:.0%} of its bytes")
+balance = (
+    f"{guide.KL / all8.KL - 1:+.0%} KL and {guide.MB / all8.MB - 1:+.0%} bytes against all int8; "
+    f"the map at that size: {mixed.KL / all8.KL - 1:+.0%} KL"
+)
+efficiency = (
+    f"{guide['decode tok/s'] / pace['bf16']:.2f} times the speed of bf16, "
+    f"{guide.MB / table.MB['bf16']:.0%} of its bytes"
+)
 
 # %%
 findings = [
     claims.finding("hybrid-attention-int8", int8_ratio, text=sensitive),
     claims.finding("hybrid-balance", guide.KL / all8.KL, text=balance),
     claims.finding("hybrid-efficiency", guide["decode tok/s"] / pace["bf16"], text=efficiency),
-    claims.finding("hybrid-w8a16", weights_only.KL,
-                   text=f"KL {weights_only.KL:.4f}, {weights_only.MB:.0f} MB"),
+    claims.finding("hybrid-w8a16", weights_only.KL, text=f"KL {weights_only.KL:.4f}, {weights_only.MB:.0f} MB"),
     claims.finding("prepare-fx", int(not fx_errors), text=fx_errors[-1] if fx_errors else ""),
 ]
 claims.write(output_dir, notebook="03_hybrid_precision", found=found, findings=findings)
@@ -603,9 +675,9 @@ with pd.option_context("display.max_colwidth", None):
 # **1 (easy).** Bytes of a Linear layer whose weights take `bits`, with one scale of `scale_bytes` for each group of `group_size`
 # inputs of each row (`None`: one scale a row).
 
+
 # %%
-def linear_bytes(rows, columns, bits, scale_bytes=2, group_size=None):
-    ...
+def linear_bytes(rows, columns, bits, scale_bytes=2, group_size=None): ...
 
 
 # %%
@@ -616,10 +688,12 @@ def test_bytes(function):
     assert function(4, 64, 8) == 256 + 8, "8 bits, one 2-byte scale for each of the 4 rows: 264"
     assert function(4, 64, 4, group_size=32) == 128 + 16, "4 bits, two groups a row: 144"
 
+
 exercises.check(linear_bytes, test_bytes)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def linear_bytes(rows, columns, bits, scale_bytes=2, group_size=None):
         return rows * columns * bits / 8 + rows * (columns // (group_size or columns)) * scale_bytes
 
@@ -630,9 +704,9 @@ if solutions:
 # **2 (medium).** Do the two maps agree on what is sensitive? Write Spearman's rank correlation of two lists without ties: the correlation
 # of their ranks. Then try `rank_correlation(*(list(costs.values()) for costs in measured.values()))`.
 
+
 # %%
-def rank_correlation(a, b):
-    ...
+def rank_correlation(a, b): ...
 
 
 # %%
@@ -643,10 +717,12 @@ def test_rank(function):
     assert abs(function([1, 2, 3, 4], [4, 3, 2, 1]) + 1) < 1e-6, "the reverse order gives -1"
     assert abs(function([3, 1, 2, 4], [1, 2, 3, 4]) - 0.4) < 1e-6, "ranks, not positions: this one gives 0.4"
 
+
 exercises.check(rank_correlation, test_rank)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def rank_correlation(a, b):
         ranks = [torch.tensor(x, dtype=torch.float64).argsort().argsort().double() for x in (a, b)]
         return torch.corrcoef(torch.stack(ranks))[0, 1].item()
@@ -661,15 +737,16 @@ if solutions:
 # `"int8 weights"`, `"bf16"`), the one with the most KL saved per extra byte that still fits. `predicted[unit][precision]` is the KL of a
 # unit. Return the plan.
 
+
 # %%
-def three_levels(predicted, budget):
-    ...
+def three_levels(predicted, budget): ...
 
 
 # %%
 def test_three(function):
-    predicted = {unit: {"int4": kl, "int8 weights": kl / 50, "bf16": 0.0}
-                 for unit, kl in measured["4-bit weights"].items()}
+    predicted = {
+        unit: {"int4": kl, "int8 weights": kl / 50, "bf16": 0.0} for unit, kl in measured["4-bit weights"].items()
+    }
     total = lambda plan: sum(predicted[unit][precision] for unit, precision in plan.items())
     budget = plan_bytes(plans["int8, attention bf16 (guide)"])
     plan = function(predicted, budget)
@@ -680,10 +757,12 @@ def test_three(function):
     two = guided("int4", "bf16", saved, budget)
     assert total(plan) <= total(two), "two levels do better: are you skipping int8?"
 
+
 exercises.check(three_levels, test_three)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def three_levels(predicted, budget):
         above = {"int4": "int8 weights", "int8 weights": "bf16"}
         plan = dict.fromkeys(units, "int4")
@@ -727,10 +806,17 @@ quiz.Quiz("03_hybrid_precision")
 # %% tags=["record"]
 for name, method in recorded.items():
     records.write(
-        output_dir, method=method, notebook="03_hybrid_precision", found=found, windows=windows,
-        bits_per_weight=table["bits per weight"][name], weight_bytes=int(plan_bytes(plans[name])),
+        output_dir,
+        method=method,
+        notebook="03_hybrid_precision",
+        found=found,
+        windows=windows,
+        bits_per_weight=table["bits per weight"][name],
+        weight_bytes=int(plan_bytes(plans[name])),
         peak_memory_bytes=costs[name].peak_vram if found.device == "cuda" else costs[name].peak_ram,
-        scores=scores[name], in_domain=(in_domain, second[name]),
-        decode_tokens_per_s=pace[name], quantize_seconds=costs[name].seconds,
+        scores=scores[name],
+        in_domain=(in_domain, second[name]),
+        decode_tokens_per_s=pace[name],
+        quantize_seconds=costs[name].seconds,
     )
     print("recorded:", method)
