@@ -105,7 +105,7 @@ def body(net):
 @pytest.mark.skipif(sys.platform == "darwin", reason="torch has no int8 engine on Apple silicon")
 @pytest.mark.filterwarnings("ignore")
 def test_torchs_dynamic_int8_is_refused_and_comes_back(small, tmp_path):
-    notebook = cells("01_ptq_dynamic_int8", "def unpack", "def reload")
+    notebook = cells("01_ptq_dynamic_int8", "def unpack", "def packed_layer", "def fill", "def reload")
     net = small()
     config = net.config
     quantized = torch.ao.quantization.quantize_dynamic(net, {torch.nn.Linear}, dtype=torch.qint8)
@@ -120,7 +120,7 @@ def test_torchaos_static_int8_is_refused_and_comes_back(small, tmp_path):
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import Int8StaticActivationInt8WeightConfig, PerRow, PerTensor, quantize_
 
-    notebook, net = cells("01_ptq_dynamic_int8", "def reload"), small()
+    notebook, net = cells("01_ptq_dynamic_int8", "def packed_layer", "def fill", "def reload"), small()
     for module in body(net).values():
         quantize_(module, Int8StaticActivationInt8WeightConfig(
             act_quant_scale=torch.full((1, 1, 1), 0.05), granularity=[PerTensor(), PerRow()], set_inductor_config=False))  # fmt: skip
