@@ -134,7 +134,7 @@ def test_packed_four_bits_are_refused_and_come_back(small, tmp_path):
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 
-    notebook, net = cells("02_qat_fake_quant", "def pack", "def load_quantized"), small(dtype=torch.bfloat16)
+    notebook, net = cells("02_qat_fake_quant", "def pack", "def restore", "def load_quantized"), small(dtype=torch.bfloat16)
     quantize_(net, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)), filter_fn=lambda module, name: name in body(net))
     state = {name: value.detach() for name, value in net.state_dict().items() if name != "lm_head.weight"}
     tensors, metadata = flatten_tensor_state_dict(state)
@@ -148,7 +148,7 @@ def test_packed_four_bits_are_refused_and_come_back(small, tmp_path):
 def test_eager_qat_is_refused_and_comes_back(small, tmp_path):
     from torch.ao import quantization
 
-    notebook, net = cells("02_qat_fake_quant", "def unpack", "def load_eager"), small()
+    notebook, net = cells("02_qat_fake_quant", "def unpack", "def eager_layer", "def load_eager"), small()
     for name, module in body(net).items():
         net.set_submodule(name, quantization.QuantWrapper(module))
         net.get_submodule(name).qconfig = quantization.get_default_qconfig("x86")

@@ -964,7 +964,7 @@ errors = {name: 100 * ((y - right).norm() / right.norm()).item() for name, y in 
 scratch_error, library_error, _ = errors.values()
 assert abs(scratch_error - library_error) < 0.5, "from scratch and bitsandbytes round differently"
 print(
-    f"{worst}: {int((x.abs() >= 6).any(0).sum())} of {x.shape[1]} columns hold an outlier; error without the first token, %"
+    f"{worst}: {int((x.abs() >= 6).any(0).sum())} of {x.shape[1]} columns hold outliers; error without the first token, %"
 )
 pd.Series(errors)
 
