@@ -585,9 +585,9 @@ def log_probs(net, windows):
 # %%
 few = windows[:4]
 one = few[:1]
-came = one[:, 1:].flatten().to(found.device)
+next_tokens = one[:, 1:].flatten().to(found.device)
 p, q = log_probs(net, one), log_probs(nets[torch.bfloat16], one)
-by_lines = [float(value) for value in (perplexity(q, came), kl_divergence(p, q), top1_agreement(p, q))]
+by_lines = [float(value) for value in (perplexity(q, next_tokens), kl_divergence(p, q), top1_agreement(p, q))]
 by_helper = evaluation.score(nets[torch.bfloat16], one, reference)
 assert abs(by_lines[0] / by_helper.perplexity - 1) < 1e-3
 assert abs(by_lines[1] - by_helper.kl_divergence) < 1e-4

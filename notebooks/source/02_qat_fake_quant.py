@@ -138,7 +138,8 @@ def fake_quantize(weight, scale, bits):
 # %%
 four = torch.tensor([[0.80, -0.30, 0.05, -0.70]])
 scale = group_scales(four, 3, 4)
-print(f"scale {scale.item():.3f}; in the forward pass: {fake_quantize(four, scale, 3).round(decimals=2).tolist()[0]}")
+seen = [round(value, 2) for value in fake_quantize(four, scale, 3)[0].tolist()]
+print(f"scale {scale.item():.3f}; weights in the forward pass: {seen}")
 
 # %% [markdown]
 # Scale: 0.80 / 3.5 = 0.229, and 3 bits have the codes -4 to 3. The largest weight, 0.80, would need the code 3.5; it
