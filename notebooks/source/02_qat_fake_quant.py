@@ -94,19 +94,19 @@ one_weight.index.name = "steps"
 assert one_weight.loc[1, "straight-through"] < 0.5 < one_weight.loc[1, "torch.round"]
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
 sweep = torch.linspace(-1.5, 1.5, 901)
 left.plot(sweep, sweep.round(), color=figures.PALETTE[0])
 left.plot(sweep, sweep, "--", color=figures.PALETTE[1])
 left.annotate("forward: the staircase", (-1.4, 1.2), color=figures.PALETTE[0])
-left.annotate("backward: its slope is taken\nto be that of this line", (-0.1, -1.4), color=figures.PALETTE[1])
-left.set(xlabel="weight", ylabel="rounded weight", title="One function forward, another backward")
+left.annotate("backward: its slope is taken\nto be that of this line", (-0.35, -1.6), color=figures.PALETTE[1])
+left.set(xlabel="weight", ylabel="rounded weight", title="Forward and backward differ")
 for name, color in {"torch.round": 4, "straight-through": 1}.items():
     right.plot(one_weight.index, one_weight[name], "o-", color=figures.PALETTE[color])
     right.annotate(name, (3, one_weight[name].iloc[-1]), xytext=(-90, 6), textcoords="offset points")
 right.axhline(0.5, color="#5B5B5B", linestyle=":")
 right.set(xlabel="training steps", ylabel="weight", xticks=range(4), ylim=(0.3, 0.7))
-right.set_title("Below 0.5 the weight rounds to the right mark")
+right.set_title("Below 0.5 it rounds to the right mark")
 figures.show(
     fig,
     table=one_weight,
