@@ -104,7 +104,7 @@ def body(net):
 @pytest.mark.skipif(sys.platform == "darwin", reason="torch has no int8 engine on Apple silicon")
 @pytest.mark.filterwarnings("ignore")
 def test_torchs_dynamic_int8_is_refused_and_comes_back(small, tmp_path):
-    notebook = cells("01_ptq_dynamic_int8", "def unpack", "def reload")
+    notebook = cells("01_ptq_dynamic_int8", "def unpack", "def packed_layer", "def fill", "def reload")
     net = small()
     config = net.config
     quantized = torch.ao.quantization.quantize_dynamic(net, {torch.nn.Linear}, dtype=torch.qint8)
@@ -119,7 +119,7 @@ def test_torchaos_static_int8_is_refused_and_comes_back(small, tmp_path):
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import Int8StaticActivationInt8WeightConfig, PerRow, PerTensor, quantize_
 
-    notebook, net = cells("01_ptq_dynamic_int8", "def reload"), small()
+    notebook, net = cells("01_ptq_dynamic_int8", "def packed_layer", "def fill", "def reload"), small()
     for module in body(net).values():
         quantize_(module, Int8StaticActivationInt8WeightConfig(
             act_quant_scale=torch.full((1, 1, 1), 0.05), granularity=[PerTensor(), PerRow()], set_inductor_config=False))  # fmt: skip
@@ -133,7 +133,7 @@ def test_packed_four_bits_are_refused_and_come_back(small, tmp_path):
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 
-    notebook, net = cells("02_qat_fake_quant", "def pack", "def load_quantized"), small(dtype=torch.bfloat16)
+    notebook, net = cells("02_qat_fake_quant", "def pack", "def restore", "def load_quantized"), small(dtype=torch.bfloat16)
     quantize_(net, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)), filter_fn=lambda module, name: name in body(net))
     state = {name: value.detach() for name, value in net.state_dict().items() if name != "lm_head.weight"}
     tensors, metadata = flatten_tensor_state_dict(state)
@@ -147,7 +147,7 @@ def test_packed_four_bits_are_refused_and_come_back(small, tmp_path):
 def test_eager_qat_is_refused_and_comes_back(small, tmp_path):
     from torch.ao import quantization
 
-    notebook, net = cells("02_qat_fake_quant", "def unpack", "def load_eager"), small()
+    notebook, net = cells("02_qat_fake_quant", "def unpack", "def eager_layer", "def load_eager"), small()
     for name, module in body(net).items():
         net.set_submodule(name, quantization.QuantWrapper(module))
         net.get_submodule(name).qconfig = quantization.get_default_qconfig("x86")

@@ -121,6 +121,15 @@ def for_13():
 
 # (notebook, function): stand-ins, right answers, {wrong answer: what the message must say}. Answers are expressions or definitions.
 CASES = {
+    ("00", "rms_error"): (dict, [
+        "lambda bits: 2 / (2**bits - 1) / 12**0.5",
+        "def rms_error(bits):\n    half = 1 / (2**bits - 1)\n    return half / 3**0.5",
+    ], {
+        "lambda bits: 1 / (2**bits - 1)": "is that the largest error",
+        "lambda bits: 0.5 / (2**bits - 1)": "you predict",
+        "lambda bits: 2 / 2**bits / 12**0.5": "you predict",
+        "lambda bits: None": "return a number",
+    }),
     ("00", "kv_cache_bytes"): (dict, [
         "lambda layers, kv_heads, head_dim, tokens, bytes_per_number=2: 2 * layers * kv_heads * head_dim * tokens * bytes_per_number",
         "def kv_cache_bytes(l, h, d, t, b=2):\n    total = 0\n    for part in ('keys', 'values'):\n        total += l * h * d * t * b\n    return total",
