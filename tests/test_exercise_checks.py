@@ -309,13 +309,13 @@ CASES = {
         "lambda weight, changed, gram: (changed - weight).square().mean()": "on the tokens",
         "lambda weight, changed, gram: torch.trace((changed - weight) @ gram @ (changed - weight).T)": "on the tokens",
     }),
-    ("07", "adapter_parameters"): (dict, [
-        "lambda shapes, r: sum(r * out + r * in_ for out, in_ in shapes)",
-        "def adapter_parameters(shapes, r):\n    total = 0\n    for shape in shapes:\n        total += r * sum(shape)\n    return total",
+    ("07", "share_arriving"): (dict, [
+        "lambda: 0.8",
+        "def share_arriving():\n    return 0.95",
     ], {
-        "lambda shapes, r: sum(r * columns for rows, columns in shapes)": "two matrices",
-        "lambda shapes, r: r * sum(shapes[0])": "sum over all layers",
-        "lambda shapes, r: sum(rows * columns for rows, columns in shapes)": "131,072",
+        "lambda: 0.4": "half-way to the next level",
+        "lambda: 40": "share of the update",
+        "lambda: None": "return a share",
     }),
     ("07", "lora_gradients"): (dict, [
         "def lora_gradients(x, g, A, B, scale):\n    A, B = A.clone().requires_grad_(), B.clone().requires_grad_()\n"

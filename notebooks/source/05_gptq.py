@@ -57,6 +57,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+# %%
 import helpers
 from helpers import archived, chat, checkpoints, evaluation, exercises, figures
 from helpers import memory, models, records
@@ -100,6 +101,7 @@ H = torch.tensor([[1.0, 0.8], [0.8, 1.0]])
 pair = torch.tensor([1.4, 1.3])
 
 
+# %%
 def output_cost(rounded):
     """Squared error of the output, averaged over the inputs that H describes."""
     change = rounded - pair
@@ -200,6 +202,7 @@ def add_damping(hessian, damp=0.01):
     return hessian + torch.diag_embed(extra.expand(hessian.shape[:-1]))
 
 
+# %%
 inverse = torch.linalg.inv(add_damping(hessian.double()))
 repairable = 1 - 1 / (hessian.double().diagonal() * inverse.diagonal()).clamp(min=1)
 example = 1 - 1 / (H.diagonal() * torch.linalg.inv(H).diagonal())
@@ -219,12 +222,14 @@ def group_scale(group, bits):
     return (2 * group.abs().amax(-1) / (2**bits - 1)).clamp(min=1e-8)  # a group of zeros too
 
 
+# %%
 def to_grid(values, scale, bits):
     """The nearest of the 2^bits levels -2^(bits-1) ... 2^(bits-1) - 1, times scale."""
     half = 2 ** (bits - 1)
     return (values / scale).round().clamp(-half, half - 1) * scale
 
 
+# %%
 def round_to_nearest(weight, group_size=64, bits=4):
     groups = weight.float().unflatten(-1, (-1, group_size))
     return to_grid(groups, group_scale(groups, bits)[..., None], bits).flatten(-2)
@@ -239,6 +244,7 @@ def output_error(quantized):
     return ((inputs @ (quantized - weight).T).norm() / (inputs @ weight.T).norm()).item()
 
 
+# %%
 def weight_error(quantized):
     return ((quantized - weight).norm() / weight.norm()).item()
 
@@ -318,6 +324,7 @@ def without_dead(weight, hessian):
     return weight.float().masked_fill(dead[..., None, :], 0), hessian + torch.diag_embed(dead.float())
 
 
+# %%
 def reordered(W, H, turn):
     """Columns of the weight, rows and columns of the Hessian, in another order."""
     H = H.take_along_dim(turn[..., None, :], -1).take_along_dim(turn[..., None], -2)
@@ -373,6 +380,7 @@ def quietly():
     return contextlib.redirect_stdout(io.StringIO()) if helpers.batch() else contextlib.nullcontext()
 
 
+# %%
 with quietly():
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from gptqmodel.looper import loop_processor
@@ -457,10 +465,22 @@ def modules(names):
     return [[net.model.layers[number].get_submodule(name) for name in names] for number in chosen]
 
 
+# %%
 original = {
     part: torch.stack([torch.cat([m.weight.detach() for m in row]) for row in modules(names)])
     for part, names in PARTS.items()
 }
+
+
+# %%
+def adder(total):
+    """A hook that adds X Xᵀ of a module's input to `total`."""
+
+    def hook(_, args):
+        x = args[0].flatten(0, -2).float()
+        total.addmm_(x.T, x)
+
+    return hook
 
 
 # %%
@@ -469,15 +489,8 @@ def hessians(windows):
     """X Xᵀ of every part of the chosen layers: {part: [layers, columns, columns]}."""
     sums = {part: torch.zeros(len(w), *w.shape[2:] * 2, device=w.device) for part, w in original.items()}
 
-    def add(total):
-        def hook(_, args):
-            x = args[0].flatten(0, -2).float()
-            total.addmm_(x.T, x)
-
-        return hook
-
     hooks = [
-        row[0].register_forward_pre_hook(add(sums[part][n]))
+        row[0].register_forward_pre_hook(adder(sums[part][n]))
         for part, names in PARTS.items()
         for n, row in enumerate(modules(names))
     ]
@@ -502,6 +515,7 @@ def put(weights):
 probes = {"other genres": (windows[:8], reference), "Python documentation": (in_domain[:1], in_domain_reference)}
 
 
+# %%
 def study(quantize):
     """{text: Scores} with the chosen layers quantized by quantize(part)."""
     put({part: quantize(part) for part in PARTS})
@@ -510,6 +524,7 @@ def study(quantize):
     return scores
 
 
+# %%
 def study_gptq(hessian, size=group_size, **settings):
     return study(lambda part: gptq(original[part], hessian[part], size, bits, blocksize=32, **settings))
 
@@ -541,6 +556,7 @@ def own_text(net, samples, length, seed=0):
     return ids.cpu()
 
 
+# %%
 own = own_text(net, calibration_samples, calibration_length)
 print(tokenizer.decode(own[0, 1:60]))
 
@@ -611,15 +627,10 @@ for ax, (question, names) in zip(axes, asked.items()):
     ax.set(xscale="log", title=question)
 axes[1].set_xlabel(f"KL, {len(chosen)} of {config.num_hidden_layers} layers in {bits} bits (less is better)")
 axes[0].legend(loc="lower center", bbox_to_anchor=(0.4, 1.15), ncols=2)
-best_text = answers["other genres"].idxmin()
-figures.show(
-    fig,
-    alt=f"KL of each choice on two texts; the dotted line is rounding on other genres, "
-    f"{answers['other genres'].iloc[0]:.3f}. There the best is {best_text} with "
-    f"{answers['other genres'].min():.3f}. On documentation the best is "
-    f"{answers['Python documentation'].idxmin()}.",
-    table=answers.round(4),
-)
+best = answers[list(probes)].idxmin()
+alt = f"KL of each choice on two texts. The best on other genres is {best.iloc[0]}, on documentation {best.iloc[1]}; "
+alt += f"the dotted line is rounding on other genres, {answers['other genres'].iloc[0]:.3f}."
+figures.show(fig, alt=alt, table=answers.round(4))
 
 
 # %%
@@ -629,6 +640,7 @@ def told(difference):
     return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" + ("" if low > 0 or high < 0 else ", not told apart")
 
 
+# %%
 print("KL on other genres, difference with its 95 % interval:")
 print(f"  own text against documentation: {told(own_against_docs)}")
 print(f"  one sentence against documentation: {told(one_sentence_costs)}")
@@ -671,6 +683,7 @@ def preflight(config, bits, group_size, samples):
         raise ValueError(f"calibration needs samples of 10 tokens or more; got {[len(s) for s in samples]}")
 
 
+# %%
 preflight(config, bits, group_size, docs)
 
 # %% [markdown]
@@ -681,6 +694,8 @@ preflight(config, bits, group_size, docs)
 examples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in docs]
 print(f"{len(examples)} examples of {docs.shape[1]} tokens, none left out")
 
+
+# %%
 quantize_config = BaseQuantizeConfig(
     bits=bits,
     group_size=group_size,
@@ -748,6 +763,7 @@ def seal(folder):
     (pathlib.Path(folder) / "SHA256SUMS").write_text("\n".join(digests(folder)) + "\n")
 
 
+# %%
 def check_seal(folder):
     """Raise ValueError unless every file is the one that was saved. Takes a second and loads no model."""
     saved = (pathlib.Path(folder) / "SHA256SUMS").read_text().splitlines()
@@ -766,6 +782,7 @@ def logits_of(net):
     return net.eval()(input_ids=question_ids.to(next(net.parameters()).device)).logits.float().cpu()
 
 
+# %%
 def relative_gap(logits, expected):
     return ((logits - expected).norm() / expected.norm()).item()
 
@@ -868,6 +885,7 @@ gptq_config = QuantizeConfig(
 )
 rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in calibration]
 
+# %%
 with quietly(), memory.track() as gptq_cost:
     quantized = GPTQModel.load(found.path, gptq_config, dtype=fast, device=found.device)
     log = quantized.quantize(rows, batch_size=8)
@@ -991,6 +1009,7 @@ def judge(net):
     ]
 
 
+# %%
 def rounded_model(rounding):
     """A copy of the model with every Linear layer of its decoder rounded."""
     copied = copy.deepcopy(reference_net)
@@ -1163,6 +1182,7 @@ def in_gptqmodel(folder):
     return GPTQModel.load(str(folder), device=found.device, backend=backend, dtype=fast).model
 
 
+# %%
 def in_autoawq(folder):
     with archived.enable("autoawq"):
         from awq import AutoAWQForCausalLM
@@ -1170,6 +1190,7 @@ def in_autoawq(folder):
         return AutoAWQForCausalLM.from_quantized(str(folder), fuse_layers=False).model
 
 
+# %%
 def in_transformers(folder):
     return nets[folder.name]
 
@@ -1187,6 +1208,7 @@ def try_loader(loader, method):
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}", None
 
 
+# %%
 loaders = (in_autogptq, in_autoawq, in_gptqmodel, in_transformers)
 table = [
     (method, loader.__name__.removeprefix("in_"), *try_loader(loader, method)) for method in nets for loader in loaders
@@ -1206,6 +1228,7 @@ def truncated(folder):
         file.truncate(file.seek(0, 2) - 1000)
 
 
+# %%
 def swapped(folder):
     tensors = load_file(folder / "model.safetensors")
     one, other = (f"model.layers.0.mlp.{name}_proj.qweight" for name in ("gate", "up"))
@@ -1213,6 +1236,7 @@ def swapped(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+# %%
 def damaged(how):
     """Check a copy of the checkpoint that `how` has damaged."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -1293,6 +1317,7 @@ print(
 # %%
 from helpers import claims
 
+# %%
 linear_bits = bits + (16 + bits) / group_size
 smaller = 1 - sizes_of["gptq"] / bf16_bytes
 on_disk = f"{smaller:.0%} on disk; in the Linear layers {1 - linear_bits / 16:.0%} ({linear_bits:.2f} bits)"
