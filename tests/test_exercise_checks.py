@@ -242,6 +242,14 @@ CASES = {
         "lambda blocksize, scale_bits=32, double_quant=False: 4 + scale_bits / blocksize": "32 per 256 scales",
         "lambda blocksize, scale_bits=32, double_quant=False: 4 + (8 if double_quant else scale_bits) / blocksize": "32 per 256 scales",
     }),
+    ("04", "error_with_large_blocks"): (for_04, [
+        "lambda: 1.15",
+        "def error_with_large_blocks():\n    return 2.9 / 2.5",
+    ], {
+        "lambda: 4": "only a little larger",
+        "lambda: 0.5": "steps are wider",
+        "lambda: None": "return a number",
+    }),
     ("04", "int4_round_trip"): (for_04, [
         "def int4_round_trip(weight, blocksize=64):\n    out = torch.empty_like(weight).view(-1, blocksize)\n"
         "    for row, block in zip(out, weight.view(-1, blocksize)):\n        step = block.abs().max() / 7\n        row[:] = (block / step).round() * step\n"
