@@ -578,6 +578,19 @@ elif net8 is not None:
 net8 = None
 memory.release()
 
+
+# %%
+def peak_bytes(loads):
+    """The largest peak of a model's loads in new processes."""
+    return max(load.peak_vram if found.device == "cuda" else load.peak_ram for load in loads)
+
+
+# What the last cell writes as records: scores on both texts, bytes, loads, speed, and the load that was timed.
+name = quant_type if double_quant else f"{quant_type}-single"
+recorded = {name: (quality, second, weight_bytes, loads, rate_4bit, loading)}
+if whole8:
+    recorded["llm-int8"] = (scores8, second8, bytes8, [load8], rate8, loading8)
+
 # %% [markdown]
 # ## Chat with it
 #
@@ -836,34 +849,18 @@ quiz.Quiz("04_nf4_bitsandbytes")
 
 
 # %% tags=["record"]
-def peak_bytes(loads):
-    """The largest peak of a model's loads in new processes."""
-    return max(load.peak_vram if found.device == "cuda" else load.peak_ram for load in loads)
-
-
-same = dict(notebook="04_nf4_bitsandbytes", found=found, windows=windows)
-records.write(
-    output_dir,
-    method=quant_type if double_quant else f"{quant_type}-single",
-    **same,
-    scores=quality,
-    in_domain=(in_domain, second),
-    bits_per_weight=8 * weight_bytes / predicted.parameters,
-    weight_bytes=weight_bytes,
-    peak_memory_bytes=peak_bytes(loads),
-    decode_tokens_per_s=rate_4bit.decode_tokens_per_s,
-    quantize_seconds=loading.seconds,
-)
-if whole8:
+for method, (scores, other_text, size, peaks, rate, load) in recorded.items():
     records.write(
         output_dir,
-        method="llm-int8",
-        **same,
-        scores=scores8,
-        in_domain=(in_domain, second8),
-        bits_per_weight=8 * bytes8 / predicted.parameters,
-        weight_bytes=bytes8,
-        peak_memory_bytes=peak_bytes([load8]),
-        decode_tokens_per_s=rate8.decode_tokens_per_s,
-        quantize_seconds=loading8.seconds,
+        method=method,
+        notebook="04_nf4_bitsandbytes",
+        found=found,
+        windows=windows,
+        scores=scores,
+        in_domain=(in_domain, other_text),
+        bits_per_weight=8 * size / predicted.parameters,
+        weight_bytes=size,
+        peak_memory_bytes=peak_bytes(peaks),
+        decode_tokens_per_s=rate.decode_tokens_per_s,
+        quantize_seconds=load.seconds,
     )

@@ -109,7 +109,7 @@ def output_cost(rounded):
 
 
 nearest = pair.round()
-print(f"{pair.tolist()} rounds to {nearest.tolist()}; error of the output {output_cost(nearest):.3f}")
+print(f"1.4 and 1.3 round to {nearest[0]:.0f} and {nearest[1]:.0f}; error of the output {output_cost(nearest):.3f}")
 
 # %% [markdown]
 # **Two columns by hand.** Round the first weight: 1.4 becomes 1, and 0.4 is lost. Before we round the second weight, we move it to
