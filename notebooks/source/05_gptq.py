@@ -650,7 +650,11 @@ del usual, collected, net
 memory.release()
 
 # %% [markdown]
-# STUDY_PROSE
+# - **The text decides.** Documentation makes documentation good (0.049) and other genres worse than plain rounding (0.142 against 0.124). The
+#   model's own text is the best for other genres (0.073). Four times as much documentation helps less (0.106) than another text does.
+# - **One sentence is worse than no calibration**: 0.204 against 0.124. A sentence describes so few directions that the repairs of all others
+#   are guesses.
+# - **`desc_act` helps without any more bits**: 0.055. Groups of 32 cost 0.25 bits a weight more and give 0.069.
 
 # %% [markdown]
 # ## The guides' way: auto-gptq
@@ -1464,12 +1468,12 @@ quiz.Quiz("05_gptq")
 # %% [markdown]
 # ## Takeaways
 #
-# 1. **GPTQ is rounding with repair.** One column after the other, each error spread over the columns still free by the inverse Hessian's
-#    Cholesky factor: the weights move further, the output less.
-# 2. **Both packages write one format.** auto-gptq needs its repairs and has no fast kernel of its own left; gptqmodel quantizes today, and
-#    plain transformers loads either checkpoint with gptqmodel's kernels.
-# 3. **Score where nobody calibrated.** GPTQ calibrated on one genre looks good on that genre and can lose to plain rounding elsewhere. The
-#    model's own text, an asymmetric grid and `desc_act` carry over: check it on text of a genre that you did not calibrate on.
+# 1. **GPTQ is rounding with repair.** It rounds one column after the other and moves the free columns to cancel the error. In one layer it took 45 %
+#    of the output error away, while the weights moved further from the originals than with plain rounding.
+# 2. **Both packages write one format.** auto-gptq needs nine repairs and has no fast kernel left. gptqmodel quantizes today, and plain
+#    transformers loads either checkpoint with gptqmodel's kernels.
+# 3. **Score on text that nobody calibrated on.** Calibrated on documentation, on the symmetric grid, GPTQ lost to plain rounding on other genres
+#    (KL 0.58 against 0.55). With the model's own text, an asymmetric grid and `desc_act` it won clearly (0.18 against 0.41).
 #
 # <!-- navigation -->
 # <!-- /navigation -->

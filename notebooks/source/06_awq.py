@@ -267,7 +267,8 @@ one_percent = 1 - kept.KL[2] / kept.KL[0]
 kept.round(4)
 
 # %% [markdown]
-# ONE_PERCENT_PROSE
+# Chosen by inputs, 1 % of the channels takes more than half of the loss away. As many channels chosen by their weights help no more than channels
+# drawn by chance. And 1 % is no threshold: a tenth of it already helps, and five times as much helps more.
 #
 # But a matrix that is part integer and part float needs two kernels. So AWQ keeps everything in 4 bits and scales those channels up.
 #
@@ -1266,12 +1267,12 @@ quiz.Quiz("06_awq")
 # %% [markdown]
 # ## Takeaways
 #
-# 1. **Inputs tell which weights matter.** Channels chosen by their inputs beat as many chosen by weights or by chance. 1 % is no
-#    threshold: the table above says what each share buys.
-# 2. **AWQ is a scale per channel, found by a search and folded away.** A few lines give autoawq's scales and clipping, and the float
-#    function stays as it is.
-# 3. **Two libraries, one format.** autoawq needs a repair on a CPU; load either checkpoint with transformers or gptqmodel, and
-#    measure quality and speed on your own machine.
+# 1. **Inputs tell which weights matter.** 1 % of the channels in float, chosen by inputs, takes more than half of the rounding loss away. Chosen by
+#    weights, they help no more than chance.
+# 2. **AWQ is a scale per channel, found by a search and folded away.** All in 4 bits, it brings the model's KL from 0.41 to 0.15, and the float
+#    function stays as it is. Most of the gain comes from layers with very large inputs.
+# 3. **Two libraries write one format.** autoawq needs a repair on a CPU. transformers and gptqmodel load either checkpoint, and on this CPU both
+#    decode at least twice as fast as float32.
 #
 # <!-- navigation -->
 # <!-- /navigation -->
