@@ -68,11 +68,12 @@ print(f"{found.name} on the {found.device.upper()}, {found.origin}")
 # %% [markdown]
 # ## The idea: put the levels where the weights are
 #
-# Four bits give 16 levels. INT4 spaces them evenly. Trained weights are close to normally distributed: most lie near zero, and few far out.
-# So **NF4** puts more levels near zero ([QLoRA, section 3](https://arxiv.org/abs/2305.14314)). Each *block* of 64 weights is divided by its
-# largest magnitude, `absmax`, so it fits between -1 and 1.
+# Four bits give 16 levels. INT4 spaces them evenly. Trained weights are close to normally distributed: most lie near
+# zero, and few far out. So **NF4** puts more levels near zero ([QLoRA, section 3](https://arxiv.org/abs/2305.14314)).
+# Each *block* of 64 weights is divided by its largest magnitude, `absmax`, so it fits between -1 and 1.
 #
-# **Four weights by hand.** This block has an `absmax` of 0.8. We divide, take the nearest of the 16 levels, and multiply again:
+# **Four weights by hand.** This block has an `absmax` of 0.8. We divide, take the nearest of the 16 levels, and
+# multiply again:
 
 # %%
 four_weights = torch.tensor([0.80, -0.68, 0.10, 0.00])
@@ -94,9 +95,10 @@ for name, grid in {"even": even, "NF4": library_levels}.items():
 by_hand.round(3)
 
 # %% [markdown]
-# The largest weight is exact in both. The small ones come back closer with NF4: its levels near zero are 0.08 to 0.09 apart, the even ones 0.13,
-# and only NF4 has a level at zero. The price: between 0.70 and 1 NF4 has no level, so -0.68 comes back worse. The trade pays if few weights
-# are large. The picture shows one real weight of the model, block by block:
+# The largest weight is exact in both. The small ones come back closer with NF4: its levels near zero are 0.08 to 0.09
+# apart, the even ones 0.13, and only NF4 has a level at zero. The price: between 0.70 and 1 NF4 has no level, so
+# -0.68 comes back worse. The trade pays if few weights are large. The picture shows one real weight of the model,
+# block by block:
 
 
 # %%
@@ -130,8 +132,8 @@ figures.show(fig, alt=alt, table=pd.DataFrame(grids).T.round(2))
 # %% [markdown]
 # ### Where the 16 levels come from
 #
-# They are **quantiles** of the normal distribution, scaled to [-1, 1]: points that cut the bell into parts of equal area. There are 8 above
-# zero, 7 below, and zero itself, so that a zero weight stays zero.
+# They are **quantiles** of the normal distribution, scaled to [-1, 1]: points that cut the bell into parts of equal
+# area. There are 8 above zero, 7 below, and zero itself, so that a zero weight stays zero.
 
 
 # %%
@@ -163,9 +165,9 @@ def share(grid, sample):
 
 # %%
 sample = scaled.flatten()[:500_000]
-use = pd.DataFrame(
-    {"NF4 level": levels, "NF4 use, %": share(levels, sample), "even level": even, "even use, %": share(even, sample)}
-)
+use = pd.DataFrame({"NF4 level": levels, "NF4 use, %": share(levels, sample)})
+use["even level"] = even
+use["even use, %"] = share(even, sample)
 use.T.round(2)
 
 # %%
@@ -176,14 +178,15 @@ print(
 )
 
 # %% [markdown]
-# The shares are closer together than on the even grid, and still not equal. The reason is `absmax`: the quantiles are those of a normal
-# distribution that ends at its outermost level, and here every block is stretched until its own largest weight is exactly 1.
+# The shares are closer together than on the even grid, and still not equal. The reason is `absmax`: the quantiles are
+# those of a normal distribution that ends at its outermost level, and here every block is stretched until its own
+# largest weight is exactly 1.
 
 # %% [markdown]
 # ## From scratch: the block quantizer
 #
-# Each weight becomes the number of its nearest level. Two codes share a byte, and each block keeps one `absmax`. Our codes must equal those of
-# bitsandbytes **to the last one**.
+# Each weight becomes the number of its nearest level. Two codes share a byte, and each block keeps one `absmax`. Our
+# codes must equal those of bitsandbytes **to the last one**.
 
 
 # %%
@@ -224,8 +227,9 @@ print(f"relative error of the weight: {(restored - weight).norm() / weight.norm(
 # %% [markdown]
 # ### Double quantization: the scales of the scales
 #
-# One float32 `absmax` per 64 weights costs 32/64 = 0.5 bits per weight. Double quantization subtracts the mean of all `absmax` and stores the
-# rest in 8 bits, with one float32 per 256 of *them*: 8/64 + 32/(64·256) = 0.127 bits. So it saves **0.373 bits** per weight.
+# One float32 `absmax` per 64 weights costs 32/64 = 0.5 bits per weight. Double quantization subtracts the mean of all
+# `absmax` and stores the rest in 8 bits, with one float32 per 256 of *them*: 8/64 + 32/(64·256) = 0.127 bits. So it
+# saves **0.373 bits** per weight.
 
 # %%
 centred = absmax - absmax.mean()
@@ -245,12 +249,14 @@ assert gap.max() <= 1  # the library rounds half-way cases by a binary search ov
 # %% [markdown]
 # ## The library on the whole model
 #
-# This is the guides' config, with each setting spelled out. `from_pretrained` quantizes every Linear layer while it loads.
+# This is the guides' config, with each setting spelled out. `from_pretrained` quantizes every Linear layer while it
+# loads.
 #
 # - `load_in_4bit`: replace Linear layers by 4-bit ones (embeddings, norms and output head stay).
 # - `bnb_4bit_quant_type`: which 16 levels, `"nf4"` or `"fp4"`.
 # - `bnb_4bit_use_double_quant`: the scales of the scales.
-# - `bnb_4bit_compute_dtype`: the type weights are restored to for the multiplication. **The default is float32**, which is slow on GPUs.
+# - `bnb_4bit_compute_dtype`: the type weights are restored to for the multiplication. **The default is float32**,
+#   which is slow on GPUs.
 
 
 # %%
@@ -268,7 +274,8 @@ def four_bit(quant_type, double_quant, compute_dtype):
 
 
 # %% [markdown]
-# An older way stands in one of the guides: `load_in_4bit=True` without a config. It does not work with today's transformers:
+# An older way stands in one of the guides: `load_in_4bit=True` without a config. It does not work with today's
+# transformers:
 
 # %%
 try:
@@ -309,9 +316,9 @@ print(
 )
 
 # %% [markdown]
-# The RAM peak is a range, and in some runs it is larger than the 16-bit model. transformers loads tensors in several threads, and glibc keeps part
-# of what each thread has freed. The pages of the mapped checkpoint and of libraries count as resident too, but the system can take those
-# back. VRAM has one value.
+# The RAM peak is a range, and in some runs it is larger than the 16-bit model. transformers loads tensors in several
+# threads, and glibc keeps part of what each thread has freed. The pages of the mapped checkpoint and of libraries
+# count as resident too, but the system can take those back. VRAM has one value.
 
 # %%
 bf16 = memory.predict(config, bits=16)
@@ -331,13 +338,14 @@ if found.device == "cuda":
 pd.DataFrame({"MB": sizes / 1e6, "share of bf16": sizes / bf16.model}).round(3)
 
 # %% [markdown]
-# "4-bit is a quarter of 16-bit" holds for the Linear layers only. The smaller the model, the larger the share of the embeddings.
+# "4-bit is a quarter of 16-bit" holds for the Linear layers only. The smaller the model, the larger the share of the
+# embeddings.
 #
 # ## Change one setting at a time
 #
-# We score each setting against the untouched model on four genres of text. Half of the text is enough to tell the settings apart. The
-# configured model then gets all of it, and Python's documentation as a second text. We take sizes right after loading. **Predict first:**
-# which of the three changes costs the most quality?
+# We score each setting against the untouched model on four genres of text. Half of the text is enough to tell the
+# settings apart. The configured model then gets all of it, and Python's documentation as a second text. We take sizes
+# right after loading. **Predict first:** which of the three changes costs the most quality?
 
 # %%
 reference = evaluation.reference(found, windows)
@@ -366,7 +374,7 @@ second = evaluation.score(net, in_domain, in_domain_reference, batch_size=8)
 table = pd.DataFrame.from_dict(
     rows,
     orient="index",
-    columns=["quant_type", "double_quant", "compute_dtype", "MB", "perplexity", "KL", "same top-1", "decode tok/s"],
+    columns=[*"quant_type double_quant compute_dtype MB perplexity KL".split(), "same top-1", "decode tok/s"],
 )
 table.round(4)
 
@@ -391,9 +399,10 @@ assert nf4["KL"] < fp4["KL"], "NF4 should beat FP4 on normally distributed weigh
 assert quality.perplexity < 2 * reference.perplexity, "loaded without an error, and garbage all the same"
 
 # %% [markdown]
-# On a CPU with AVX512-BF16, bitsandbytes repacks the weights at the first forward pass and computes in bfloat16 whatever
-# `compute_dtype` says; the repacked layers also hold their scales unnested. On other CPUs it computes in the type of its input, which
-# is float32 here, because such a CPU emulates bfloat16 slowly. The size of the decoder layers, before and after they were used:
+# On a CPU with AVX512-BF16, bitsandbytes repacks the weights at the first forward pass and computes in bfloat16
+# whatever `compute_dtype` says; the repacked layers also hold their scales unnested. On other CPUs it computes in the
+# type of its input, which is float32 here, because such a CPU emulates bfloat16 slowly. The size of the decoder
+# layers, before and after they were used:
 
 # %%
 after = memory.weight_bytes(net.model.layers)
@@ -409,8 +418,8 @@ print(f"{packed_bytes / 1e6:.1f} MB after loading, {after / 1e6:.1f} MB after th
 #
 # - INT4 rounds to evenly spaced levels. One 16-bit scale per 32 weights makes 4 + 16/32 = 4.5 bits a weight.
 # - NF4 without double quantization costs the same: 4 + 32/64 = 4.5 bits.
-# - INT4 with a **zero point** of 4 bits per group costs 4.625 bits. Its levels reach from the smallest to the largest weight of the group,
-#   so it uses all 16 levels, not 15.
+# - INT4 with a **zero point** of 4 bits per group costs 4.625 bits. Its levels reach from the smallest to the largest
+#   weight of the group, so it uses all 16 levels, not 15.
 #
 # **Predict first:** which one is closest to the untouched model?
 
@@ -481,13 +490,15 @@ moved = (int4_scores.kl_divergence - int4_zero_scores.kl_divergence) / int4_scor
 print(f"The zero point alone changes the KL of INT4 by {-moved:+.0%}, for 0.125 bits per weight")
 
 # %% [markdown]
-# At equal bytes NF4 is closer to the untouched model than symmetric INT4 (KL 0.340 against 0.457). With a zero point INT4 overtakes it (0.326), for
-# 0.125 bits more. So the spacing of the levels is one choice, and the zero point of the grid is another. Ask "which INT4?" before you believe
-# a comparison. [05 GPTQ](05_gptq.ipynb) and [06 AWQ](06_awq.ipynb) make the same choice.
+# At equal bytes NF4 is closer to the untouched model than symmetric INT4 (KL 0.340 against 0.457). With a zero point
+# INT4 overtakes it (0.326), for 0.125 bits more. So the spacing of the levels is one choice, and the zero point of
+# the grid is another. Ask "which INT4?" before you believe a comparison. [05 GPTQ](05_gptq.ipynb) and [06
+# AWQ](06_awq.ipynb) make the same choice.
 #
 # ## Is it 2 to 3 times faster?
 #
-# We measure prefill and decode apart, at batch 1, all in this one run. The table has the median of three runs, the slowest and the fastest.
+# We measure prefill and decode apart, at batch 1, all in this one run. The table has the median of three runs, the
+# slowest and the fastest.
 
 # %%
 speeds = {}
@@ -515,15 +526,17 @@ figures.show(
 )
 
 # %% [markdown]
-# The **kernel** decides, not the number of bits. On a CPU, bitsandbytes multiplies 4-bit weights directly, and PyTorch's float paths for single
-# tokens are slow. On a data-centre GPU, a token of eager `generate` starts hundreds of small kernels, and their launches take longer than
-# reading the weights does. There fewer bytes cannot help until one captured graph replaces the launches. Measure on your own machine.
+# The **kernel** decides, not the number of bits. On a CPU, bitsandbytes multiplies 4-bit weights directly, and
+# PyTorch's float paths for single tokens are slow. On a data-centre GPU, a token of eager `generate` starts hundreds
+# of small kernels, and their launches take longer than reading the weights does. There fewer bytes cannot help until
+# one captured graph replaces the launches. Measure on your own machine.
 #
 # ## LLM.int8(): eight bits where outliers stay in 16
 #
-# The other format of bitsandbytes rounds weights **and** inputs to 8 bits, with a scale per row. A few input channels are far larger than the
-# rest and would stretch those scales. So LLM.int8() takes every channel with a value above `llm_int8_threshold` = 6.0 out, and multiplies
-# it in 16 bits ([paper](https://arxiv.org/abs/2208.07339)). A lower threshold keeps more channels exact and is slower.
+# The other format of bitsandbytes rounds weights **and** inputs to 8 bits, with a scale per row. A few input channels
+# are far larger than the rest and would stretch those scales. So LLM.int8() takes every channel with a value above
+# `llm_int8_threshold` = 6.0 out, and multiplies it in 16 bits ([paper](https://arxiv.org/abs/2208.07339)). A lower
+# threshold keeps more channels exact and is slower.
 
 
 # %%
@@ -546,8 +559,8 @@ except (NotImplementedError, RuntimeError, ValueError) as error:
     print(f"LLM.int8() does not run on this {found.device.upper()}: {str(error).splitlines()[0][:100]}")
 
 # %% [markdown]
-# The library has no CPU kernel of its own for this format. Where the CPU also emulates bfloat16, we score one window of each genre and decode few
-# tokens.
+# The library has no CPU kernel of its own for this format. Where the CPU also emulates bfloat16, we score one window
+# of each genre and decode few tokens.
 
 # %%
 text8, quick = windows, {}
@@ -587,7 +600,7 @@ def peak_bytes(loads):
     return max(load.peak_vram if found.device == "cuda" else load.peak_ram for load in loads)
 
 
-# What the last cell writes as records: scores on both texts, bytes, loads, speed, and the load that was timed.
+# What the last cell writes as records: scores on both texts, bytes, loads, speed, the load that was timed.
 name = quant_type if double_quant else f"{quant_type}-single"
 recorded = {name: (quality, second, weight_bytes, loads, rate_4bit, loading)}
 if whole8:
@@ -596,8 +609,8 @@ if whole8:
 # %% [markdown]
 # ## Chat with it
 #
-# The tokenizer renders the chat template to token ids at once. Rendering to text and tokenizing the text would add a second BOS token with some
-# tokenizers.
+# The tokenizer renders the chat template to token ids at once. Rendering to text and tokenizing the text would add a
+# second BOS token with some tokenizers.
 
 # %%
 session = chat.ChatSession(net, tokenizer, max_new_tokens=max_new_tokens, enable_thinking=False)
@@ -617,8 +630,8 @@ chat.ChatBox(session)
 # %% [markdown]
 # ### The guide's `pipeline` chat, as it stands
 #
-# One of the guides builds its chat with `pipeline`. We changed only `max_new_tokens`, from 256 to this notebook's parameter, and put the lines
-# into a function, so that the guide's names stay apart from ours.
+# One of the guides builds its chat with `pipeline`. We changed only `max_new_tokens`, from 256 to this notebook's
+# parameter, and put the lines into a function, so that the guide's names stay apart from ours.
 
 
 # %%
@@ -644,8 +657,9 @@ print(f"the guide's prompt: {len(ids)} tokens, {tokenizer.decode(ids)!r}")
 print(f"the model's own template: {len(own_ids)} tokens, {tokenizer.decode(own_ids[-12:])!r} at its end")
 
 # %% [markdown]
-# `[INST]` is Mistral's format. This model was trained on another one and reads it as plain text. With `apply_chat_template` the same lines are
-# right for every model. `chat` also forgets: it sends no earlier turn. And each call samples, so the answers differ from run to run.
+# `[INST]` is Mistral's format. This model was trained on another one and reads it as plain text. With
+# `apply_chat_template` the same lines are right for every model. `chat` also forgets: it sends no earlier turn. And
+# each call samples, so the answers differ from run to run.
 #
 # ## Batches
 #
@@ -669,10 +683,11 @@ print(f"the tokenizer pads on the {tokenizer.padding_side}")
 guide_batch(net, tokenizer, guide_prompts)
 
 # %% [markdown]
-# Three things are wrong. The prompts have no chat template, so the model continues the text instead of answering. The printed text repeats the
-# prompt. And the tokenizer pads on its default side. Generation goes on at the **end** of each row, so padding belongs on the left; on the
-# right, the model continues after padding. (A tokenizer without a padding token, such as Mistral's, stops here with an error.) With the
-# template and left padding, is each answer the one that its prompt gets alone?
+# Three things are wrong. The prompts have no chat template, so the model continues the text instead of answering. The
+# printed text repeats the prompt. And the tokenizer pads on its default side. Generation goes on at the **end** of
+# each row, so padding belongs on the left; on the right, the model continues after padding. (A tokenizer without a
+# padding token, such as Mistral's, stops here with an error.) With the template and left padding, is each answer the
+# one that its prompt gets alone?
 
 # %%
 prompts = ["Explain quantum computing.", "What is artificial intelligence?", "Describe neural networks."]
@@ -684,13 +699,13 @@ same = sum(a == b for a, b in zip(together, alone))
 print(f"{same} of {len(prompts)} answers are identical to the ones alone")
 
 # %% [markdown]
-# In full precision all of them are identical (a test holds that). In bfloat16, a batch adds numbers in another order, and a near tie between two
-# tokens can fall the other way.
+# In full precision all of them are identical (a test holds that). In bfloat16, a batch adds numbers in another order,
+# and a near tie between two tokens can fall the other way.
 #
 # ## On a 24 GB GPU with Mistral-7B
 #
-# Change one parameter: `model = "mistralai/Mistral-7B-Instruct-v0.3"`. The course's GPU measurements have these figures for Mistral-7B's shape.
-# A guide says 3.5 to 4 GB for the model and a peak of 8 to 10 GB while loading:
+# Change one parameter: `model = "mistralai/Mistral-7B-Instruct-v0.3"`. The course's GPU measurements have these
+# figures for Mistral-7B's shape. A guide says 3.5 to 4 GB for the model and a peak of 8 to 10 GB while loading:
 
 # %%
 course = pathlib.Path(helpers.__file__).parents[1]
@@ -731,7 +746,8 @@ with pd.option_context("display.max_colwidth", None):
 # %% [markdown]
 # ## Exercises
 #
-# **1 (easy).** Return the bits per weight of a 4-bit format, scales included. `scale_bits` is 32 in bitsandbytes. (Two lines.)
+# **1 (easy).** Return the bits per weight of a 4-bit format, scales included. `scale_bits` is 32 in bitsandbytes.
+# (Two lines.)
 
 
 # %%
@@ -762,8 +778,8 @@ if solutions:
 
 
 # %% [markdown]
-# **2 (medium).** Predict, then measure: with blocks of 256 instead of 64, how many times as large is NF4's error of the weight? Think of what
-# happens to `absmax`. Return your guess, one number.
+# **2 (medium).** Predict, then measure: with blocks of 256 instead of 64, how many times as large is NF4's error of
+# the weight? Think of what happens to `absmax`. Return your guess, one number.
 
 
 # %%
@@ -797,7 +813,8 @@ if solutions:
 
 
 # %% [markdown]
-# **3 (hard).** Round to nearest with 15 evenly spaced integer levels -7 … 7 per block, for comparison. Return the restored weight. (Three lines.)
+# **3 (hard).** Round to nearest with 15 evenly spaced integer levels -7 … 7 per block, for comparison. Return the
+# restored weight. (Three lines.)
 
 
 # %%
@@ -842,10 +859,10 @@ quiz.Quiz("04_nf4_bitsandbytes")
 # ## Takeaways
 #
 # 1. **NF4 is 16 normal quantiles and one scale per block.** A dozen lines give the same codes as the library.
-# 2. **The size follows from the config**, within 3 %. Double quantization saves 0.37 bits per weight in theory, 0.36 measured. Embeddings stay
-#    in 16 bits, so this small model shrinks by 58 %, not by 75 %.
-# 3. **Name the grid, the model and the machine.** NF4 has KL 0.34 on this 135M model: better than symmetric INT4 of the same size, not better than
-#    INT4 with a zero point. LLM.int8() has 0.025. The speed depends on the kernel.
+# 2. **The size follows from the config**, within 3 %. Double quantization saves 0.37 bits per weight in theory, 0.36
+#    measured. Embeddings stay in 16 bits, so this small model shrinks by 58 %, not by 75 %.
+# 3. **Name the grid, the model and the machine.** NF4 has KL 0.34 on this 135M model: better than symmetric INT4 of
+#    the same size, not better than INT4 with a zero point. LLM.int8() has 0.025. The speed depends on the kernel.
 #
 # <!-- navigation -->
 # <!-- /navigation -->

@@ -13,10 +13,12 @@
 # ## Goals
 #
 # 1. Rebuild GPTQ on one layer, and get the same codes as the library.
-# 2. Quantize the whole model with `auto-gptq`, as every guide shows it, and with `gptqmodel`, its successor; save, reload, chat.
+# 2. Quantize the whole model with `auto-gptq`, as every guide shows it, and with `gptqmodel`, its successor; save,
+#    reload, chat.
 # 3. Choose calibration text, grid and order of columns by what they do to text that nobody calibrated on.
 #
-# **Before you start:** [04 NF4](04_nf4_bitsandbytes.ipynb) for quantization without calibration, and [00](00_start_here.ipynb) for sizes.
+# **Before you start:** [04 NF4](04_nf4_bitsandbytes.ipynb) for quantization without calibration, and
+# [00](00_start_here.ipynb) for sizes.
 
 # %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
@@ -90,11 +92,11 @@ print(f"documentation to calibrate on: {len(docs)} samples of {docs.shape[1]} to
 # %% [markdown]
 # ## The idea: the next weight repairs the error of this one
 #
-# Take a layer with two weights, 1.4 and 1.3, and a grid of whole numbers. Rounding to nearest gives 1 and 1. Both weights became
-# smaller, so the output is too small wherever both inputs are large together.
+# Take a layer with two weights, 1.4 and 1.3, and a grid of whole numbers. Rounding to nearest gives 1 and 1. Both
+# weights became smaller, so the output is too small wherever both inputs are large together.
 #
-# How often the inputs are large together stands in a matrix, the **Hessian** `H` of the squared output error. It is the mean of
-# `2 x xᵀ` over real inputs `x`. For this example we choose inputs that are alike 80 % of the way:
+# How often the inputs are large together stands in a matrix, the **Hessian** `H` of the squared output error. It is
+# the mean of `2 x xᵀ` over real inputs `x`. For this example we choose inputs that are alike 80 % of the way:
 
 # %%
 H = torch.tensor([[1.0, 0.8], [0.8, 1.0]])
@@ -109,11 +111,12 @@ def output_cost(rounded):
 
 
 nearest = pair.round()
-print(f"1.4 and 1.3 round to {nearest[0]:.0f} and {nearest[1]:.0f}; error of the output {output_cost(nearest):.3f}")
+print(f"1.4 and 1.3 become {nearest[0]:.0f} and {nearest[1]:.0f}; error of the output {output_cost(nearest):.3f}")
 
 # %% [markdown]
-# **Two columns by hand.** Round the first weight: 1.4 becomes 1, and 0.4 is lost. Before we round the second weight, we move it to
-# where it makes up for the loss as well as it can. The derivative of the cost is zero at a change of `0.4 · H₁₂ / H₂₂`:
+# **Two columns by hand.** Round the first weight: 1.4 becomes 1, and 0.4 is lost. Before we round the second weight,
+# we move it to where it makes up for the loss as well as it can. The derivative of the cost is zero at a change of
+# `0.4 · H₁₂ / H₂₂`:
 
 # %%
 lost = pair[0] - 1
@@ -136,8 +139,8 @@ assert output_cost(repaired) < output_cost(nearest)
 by_hand
 
 # %% [markdown]
-# The repaired weights are *further* from the originals, and the output error is half as large. The picture shows why: all points of one
-# ellipse have the same output error, and the ellipse is long where two errors cancel.
+# The repaired weights are *further* from the originals, and the output error is half as large. The picture shows why:
+# all points of one ellipse have the same output error, and the ellipse is long where two errors cancel.
 
 # %%
 across, up = torch.meshgrid(torch.linspace(0.4, 2.6, 120), torch.linspace(0.4, 2.6, 120), indexing="xy")
@@ -166,8 +169,9 @@ figures.show(
 # %% [markdown]
 # ### The Hessian of a real layer
 #
-# [GPTQ](https://arxiv.org/abs/2210.17323) does the same with hundreds of columns: it rounds one input column after the other and moves all
-# columns that are still free. It needs the inputs of the layer, so we run the model over calibration text and collect them.
+# [GPTQ](https://arxiv.org/abs/2210.17323) does the same with hundreds of columns: it rounds one input column after
+# the other and moves all columns that are still free. It needs the inputs of the layer, so we run the model over
+# calibration text and collect them.
 
 
 # %%
@@ -191,8 +195,8 @@ hessian = 2 / len(inputs) * inputs.T @ inputs
 print(f"weight {list(weight.shape)}, inputs {list(inputs.shape)}, Hessian {list(hessian.shape)}")
 
 # %% [markdown]
-# How much of a column's error can the other columns repair? In the example the second column takes `H₁₂² / (H₁₁ H₂₂)` = 64 % of the cost
-# away. With many columns that share is `1 - 1 / (H_ii · (H⁻¹)_ii)`:
+# How much of a column's error can the other columns repair? In the example the second column takes `H₁₂² / (H₁₁ H₂₂)`
+# = 64 % of the cost away. With many columns that share is `1 - 1 / (H_ii · (H⁻¹)_ii)`:
 
 
 # %%
@@ -212,8 +216,8 @@ print(f"the example: {example[0]:.0%}; this layer, median of its columns: {repai
 # %% [markdown]
 # ## From scratch
 #
-# **The grid.** Each row has one scale per group of columns, and 2^bits levels around zero (`sym=True`). Rounding to nearest on this grid is
-# the floor that GPTQ has to beat.
+# **The grid.** Each row has one scale per group of columns, and 2^bits levels around zero (`sym=True`). Rounding to
+# nearest on this grid is the floor that GPTQ has to beat.
 
 
 # %%
@@ -253,8 +257,9 @@ print(f"rounded to nearest: error of the output {output_error(rounded):.4f}")
 
 
 # %% [markdown]
-# **GPTQ, one column at a time.** The loop is the example above. Row `column` of the inverse Hessian says how far each free column moves
-# per unit of error. The last line takes the finished column out of the inverse, so no later error moves it again.
+# **GPTQ, one column at a time.** The loop is the example above. Row `column` of the inverse Hessian says how far each
+# free column moves per unit of error. The last line takes the finished column out of the inverse, so no later error
+# moves it again.
 
 
 # %%
@@ -289,14 +294,15 @@ print(
 #
 # Three things make the loop above the library's algorithm.
 #
-# - **Cholesky.** All the rows that the loop takes from the shrinking inverse are the rows of one matrix: the upper Cholesky factor
-#   of the inverse Hessian, up to a scale each. We compute the factor once and never update an inverse.
-# - **Blocks.** Inside a block of columns, each error goes to its neighbours at once. The rest of the matrix gets all errors of the
-#   block in one matrix product. A group that starts inside a block reads its scale before the errors of that block have arrived, so
-#   `blocksize` changes the result a little.
-# - **Order.** A column that is rounded early can be repaired by many others, so the loudest columns should come first. `desc_act` sorts
-#   all columns; a group is then no run of neighbours, and kernels need an index. `act_group_aware` sorts whole groups, and the columns
-#   inside each group, and needs no index.
+# - **Cholesky.** All the rows that the loop takes from the shrinking inverse are the rows of one matrix: the upper
+#   Cholesky factor of the inverse Hessian, up to a scale each. We compute the factor once and never update an
+#   inverse.
+# - **Blocks.** Inside a block of columns, each error goes to its neighbours at once. The rest of the matrix gets all
+#   errors of the block in one matrix product. A group that starts inside a block reads its scale before the errors of
+#   that block have arrived, so `blocksize` changes the result a little.
+# - **Order.** A column that is rounded early can be repaired by many others, so the loudest columns should come
+#   first. `desc_act` sorts all columns; a group is then no run of neighbours, and kernels need an index.
+#   `act_group_aware` sorts whole groups, and the columns inside each group, and needs no index.
 
 
 # %%
@@ -370,8 +376,8 @@ assert unlike < 0.01, "the fast version must be the simple one, rounding at the 
 
 
 # %% [markdown]
-# **Against the library.** We give the same inputs to gptqmodel's own class, once in each order. (Both packages print a lot. In Jupyter you
-# see their progress; a batch run leaves it out.)
+# **Against the library.** We give the same inputs to gptqmodel's own class, once in each order. (Both packages print
+# a lot. In Jupyter you see their progress; a batch run leaves it out.)
 
 
 # %%
@@ -439,14 +445,16 @@ print(
 )
 
 # %% [markdown]
-# As in the example, GPTQ moves the weights *further* from the originals than rounding to nearest does, and the output closer. Where single
-# codes differ from the library's, a value lay at the edge between two levels, and the last bit of a sum decided.
+# As in the example, GPTQ moves the weights *further* from the originals than rounding to nearest does, and the output
+# closer. Where single codes differ from the library's, a value lay at the edge between two levels, and the last bit
+# of a sum decided.
 #
 # ## What the guides leave open
 #
-# Which text should calibrate, which group size, which order of columns? We answer with a study on a few layers spread over the model. The
-# function above quantizes them (each weight shape is one batch), and all other layers stay as they are. One run over the untouched model
-# collects the Hessians. We score the result on text, because the layer's own error says nothing about other genres.
+# Which text should calibrate, which group size, which order of columns? We answer with a study on a few layers spread
+# over the model. The function above quantizes them (each weight shape is one batch), and all other layers stay as
+# they are. One run over the untouched model collects the Hessians. We score the result on text, because the layer's
+# own error says nothing about other genres.
 
 # %%
 PARTS = {
@@ -512,7 +520,8 @@ def put(weights):
 
 
 # %%
-probes = {"other genres": (windows[:8], reference), "Python documentation": (in_domain[:1], in_domain_reference)}
+probes = {"other genres": (windows[:8], reference)}
+probes["Python documentation"] = (in_domain[:1], in_domain_reference)
 
 
 # %%
@@ -532,15 +541,17 @@ def study_gptq(hessian, size=group_size, **settings):
 # %% [markdown]
 # ### Text to calibrate on: the model's own
 #
-# Documentation is one genre. A model that was calibrated on one genre may lose others. One text has no genre of ours: what the model itself
-# writes when it starts from nothing. We sample it at temperature 1 and keep the tail of the distribution.
+# Documentation is one genre. A model that was calibrated on one genre may lose others. One text has no genre of ours:
+# what the model itself writes when it starts from nothing. We sample it at temperature 1 and keep the tail of the
+# distribution.
 
 
 # %%
 @torch.inference_mode()
 def own_text(net, samples, length, seed=0):
     """Token ids that the model samples from its first token on, int64 [samples, length]."""
-    start = tokenizer.bos_token_id or net.config.bos_token_id or tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    start = tokenizer.bos_token_id or net.config.bos_token_id
+    start = start or tokenizer.convert_tokens_to_ids("<|endoftext|>")
     torch.manual_seed(seed)
     ids = net.generate(
         torch.full((samples, 1), start, device=net.device),
@@ -563,13 +574,13 @@ print(tokenizer.decode(own[0, 1:60]))
 # %% [markdown]
 # ### The study
 #
-# Five calibration texts: the guide's one sentence, 16 and 64 samples of documentation, 16 samples of the model's own text, and 16 of Python
-# code. A sample has 128 tokens. **Predict first:** which text is the best for other genres? Can one sentence be worse than no calibration?
+# Five calibration texts: the guide's one sentence, 16 and 64 samples of documentation, 16 samples of the model's own
+# text, and 16 of Python code. A sample has 128 tokens. **Predict first:** which text is the best for other genres?
+# Can one sentence be worse than no calibration?
 
 # %%
-sentence = (
-    "auto-gptq is an easy-to-use model quantization library with user-friendly apis, based on the GPTQ algorithm."
-)
+sentence = "auto-gptq is an easy-to-use model quantization library with user-friendly apis, "
+sentence += "based on the GPTQ algorithm."
 code = tokenizer(pathlib.Path(logging.__file__).read_text(), truncation=True, max_length=16 * 128).input_ids
 many_docs = evaluation.windows(tokenizer, "calibration", 64 * 128, 128, source="pydoc")
 texts = {
@@ -628,8 +639,8 @@ for ax, (question, names) in zip(axes, asked.items()):
 axes[1].set_xlabel(f"KL, {len(chosen)} of {config.num_hidden_layers} layers in {bits} bits (less is better)")
 axes[0].legend(loc="lower center", bbox_to_anchor=(0.4, 1.15), ncols=2)
 best = answers[list(probes)].idxmin()
-alt = f"KL of each choice on two texts. The best on other genres is {best.iloc[0]}, on documentation {best.iloc[1]}; "
-alt += f"the dotted line is rounding on other genres, {answers['other genres'].iloc[0]:.3f}."
+alt = f"KL of each choice on two texts. The best on other genres is {best.iloc[0]}, "
+alt += f"on documentation {best.iloc[1]}; the dotted line is rounding on other genres, {answers['other genres'].iloc[0]:.3f}."
 figures.show(fig, alt=alt, table=answers.round(4))
 
 
@@ -650,17 +661,18 @@ del usual, collected, net
 memory.release()
 
 # %% [markdown]
-# - **The text decides.** Documentation makes documentation good (0.049) and other genres worse than plain rounding (0.142 against 0.124). The
-#   model's own text is the best for other genres (0.073). Four times as much documentation helps less (0.106) than another text does.
-# - **One sentence is worse than no calibration**: 0.204 against 0.124. A sentence describes so few directions that the repairs of all others
-#   are guesses.
+# - **The text decides.** Documentation makes documentation good (0.049) and other genres worse than plain rounding
+#   (0.142 against 0.124). The model's own text is the best for other genres (0.073). Four times as much documentation
+#   helps less (0.106) than another text does.
+# - **One sentence is worse than no calibration**: 0.204 against 0.124. A sentence describes so few directions that
+#   the repairs of all others are guesses.
 # - **`desc_act` helps without any more bits**: 0.055. Groups of 32 cost 0.25 bits a weight more and give 0.069.
 
 # %% [markdown]
 # ## The guides' way: auto-gptq
 #
-# The package is archived and does not import with today's transformers. `archived.enable` repairs it in memory, says what it changed, and
-# takes everything back with `.undo()`. It changes nothing on disk.
+# The package is archived and does not import with today's transformers. `archived.enable` repairs it in memory, says
+# what it changed, and takes everything back with `.undo()`. It changes nothing on disk.
 
 # %%
 repair = archived.enable("auto-gptq")
@@ -691,8 +703,9 @@ def preflight(config, bits, group_size, samples):
 preflight(config, bits, group_size, docs)
 
 # %% [markdown]
-# **Examples.** The guide gives one sentence; the study above shows what that costs. Most tutorials give some documents of one kind, and so
-# does this section. The grid is symmetric, auto-gptq's default. We score the result on other genres below.
+# **Examples.** The guide gives one sentence; the study above shows what that costs. Most tutorials give some
+# documents of one kind, and so does this section. The grid is symmetric, auto-gptq's default. We score the result on
+# other genres below.
 
 # %%
 examples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in docs]
@@ -709,8 +722,9 @@ quantize_config = BaseQuantizeConfig(
 
 
 # %% [markdown]
-# **Load and quantize.** These are the guide's lines, with another `torch_dtype`, because a CPU is slow in the default float16. The library
-# reports in log lines. A handler turns them into a progress bar and keeps the seconds of each layer.
+# **Load and quantize.** These are the guide's lines, with another `torch_dtype`, because a CPU is slow in the default
+# float16. The library reports in log lines. A handler turns them into a progress bar and keeps the seconds of each
+# layer.
 
 
 # %%
@@ -747,8 +761,9 @@ print(f"{autogptq_cost.seconds:.0f} s in all, {autogptq_layers.median():.2f} s a
 
 
 # %% [markdown]
-# **Save.** We write into a scratch folder that takes the checkpoint's name only when it is whole. A process that is killed on the way leaves
-# nothing that loads. The digests say later whether the files are still the ones that we saved.
+# **Save.** We write into a scratch folder that takes the checkpoint's name only when it is whole. A process that is
+# killed on the way leaves nothing that loads. The digests say later whether the files are still the ones that we
+# saved.
 
 
 # %%
@@ -808,8 +823,8 @@ del autogptq
 memory.release()
 
 # %% [markdown]
-# **Reload**, with the library's own loader. Its fast kernels are CUDA extensions compiled for a torch of 2024. Where they do not load, and on
-# every CPU, it restores each weight in full for every single token.
+# **Reload**, with the library's own loader. Its fast kernels are CUDA extensions compiled for a torch of 2024. Where
+# they do not load, and on every CPU, it restores each weight in full for every single token.
 
 # %%
 autogptq_folder = checkpoints.folder(output_dir, "autogptq")
@@ -824,7 +839,8 @@ gap = (again - autogptq_before).abs().max()
 print(f"{autogptq_kernel}; largest difference of a logit, before saving and after: {gap:.4f}")
 
 # %% [markdown]
-# **The guide's chat, as it stands**, with two changes: the device, and a function around it that keeps the guide's names apart from ours.
+# **The guide's chat, as it stands**, with two changes: the device, and a function around it that keeps the guide's
+# names apart from ours.
 
 
 # %%
@@ -853,17 +869,18 @@ del autogptq
 memory.release()
 
 # %% [markdown]
-# Four things are wrong in these lines. They print the system prompt and the question too, because `outputs[0]` starts with the prompt.
-# They render the template to text and tokenize the text again, which adds a second BOS token with Mistral's tokenizer
-# ([06 AWQ](06_awq.ipynb) counts it). `"cuda:0"` stands in the code. And the answer changes from run to run, because the model's own
-# generation settings sample. The course's way is `apply_chat_template(..., return_dict=True)` and `outputs[0, prompt_length:]`.
+# Four things are wrong in these lines. They print the system prompt and the question too, because `outputs[0]` starts
+# with the prompt. They render the template to text and tokenize the text again, which adds a second BOS token with
+# Mistral's tokenizer ([06 AWQ](06_awq.ipynb) counts it). `"cuda:0"` stands in the code. And the answer changes from
+# run to run, because the model's own generation settings sample. The course's way is `apply_chat_template(...,
+# return_dict=True)` and `outputs[0, prompt_length:]`.
 
 # %% [markdown]
 # ## Today, and at its best: gptqmodel
 #
-# gptqmodel is auto-gptq's successor, and transformers loads this format with it. Four settings differ from the run above. Each of them lowers
-# the KL on genres that nothing was calibrated on: the model's own text, an asymmetric grid (`sym=False`, a zero point per group), the
-# loudest columns first (`desc_act`), and more damping.
+# gptqmodel is auto-gptq's successor, and transformers loads this format with it. Four settings differ from the run
+# above. Each of them lowers the KL on genres that nothing was calibrated on: the model's own text, an asymmetric grid
+# (`sym=False`, a zero point per group), the loudest columns first (`desc_act`), and more damping.
 
 # %%
 mixed = torch.cat(
@@ -908,8 +925,9 @@ with quietly(), checkpoints.writing(output_dir, "gptq") as folder:
     seal(folder)
 
 # %% [markdown]
-# **A trap.** The model in memory is now packed for the *file*. There each zero point is stored minus one, a habit of the first GPTQ code. A
-# forward pass in this state gives garbage, and no error. Loading adds the one again. We add it here too, to compare with the reloaded model.
+# **A trap.** The model in memory is now packed for the *file*. There each zero point is stored minus one, a habit of
+# the first GPTQ code. A forward pass in this state gives garbage, and no error. Loading adds the one again. We add it
+# here too, to compare with the reloaded model.
 
 # %%
 with quietly():
@@ -923,8 +941,9 @@ memory.release()
 # %% [markdown]
 # ## Both checkpoints in plain transformers
 #
-# Both checkpoints have one format, so one loader takes both. `from_pretrained` reads `quantization_config` and takes the best kernel for this
-# machine. On CUDA we name one kernel, because the others are compiled when they are first used.
+# Both checkpoints have one format, so one loader takes both. `from_pretrained` reads `quantization_config` and takes
+# the best kernel for this machine. On CUDA we name one kernel, because the others are compiled when they are first
+# used.
 
 # %% tags=["reload"]
 import torch
@@ -943,8 +962,8 @@ def reload(folder):
 
 
 # %% [markdown]
-# **Reload in a new process; the logits must match.** The new process knows only the files. We measure speed there too, because a process in
-# which gptqmodel has quantized decodes more slowly afterwards.
+# **Reload in a new process; the logits must match.** The new process knows only the files. We measure speed there
+# too, because a process in which gptqmodel has quantized decodes more slowly afterwards.
 
 # %%
 PROGRAM = """
@@ -989,8 +1008,8 @@ rates = json.loads(done.stdout.splitlines()[-1])
 # %% [markdown]
 # ### How good?
 #
-# A method has to beat plain rounding on its own grid. The two checkpoints lie on two grids, so there are two floors: symmetric (auto-gptq's)
-# and with a zero point (the best setting's).
+# A method has to beat plain rounding on its own grid. The two checkpoints lie on two grids, so there are two floors:
+# symmetric (auto-gptq's) and with a zero point (the best setting's).
 
 
 # %%
@@ -1071,7 +1090,8 @@ result.round(4)
 # %% [markdown]
 # ### Calibration source by evaluation genre
 #
-# The table has the same four models, genre by genre. The last column is a letter. We held it back while we chose the settings.
+# The table has the same four models, genre by genre. The last column is a letter. We held it back while we chose the
+# settings.
 
 # %%
 names = {
@@ -1131,8 +1151,8 @@ if bits == 4 and calibration_source == "own" and tuned_here:
 # %% [markdown]
 # ### Chat
 #
-# Loading without an error proves nothing. We ask for an answer and let the untouched model judge it: a perplexity near 1 means that the
-# untouched model could have written it.
+# Loading without an error proves nothing. We ask for an answer and let the untouched model judge it: a perplexity
+# near 1 means that the untouched model could have written it.
 
 
 # %%
@@ -1158,8 +1178,8 @@ for method, net in nets.items():
 # %% [markdown]
 # ### Is it faster?
 #
-# The new process above measured this, with the unquantized model beside both checkpoints. A kernel that reads 4-bit weights decides, not the
-# number of bits.
+# The new process above measured this, with the unquantized model beside both checkpoints. A kernel that reads 4-bit
+# weights decides, not the number of bits.
 
 # %%
 speeds = pd.DataFrame(rates).T
@@ -1214,9 +1234,8 @@ def try_loader(loader, method):
 
 # %%
 loaders = (in_autogptq, in_autoawq, in_gptqmodel, in_transformers)
-table = [
-    (method, loader.__name__.removeprefix("in_"), *try_loader(loader, method)) for method in nets for loader in loaders
-]
+pairs = [(method, loader) for method in nets for loader in loaders]
+table = [(method, loader.__name__.removeprefix("in_"), *try_loader(loader, method)) for method, loader in pairs]
 pd.DataFrame(table, columns=["checkpoint", "loader", "kernel or error", "logits differ by"]).round(3)
 
 
@@ -1274,9 +1293,10 @@ pd.Series(refusals, name="what it says").to_frame()
 # %% [markdown]
 # ## Upload
 #
-# The upload is off unless `push_to_hub` is set. The guide's `login("your_read_token_here")` puts a token into a cell, and a saved notebook
-# then carries it. Here the token comes from the environment, from Colab's secrets, or from a prompt that does not echo. The guide's model
-# is gated: accept its terms on its hub page first, or the download ends in a 403 error. The checkpoint goes up as it is, seal included.
+# The upload is off unless `push_to_hub` is set. The guide's `login("your_read_token_here")` puts a token into a cell,
+# and a saved notebook then carries it. Here the token comes from the environment, from Colab's secrets, or from a
+# prompt that does not echo. The guide's model is gated: accept its terms on its hub page first, or the download ends
+# in a 403 error. The checkpoint goes up as it is, seal included.
 
 
 # %%
@@ -1303,8 +1323,8 @@ if push_to_hub:
 # %% [markdown]
 # ## On a 24 GB GPU with Mistral-7B
 #
-# Change two parameters: `model = "mistralai/Mistral-7B-Instruct-v0.3"` and `group_size = 128`, which divides all its layers. This is what one
-# run of gptqmodel in Mistral-7B's shape gave, read from the course's GPU measurements:
+# Change two parameters: `model = "mistralai/Mistral-7B-Instruct-v0.3"` and `group_size = 128`, which divides all its
+# layers. This is what one run of gptqmodel in Mistral-7B's shape gave, read from the course's GPU measurements:
 
 # %%
 course = pathlib.Path(helpers.__file__).parents[1]
@@ -1354,8 +1374,8 @@ with pd.option_context("display.max_colwidth", None):
 # %% [markdown]
 # ## Exercises
 #
-# **1 (easy).** Predict, then measure: how many times as large does GPTQ's output error of the layer above become with 3 bits instead of 4?
-# Return your guess, one number. (One line. Count the levels of each grid.)
+# **1 (easy).** Predict, then measure: how many times as large does GPTQ's output error of the layer above become with
+# 3 bits instead of 4? Return your guess, one number. (One line. Count the levels of each grid.)
 
 
 # %%
@@ -1385,8 +1405,9 @@ if solutions:
 
 
 # %% [markdown]
-# **2 (medium).** The two columns of the example, made many: the first weight was rounded with error `e = w - q`. Return the changes of all
-# other weights, `[columns - 1]`, with the smallest output error under the Hessian `H`. (One or two lines; set the gradient to zero.)
+# **2 (medium).** The two columns of the example, made many: the first weight was rounded with error `e = w - q`.
+# Return the changes of all other weights, `[columns - 1]`, with the smallest output error under the Hessian `H`. (One
+# or two lines; set the gradient to zero.)
 
 
 # %%
@@ -1422,8 +1443,9 @@ if solutions:
 
 
 # %% [markdown]
-# **3 (hard).** A better grid: for each group try the scale times 1, 0.95, … 0.7. Keep, per row and group, the one with the smallest squared
-# error of the weights. Return the quantized weight. (Five lines; `mse` in gptqmodel's config does this.)
+# **3 (hard).** A better grid: for each group try the scale times 1, 0.95, … 0.7. Keep, per row and group, the one
+# with the smallest squared error of the weights. Return the quantized weight. (Five lines; `mse` in gptqmodel's
+# config does this.)
 
 
 # %%
@@ -1468,12 +1490,14 @@ quiz.Quiz("05_gptq")
 # %% [markdown]
 # ## Takeaways
 #
-# 1. **GPTQ is rounding with repair.** It rounds one column after the other and moves the free columns to cancel the error. In one layer it took 45 %
-#    of the output error away, while the weights moved further from the originals than with plain rounding.
-# 2. **Both packages write one format.** auto-gptq needs nine repairs and has no fast kernel left. gptqmodel quantizes today, and plain
-#    transformers loads either checkpoint with gptqmodel's kernels.
-# 3. **Score on text that nobody calibrated on.** Calibrated on documentation, on the symmetric grid, GPTQ lost to plain rounding on other genres
-#    (KL 0.58 against 0.55). With the model's own text, an asymmetric grid and `desc_act` it won clearly (0.18 against 0.41).
+# 1. **GPTQ is rounding with repair.** It rounds one column after the other and moves the free columns to cancel the
+#    error. In one layer it took 45 % of the output error away, while the weights moved further from the originals
+#    than with plain rounding.
+# 2. **Both packages write one format.** auto-gptq needs nine repairs and has no fast kernel left. gptqmodel quantizes
+#    today, and plain transformers loads either checkpoint with gptqmodel's kernels.
+# 3. **Score on text that nobody calibrated on.** Calibrated on documentation, on the symmetric grid, GPTQ lost to
+#    plain rounding on other genres (KL 0.58 against 0.55). With the model's own text, an asymmetric grid and
+#    `desc_act` it won clearly (0.18 against 0.41).
 #
 # <!-- navigation -->
 # <!-- /navigation -->

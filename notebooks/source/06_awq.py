@@ -1,7 +1,8 @@
 # %% [markdown]
 # # 06 AWQ
 #
-# Find the weights that matter by looking at what flows into them, make them safe from rounding, and load the result anywhere.
+# Find the weights that matter by looking at what flows into them, make them safe from rounding, and load the result
+# anywhere.
 #
 # <!-- badge -->
 # <!-- /badge -->
@@ -13,10 +14,13 @@
 # ## Goals
 #
 # 1. Find the input channels that matter, and test the "1 %" of the guides on the whole model.
-# 2. Write AWQ's scale search, the folding and the clip search by hand, and get autoawq's own numbers on the same layer.
-# 3. Quantize the whole model with autoawq and with gptqmodel, and know which loader takes which checkpoint, how good and how fast.
+# 2. Write AWQ's scale search, the folding and the clip search by hand, and get autoawq's own numbers on the same
+#    layer.
+# 3. Quantize the whole model with autoawq and with gptqmodel, and know which loader takes which checkpoint, how good
+#    and how fast.
 #
-# **Before you start:** [00 Start here](00_start_here.ipynb) for the memory arithmetic, [05 GPTQ](05_gptq.ipynb) for groups and calibration.
+# **Before you start:** [00 Start here](00_start_here.ipynb) for the memory arithmetic, [05 GPTQ](05_gptq.ipynb) for
+# groups and calibration.
 
 # %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
@@ -77,8 +81,9 @@ reference, in_domain_reference, letter_reference = (
 )
 
 # %% [markdown]
-# Three texts judge. The four genres count most, because no method here was calibrated on them. Python's documentation comes second: AWQ is
-# calibrated on other pages of it. We hold a letter back to the end. [05 GPTQ](05_gptq.ipynb) studies what another calibration text changes.
+# Three texts judge. The four genres count most, because no method here was calibrated on them. Python's documentation
+# comes second: AWQ is calibrated on other pages of it. We hold a letter back to the end. [05 GPTQ](05_gptq.ipynb)
+# studies what another calibration text changes.
 
 # %%
 calibration = evaluation.windows(
@@ -95,7 +100,8 @@ print(f"calibration: {len(samples)} samples of {calibration_length} tokens")
 # %% [markdown]
 # ## The idea: look at the inputs, not at the weights
 #
-# **The grid first.** AWQ's grid has a zero point: 2^bits levels, evenly spaced between the smallest and the largest weight of a group.
+# **The grid first.** AWQ's grid has a zero point: 2^bits levels, evenly spaced between the smallest and the largest
+# weight of a group.
 
 
 # %%
@@ -110,8 +116,8 @@ def rtn(weight, group_size, bits=4):
 
 
 # %% [markdown]
-# **Four weights by hand.** The layer adds up input x weight. The first input is 8, the others are 1. We round the weights to 3 bits. The
-# rounding error of the first weight is multiplied by 8:
+# **Four weights by hand.** The layer adds up input x weight. The first input is 8, the others are 1. We round the
+# weights to 3 bits. The rounding error of the first weight is multiplied by 8:
 
 # %%
 four_weights = torch.tensor([0.31, -0.52, 1.00, 0.24])
@@ -130,20 +136,21 @@ def by_hand(scale):
 by_hand(torch.ones(4))
 
 # %% [markdown]
-# Now multiply the first weight by 2 before rounding, and divide its input by 2. The product stays the same. The group's largest and smallest
-# weight stay the same too, so the step between two levels stays. The error of the first weight, divided by 2 again, becomes smaller:
+# Now multiply the first weight by 2 before rounding, and divide its input by 2. The product stays the same. The
+# group's largest and smallest weight stay the same too, so the step between two levels stays. The error of the first
+# weight, divided by 2 again, becomes smaller:
 
 # %%
 by_hand(torch.tensor([2.0, 1.0, 1.0, 1.0]))
 
 # %% [markdown]
-# This is AWQ: scale up the weights whose inputs are large, and divide the inputs. How large must the factor be? Too small does not help, and
-# too large stretches the step for the neighbours. So AWQ searches for it, further below.
+# This is AWQ: scale up the weights whose inputs are large, and divide the inputs. How large must the factor be? Too
+# small does not help, and too large stretches the step for the neighbours. So AWQ searches for it, further below.
 #
 # ### Which inputs are large in a real model?
 #
-# One pass over the calibration text gives each input channel's mean magnitude. We look at the last layer. (`layer` sets another one. The gain
-# of AWQ differs from layer to layer, and the last layers carry most of it.)
+# One pass over the calibration text gives each input channel's mean magnitude. We look at the last layer. (`layer`
+# sets another one. The gain of AWQ differs from layer to layer, and the last layers carry most of it.)
 
 # %%
 net = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.fast).to(found.device)
@@ -173,7 +180,8 @@ magnitudes = watch(net, linears, calibration)
 # %%
 gate = f"layers.{layer}.mlp.gate_proj"
 curves = {"inputs": magnitudes[gate], "weights": linears[gate].weight.float().abs().mean(0)}
-curves = {name: (values / values.median()).sort(descending=True).values.cpu() for name, values in curves.items()}
+for name, values in curves.items():
+    curves[name] = (values / values.median()).sort(descending=True).values.cpu()
 spread = (
     pd.DataFrame(
         {
@@ -214,9 +222,10 @@ figures.show(
 # %% [markdown]
 # ## The 1 %: keep some channels in float
 #
-# The guides say that about 1 % of the weights matter most. We test it on the whole model: round every Linear layer except its most important
-# input channels, and measure. We compare three measures of "important": the inputs, the weights, and chance. **Predict first:** how much of
-# the rounding loss does 1 % of the channels take away, chosen by inputs and chosen by weights?
+# The guides say that about 1 % of the weights matter most. We test it on the whole model: round every Linear layer
+# except its most important input channels, and measure. We compare three measures of "important": the inputs, the
+# weights, and chance. **Predict first:** how much of the rounding loss does 1 % of the channels take away, chosen by
+# inputs and chosen by weights?
 
 # %%
 probe = windows[:4]  # a quarter of the text, one window a genre, for the steps in between
@@ -267,10 +276,12 @@ one_percent = 1 - kept.KL[2] / kept.KL[0]
 kept.round(4)
 
 # %% [markdown]
-# Chosen by inputs, 1 % of the channels takes more than half of the loss away. As many channels chosen by their weights help no more than channels
-# drawn by chance. And 1 % is no threshold: a tenth of it already helps, and five times as much helps more.
+# Chosen by inputs, 1 % of the channels takes more than half of the loss away. As many channels chosen by their
+# weights help no more than channels drawn by chance. And 1 % is no threshold: a tenth of it already helps, and five
+# times as much helps more.
 #
-# But a matrix that is part integer and part float needs two kernels. So AWQ keeps everything in 4 bits and scales those channels up.
+# But a matrix that is part integer and part float needs two kernels. So AWQ keeps everything in 4 bits and scales
+# those channels up.
 #
 # Every method below must beat the first row, rounding to nearest. On the whole evaluation text:
 
@@ -289,10 +300,12 @@ print(
 # %% [markdown]
 # ## The search for the scales
 #
-# AWQ reduces the search to one number ([AWQ, section 3.2](https://arxiv.org/abs/2306.00978)): an exponent alpha with `s = mean|x|^alpha`.
+# AWQ reduces the search to one number ([AWQ, section 3.2](https://arxiv.org/abs/2306.00978)): an exponent alpha with
+# `s = mean|x|^alpha`.
 #
 # - alpha = 0 makes all scales 1: plain rounding. alpha = 1 makes all inputs equally large.
-# - 20 values of alpha are tried. The best one has the smallest error of the output of the whole block (here the MLP) on calibration inputs.
+# - 20 values of alpha are tried. The best one has the smallest error of the output of the whole block (here the MLP)
+#   on calibration inputs.
 # - autoawq also divides by the mean weight to the power 1 - alpha. It calls this `duo_scaling`.
 #
 # First we collect the inputs of one MLP:
@@ -311,7 +324,8 @@ x = block.post_attention_layernorm(hidden).detach()
 
 
 # %% [markdown]
-# The two parts of the search: the scales of one alpha, and the error of the block when its Linear layers are scaled, rounded and divided:
+# The two parts of the search: the scales of one alpha, and the error of the block when its Linear layers are scaled,
+# rounded and divided:
 
 
 # %%
@@ -344,7 +358,8 @@ def search_scales(inspect, linears, x, duo_scaling=True, grid=20):
     w_mean = (groups / (groups.amax(1, keepdim=True) + 1e-6)).view(-1, x.shape[-1]).mean(0)
     x_mean = x.abs().flatten(0, -2).mean(0)
     target = inspect(x)
-    tried = {step / grid: scales_for(step / grid, x_mean, w_mean if duo_scaling else None) for step in range(grid)}
+    alphas = [step / grid for step in range(grid)]
+    tried = {alpha: scales_for(alpha, x_mean, w_mean if duo_scaling else None) for alpha in alphas}
     losses = {alpha: scaled_error(inspect, linears, scales, x, target) for alpha, scales in tried.items()}
     return tried[min(losses, key=losses.get)], losses
 
@@ -383,8 +398,8 @@ figures.show(
 # %% [markdown]
 # ### Folding: nothing is left to compute at run time
 #
-# Somebody has to divide the inputs by s. No extra operation does it, because the module before has a weight per channel. For gate and up this is
-# the weight of the RMSNorm. For `down_proj` these are the rows of `up_proj`.
+# Somebody has to divide the inputs by s. No extra operation does it, because the module before has a weight per
+# channel. For gate and up this is the weight of the RMSNorm. For `down_proj` these are the rows of `up_proj`.
 
 
 # %%
@@ -409,13 +424,13 @@ fold(mlp.up_proj, [mlp.down_proj], scales_down)
 
 # %%
 change = ((mlp(norm(hidden)) - target).norm() / target.norm()).item()
-print(f"scales from {scales.min():.2f} to {scales.max():.2f}; the float block changed by {change:.1e} of its output")
+print(f"scales from {scales.min():.2f} to {scales.max():.2f}; the float output changed by {change:.1e}")
 assert change < 1e-5, "folding must not change the float function"
 
 
 # %% [markdown]
-# Now we round the folded block, and compare it with the alternatives on the same block. **Predict first:** does scaling get closer to the float
-# output than 5 % of the channels in float?
+# Now we round the folded block, and compare it with the alternatives on the same block. **Predict first:** does
+# scaling get closer to the float output than 5 % of the channels in float?
 
 
 # %%
@@ -446,8 +461,9 @@ pd.DataFrame({"relative error of the MLP": errors}).round(4)
 # %% [markdown]
 # ## autoawq on the same layer, and its repair
 #
-# autoawq is archived, and its last release is older than the libraries it runs on here. On a CPU it raises no error and **ruins the model**.
-# It saves the weights with `v.cpu()` before a trial and puts them back after it. On a CPU `v.cpu()` is no copy, so every trial stays.
+# autoawq is archived, and its last release is older than the libraries it runs on here. On a CPU it raises no error
+# and **ruins the model**. It saves the weights with `v.cpu()` before a trial and puts them back after it. On a CPU
+# `v.cpu()` is no copy, so every trial stays.
 
 # %%
 repair = archived.enable("autoawq")  # imports it, repaired
@@ -459,7 +475,8 @@ for name, assumed, now in repair.applied:
 
 
 # %% [markdown]
-# We run autoawq's search alone, on our block and inputs, without and with the repair. `quantize` calls `_search_best_scale` for each layer.
+# We run autoawq's search alone, on our block and inputs, without and with the repair. `quantize` calls
+# `_search_best_scale` for each layer.
 
 
 # %%
@@ -507,9 +524,10 @@ for name, ours, library in [("gate and up", scales, theirs), ("down", scales_dow
 # %% [markdown]
 # ### Clipping, and why it is slow
 #
-# After scaling, autoawq may shrink the range of each group. A few weights are clipped, and all others get finer steps. autoawq tries ten limits
-# a group and multiplies every weight with every token for each. There is a faster way: the error of a group is `d·G·d`. Here d is the change of
-# its weights, and G is one small matrix, the products of its inputs summed over all tokens.
+# After scaling, autoawq may shrink the range of each group. A few weights are clipped, and all others get finer
+# steps. autoawq tries ten limits a group and multiplies every weight with every token for each. There is a faster
+# way: the error of a group is `d·G·d`. Here d is the change of its weights, and G is one small matrix, the products
+# of its inputs summed over all tokens.
 
 
 # %%
@@ -553,7 +571,8 @@ print(f"at this rate autoawq takes {whole:.0f} s for the model, with the 512 tok
 
 
 # %% [markdown]
-# Ours is cheap enough for the whole model. We compare rounding with and without clipping here, and after scaling further below.
+# Ours is cheap enough for the whole model. We compare rounding with and without clipping here, and after scaling
+# further below.
 
 
 # %%
@@ -594,9 +613,10 @@ print("; ".join(f"KL {' and '.join(key)}: {value:.4f}" for key, value in effects
 # %% [markdown]
 # ## autoawq on the whole model
 #
-# **Check your inputs before a slow run.** Both libraries notice some mistakes only after minutes of searching. This check reads the config file
-# and the samples alone. A group must divide every layer's inputs. The 576 of SmolLM2-135M take groups of 64. The widths of the Qwen2.5
-# models are multiples of the guides' 128, so there add `-p group_size 128`.
+# **Check your inputs before a slow run.** Both libraries notice some mistakes only after minutes of searching. This
+# check reads the config file and the samples alone. A group must divide every layer's inputs. The 576 of SmolLM2-135M
+# take groups of 64. The widths of the Qwen2.5 models are multiples of the guides' 128, so there add `-p group_size
+# 128`.
 
 
 # %%
@@ -677,8 +697,8 @@ del clipped
 pd.Series(effects, name="KL on the probe").unstack().round(4)
 
 # %% [markdown]
-# **Look at what you calibrated on.** As released, autoawq drops every sample longer than `max_calib_seq_len` without a word. It joins the
-# other samples and cuts them into blocks. The repair cuts long samples instead of dropping them.
+# **Look at what you calibrated on.** As released, autoawq drops every sample longer than `max_calib_seq_len` without
+# a word. It joins the other samples and cuts them into blocks. The repair cuts long samples instead of dropping them.
 
 # %%
 from awq.quantize import quantizer
@@ -695,8 +715,8 @@ for name, module in [("as released", calib_data), ("repaired", quantizer)]:
 # %% [markdown]
 # ### Save
 #
-# `checkpoints.writing` gives a scratch folder that takes the checkpoint's name when it is whole, so a run that is killed leaves nothing that
-# loads. We keep the logits of one short text, to compare them with the file.
+# `checkpoints.writing` gives a scratch folder that takes the checkpoint's name when it is whole, so a run that is
+# killed leaves nothing that loads. We keep the logits of one short text, to compare them with the file.
 
 # %%
 prompt = windows[:1, :32]
@@ -725,10 +745,10 @@ del awq_model
 # %% [markdown]
 # ## gptqmodel: AWQ, maintained
 #
-# AutoAWQ's own README sends its users to llm-compressor, which needs a GPU to be useful. gptqmodel runs the same method on a CPU too, with
-# its own kernels. Two things are special here. On a CPU we have to say which layer class it packs into, or it asks for CUDA. And it always
-# clips, with the same slow search. **For this call we replace its clip search with our faster one, so the result is gptqmodel's scales with
-# the clipping from above.**
+# AutoAWQ's own README sends its users to llm-compressor, which needs a GPU to be useful. gptqmodel runs the same
+# method on a CPU too, with its own kernels. Two things are special here. On a CPU we have to say which layer class it
+# packs into, or it asks for CUDA. And it always clips, with the same slow search. **For this call we replace its clip
+# search with our faster one, so the result is gptqmodel's scales with the clipping from above.**
 
 # %%
 with quietly():
@@ -906,8 +926,8 @@ genres["Python docs"] = [score.kl_divergence for score in (in_domain_floor, *sec
 genres.round(3)
 
 # %% [markdown]
-# The two libraries run the same method. They differ mainly in the last step: gptqmodel always clips (here with our search), and autoawq ran
-# with `apply_clip=False`. Is the difference on the same windows larger than chance?
+# The two libraries run the same method. They differ mainly in the last step: gptqmodel always clips (here with our
+# search), and autoawq ran with `apply_clip=False`. Is the difference on the same windows larger than chance?
 
 # %%
 gap, low, high = evaluation.difference(scores["autoawq"], scores["awq"])
@@ -981,7 +1001,8 @@ with pd.option_context("display.max_colwidth", None):
 #
 # ### How fast?
 #
-# The new process above measured the speed, because a process in which gptqmodel has quantized decodes more slowly afterwards:
+# The new process above measured the speed, because a process in which gptqmodel has quantized decodes more slowly
+# afterwards:
 
 # %%
 fresh.columns = ["prefill tok/s", "decode tok/s", "slowest run", "fastest run"]
@@ -997,9 +1018,9 @@ if found.device == "cpu":
 # %% [markdown]
 # ## Chat with it
 #
-# This is the guide's last step, on the reloaded checkpoints. The guide renders the template to text (`tokenize=False`) and tokenizes the text
-# again. `apply_chat_template` adds a BOS token where the template has one, and the tokenizer of Mistral adds a second. We run both ways and
-# count the tokens:
+# This is the guide's last step, on the reloaded checkpoints. The guide renders the template to text
+# (`tokenize=False`) and tokenizes the text again. `apply_chat_template` adds a BOS token where the template has one,
+# and the tokenizer of Mistral adds a second. We run both ways and count the tokens:
 
 # %%
 plain = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype).to(found.device)
@@ -1016,8 +1037,9 @@ doubled = guide_inputs["input_ids"].shape[1] - start
 print(f"the guide's way: {start + doubled} tokens, at once: {start}; {doubled} more with this tokenizer")
 
 # %% [markdown]
-# The guide also prints `outputs[0]`, which starts with the whole prompt. We print the answer alone. Loading without an error proves nothing, so
-# the untouched model judges each answer: its perplexity is low for text that the untouched model could have written.
+# The guide also prints `outputs[0]`, which starts with the whole prompt. We print the answer alone. Loading without
+# an error proves nothing, so the untouched model judges each answer: its perplexity is low for text that the
+# untouched model could have written.
 
 
 # %%
@@ -1040,7 +1062,8 @@ for name, net in {"untouched": plain, **loaded}.items():
 # %% [markdown]
 # ## Mistakes, and when you hear of them
 #
-# We make five mistakes, once with our check and once with autoawq itself. autoawq gets a single decoder layer, so that the wait is short here:
+# We make five mistakes, once with our check and once with autoawq itself. autoawq gets a single decoder layer, so
+# that the wait is short here:
 
 # %%
 del plain, loaded, net
@@ -1051,7 +1074,8 @@ short.model.model.layers = short.model.model.layers[:1]
 # %%
 widths = set(linear_layers(found.path).values())
 wrong_group = next(size for size in (128, 96, 80) if any(width % size for width in widths))
-good = dict(folder=found.path, bits=bits, group_size=group_size, samples=samples[:2], length=calibration_length)
+good = dict(folder=found.path, bits=bits, group_size=group_size)
+good.update(samples=samples[:2], length=calibration_length)
 mistakes = {
     f"group size {wrong_group}": dict(group_size=wrong_group),
     "3 bits": dict(bits=3),
@@ -1076,15 +1100,15 @@ def quantize_one_layer(folder, bits, group_size, samples, length):
         victim = copy.deepcopy(short) if folder == found.path else AutoAWQForCausalLM.from_pretrained(folder)
     config = {**quant_config, "w_bit": bits, "q_group_size": group_size}
     with quietly():
-        victim.quantize(tokenizer, quant_config=config, calib_data=samples, max_calib_seq_len=length, apply_clip=False)
+        settings = dict(quant_config=config, calib_data=samples, max_calib_seq_len=length)
+        victim.quantize(tokenizer, apply_clip=False, **settings)
 
 
 # %%
 rows = []
 for name, wrong in mistakes.items():
-    answers = [
-        outcome(lambda: action(**(good | wrong)), folders["autoawq"]) for action in (check_request, quantize_one_layer)
-    ]
+    actions = (check_request, quantize_one_layer)
+    answers = [outcome(lambda: action(**(good | wrong)), folders["autoawq"]) for action in actions]
     rows.append([name, *answers])
 with pd.option_context("display.max_colwidth", None):
     display(pd.DataFrame(rows, columns=["mistake", "the check here, at once", "autoawq"]))
@@ -1093,8 +1117,9 @@ assert all(row[1].startswith("ValueError") for row in rows)
 # %% [markdown]
 # ## On a 24 GB GPU with Mistral-7B
 #
-# Change two parameters: `model = "mistralai/Mistral-7B-Instruct-v0.3"` and `group_size = 128`. This is what one run of autoawq in Mistral-7B's
-# shape gave, from the course's GPU measurements. The guide's `device="cuda:0"` loads there.
+# Change two parameters: `model = "mistralai/Mistral-7B-Instruct-v0.3"` and `group_size = 128`. This is what one run
+# of autoawq in Mistral-7B's shape gave, from the course's GPU measurements. The guide's `device="cuda:0"` loads
+# there.
 
 # %%
 course = pathlib.Path(helpers.__file__).parents[1]
@@ -1145,9 +1170,9 @@ with pd.option_context("display.max_colwidth", None):
 # %% [markdown]
 # ## Exercises
 #
-# **1 (easy).** Predict, then measure: what does a scale do to the error x input of the first of the four weights, on average? Take many random
-# groups like the one above (first input 8, scale 2). Return your guess: the mean |error x input| of the first weight with the scale, divided
-# by the one without. (One number.)
+# **1 (easy).** Predict, then measure: what does a scale do to the error x input of the first of the four weights, on
+# average? Take many random groups like the one above (first input 8, scale 2). Return your guess: the mean |error x
+# input| of the first weight with the scale, divided by the one without. (One number.)
 
 
 # %%
@@ -1187,9 +1212,9 @@ if solutions:
 
 
 # %% [markdown]
-# **2 (medium).** With one key/value head per query head, `v_proj`'s outputs are `o_proj`'s inputs, averaged by attention. Fold
-# scales [width] between the two, in place: `v_proj` may have a bias. (Three lines. With grouped heads, as here, autoawq leaves
-# `o_proj` unscaled.)
+# **2 (medium).** With one key/value head per query head, `v_proj`'s outputs are `o_proj`'s inputs, averaged by
+# attention. Fold scales [width] between the two, in place: `v_proj` may have a bias. (Three lines. With grouped
+# heads, as here, autoawq leaves `o_proj` unscaled.)
 
 
 # %%
@@ -1225,8 +1250,9 @@ if solutions:
 
 
 # %% [markdown]
-# **3 (hard).** For a single Linear layer the search needs no tokens either. Return the mean squared error of its output for changed weights,
-# from `gram` = XᵀX / tokens [in, in] alone. (Two lines. `gram` is also GPTQ's Hessian, up to a factor.)
+# **3 (hard).** For a single Linear layer the search needs no tokens either. Return the mean squared error of its
+# output for changed weights, from `gram` = XᵀX / tokens [in, in] alone. (Two lines. `gram` is also GPTQ's Hessian, up
+# to a factor.)
 
 
 # %%
@@ -1267,12 +1293,12 @@ quiz.Quiz("06_awq")
 # %% [markdown]
 # ## Takeaways
 #
-# 1. **Inputs tell which weights matter.** 1 % of the channels in float, chosen by inputs, takes more than half of the rounding loss away. Chosen by
-#    weights, they help no more than chance.
-# 2. **AWQ is a scale per channel, found by a search and folded away.** All in 4 bits, it brings the model's KL from 0.41 to 0.15, and the float
-#    function stays as it is. Most of the gain comes from layers with very large inputs.
-# 3. **Two libraries write one format.** autoawq needs a repair on a CPU. transformers and gptqmodel load either checkpoint, and on this CPU both
-#    decode at least twice as fast as float32.
+# 1. **Inputs tell which weights matter.** 1 % of the channels in float, chosen by inputs, takes more than half of the
+#    rounding loss away. Chosen by weights, they help no more than chance.
+# 2. **AWQ is a scale per channel, found by a search and folded away.** All in 4 bits, it brings the model's KL from
+#    0.41 to 0.15, and the float function stays as it is. Most of the gain comes from layers with very large inputs.
+# 3. **Two libraries write one format.** autoawq needs a repair on a CPU. transformers and gptqmodel load either
+#    checkpoint, and on this CPU both decode at least twice as fast as float32.
 #
 # <!-- navigation -->
 # <!-- /navigation -->

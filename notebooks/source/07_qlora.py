@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 07 QLoRA
 #
-# Fine-tune a model whose weights are frozen in 4 bits, check what it learned and what it forgot, and compute what a 7B model will need.
+# Fine-tune a model whose weights are frozen in 4 bits, see what it learns and what it forgets, and know what a 7B model will need.
 #
 # <!-- badge -->
 # <!-- /badge -->
@@ -62,7 +62,8 @@ transformers_logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 # %% [markdown]
-# We quantize the model to 4 bits as in [04](04_nf4_bitsandbytes.ipynb), once, and save it. This notebook needs it fresh several times.
+# We quantize the model to 4 bits as in [04](04_nf4_bitsandbytes.ipynb), once, and save it. This notebook needs it
+# fresh several times.
 
 # %%
 assert steps >= 4 and steps % 2 == 0, "steps must be even and at least 4: the run is interrupted half-way"
@@ -83,9 +84,8 @@ print(f"{found.name} on the {found.device.upper()}, {found.origin}")
 # %%
 def quantize_4bit(path):
     """The model in NF4, computing in 16 bits where the machine can."""
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
-    )
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=half, **settings)
     return AutoModelForCausalLM.from_pretrained(
         path, quantization_config=nf4, dtype=half, device_map={"": found.device}
     )
@@ -111,8 +111,8 @@ print(f"{weight_bytes / 1e6:.0f} MB of weights, {net.config.num_hidden_layers} l
 # %% [markdown]
 # ## The idea: leave the weights, add a thin correction
 #
-# **Why not train the 4-bit weights?** A 4-bit weight can only be one of 16 levels. A gradient step is far smaller than the gap to the next
-# level, so rounding undoes it. Three weights of one block, and a step of 0.001 each:
+# **Why not train the 4-bit weights?** A 4-bit weight can only be one of 16 levels. A gradient step is far smaller
+# than the gap to the next level, so rounding undoes it. Three weights of one block, and a step of 0.001 each:
 
 
 # %%
@@ -126,8 +126,9 @@ stepped = through_nf4(stored_block + 0.001 * torch.where(stored_block.abs() < st
 pd.DataFrame({"stored": stored_block[0, :3], "after a step of 0.001": stepped[0, :3]}).round(4)
 
 # %% [markdown]
-# **LoRA** ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)) freezes the weight W and adds the product of two thin matrices beside it. An
-# example small enough to do by hand: W is 3 x 3, A is 1 x 3, B is 3 x 1. B A is a full 3 x 3 matrix, made of 6 numbers.
+# **LoRA** ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)) freezes the weight W and adds the product of two
+# thin matrices beside it. An example small enough to do by hand: W is 3 x 3, A is 1 x 3, B is 3 x 1. B A is a full 3
+# x 3 matrix, made of 6 numbers.
 
 # %%
 W = torch.eye(3)
@@ -136,7 +137,8 @@ B = torch.tensor([[0.5], [0.0], [1.0]])
 W + B @ A
 
 # %% [markdown]
-# In a real layer the saving is large. The picture is drawn to scale for one square layer of this model, with rank r = 16:
+# In a real layer the saving is large. The picture is drawn to scale for one square layer of this model, with rank r =
+# 16:
 
 # %%
 rank = 16
@@ -184,7 +186,8 @@ class LoRALinear(torch.nn.Module):
 
 
 # %% [markdown]
-# We compare with peft on the same layer, with the same A and B. B is not zero here, or the comparison would be too easy.
+# We compare with peft on the same layer, with the same A and B. B is not zero here, or the comparison would be too
+# easy.
 
 # %%
 guide_config = LoraConfig(
@@ -227,8 +230,9 @@ assert theirs.base_layer.weight.grad is None, "the 4-bit weight must not get a g
 #
 # ## Which layers
 #
-# The guide adapts `q_proj` and `v_proj`, as the LoRA paper did. QLoRA ([arXiv:2305.14314](https://arxiv.org/abs/2305.14314),
-# section 4) found that adapters on **all** Linear layers are needed to match full fine-tuning.
+# The guide adapts `q_proj` and `v_proj`, as the LoRA paper did. QLoRA
+# ([arXiv:2305.14314](https://arxiv.org/abs/2305.14314), section 4) found that adapters on **all** Linear layers are
+# needed to match full fine-tuning.
 
 
 # %%
@@ -256,7 +260,8 @@ pd.DataFrame.from_dict(
 ).round(2)
 
 # %% [markdown]
-# What if a name matches nothing? peft stops only if **none** of the names matches, and it does not say what would. So check first:
+# What if a name matches nothing? peft stops only if **none** of the names matches, and it does not say what would. So
+# check first:
 
 # %%
 try:
@@ -306,15 +311,17 @@ net = prepare_model_for_kbit_training(
 rows["the library's call"] = state(net)
 assert rows["the library's call"] == rows["3. checkpointing"], "by hand and by the library should agree"
 del by_hand
-pd.DataFrame.from_dict(rows, orient="index", columns=["require a gradient", "in float32", "MB", "checkpointing"])
+columns = ["require a gradient", "in float32", "MB", "checkpointing"]
+pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 # %% [markdown]
-# With the older `use_reentrant=True` there is a fourth step: a hook that makes the embeddings' output require a gradient. Without it, reentrant
-# checkpointing gives the adapters no gradient.
+# With the older `use_reentrant=True` there is a fourth step: a hook that makes the embeddings' output require a
+# gradient. Without it, reentrant checkpointing gives the adapters no gradient.
 #
 # ## The data: pairs, template, and a loss on the answers only
 #
-# The course brings its own instruction set about quantization. `read_pairs` checks every line, names a broken one and leaves it out.
+# The course brings its own instruction set about quantization. `read_pairs` checks every line, names a broken one and
+# leaves it out.
 
 # %%
 course_data = pathlib.Path(helpers.__file__).parents[1] / "notebooks" / "data" / "quantization_qa.jsonl"
@@ -336,8 +343,9 @@ with tempfile.TemporaryDirectory() as scratch:
 print(f"{len(whole_pairs)} of 5 lines kept.", *problems, sep="\n")
 
 # %% [markdown]
-# The model should learn to answer, not to write questions. Label -100 means "no loss here": it covers the template and the question,
-# and ends where the answer begins. The end-of-turn token keeps its label, or the model would never learn to stop.
+# The model should learn to answer, not to write questions. Label -100 means "no loss here": it covers the template
+# and the question, and ends where the answer begins. The end-of-turn token keeps its label, or the model would never
+# learn to stop.
 
 # %%
 longest = net.config.max_position_embeddings
@@ -392,7 +400,8 @@ print(f"{min(lengths)} to {max(lengths)} tokens a pair; {share:.0%} of them coun
 # - **Mixed precision** keeps adapters and norms in float32 and multiplies in 16 bits (`autocast`).
 # - **Checkpointing** saves memory and pays with an extra forward pass.
 #
-# We measure one batch in three settings, each after a short step to warm up. **Predict first:** which one saves more memory?
+# We measure one batch in three settings, each after a short step to warm up. **Predict first:** which one saves more
+# memory?
 
 
 # %%
@@ -465,13 +474,14 @@ figures.show(
 #
 # ## The optimizer: 8 bits, and paged
 #
-# AdamW keeps two running means for every trainable number. In float32 that is 8 bytes a parameter, more than the parameter itself. Two ideas
-# of QLoRA make it small, and one makes it safe:
+# AdamW keeps two running means for every trainable number. In float32 that is 8 bytes a parameter, more than the
+# parameter itself. Two ideas of QLoRA make it small, and one makes it safe:
 #
 # - Only the adapters are trained, so only they have states.
 # - bitsandbytes stores both means in **8 bits**: 2 bytes a parameter.
-# - A **paged** optimizer puts the states into unified memory. While a long batch needs the room, the driver moves pages of them to the
-#   computer's RAM, and back for the optimizer's step. A peak that would end in "CUDA out of memory" then only costs time.
+# - A **paged** optimizer puts the states into unified memory. While a long batch needs the room, the driver moves
+#   pages of them to the computer's RAM, and back for the optimizer's step. A peak that would end in "CUDA out of
+#   memory" then only costs time.
 #
 # How much is at stake for Mistral-7B? We count the parameters from its config:
 
@@ -507,14 +517,16 @@ pd.DataFrame(
 ).T.round(2)
 
 # %% [markdown]
-# With the guide's adapters the states hardly count. With r = 64 on all layers, 8 bits save about a gigabyte. Full fine-tuning needs more
-# for the states alone than any 24 GB card has. In the Trainer one argument switches it on: `optim="paged_adamw_8bit"`. Paging exists on CUDA
-# only. The table says what 8 bits save; it does not say what paging costs in time, which we did not measure.
+# With the guide's adapters the states hardly count. With r = 64 on all layers, 8 bits save about a gigabyte. Full
+# fine-tuning needs more for the states alone than any 24 GB card has. In the Trainer one argument switches it on:
+# `optim="paged_adamw_8bit"`. Paging exists on CUDA only. The table says what 8 bits save; it does not say what paging
+# costs in time, which we did not measure.
 #
 # ## The trap: a run that learns nothing
 #
-# On a CPU with AVX512-BF16, bitsandbytes repacks its 4-bit weights at the first forward pass **in eval mode**, for speed. The repacked weights
-# pass no gradient on, and no error says so. One look at an answer, or at the held-out loss, before training is enough:
+# On a CPU with AVX512-BF16, bitsandbytes repacks its 4-bit weights at the first forward pass **in eval mode**, for
+# speed. The repacked weights pass no gradient on, and no error says so. One look at an answer, or at the held-out
+# loss, before training is enough:
 
 # %%
 batch = collate(train_rows[:batch_size]).to(found.device)
@@ -614,8 +626,9 @@ print(
 # %% [markdown]
 # ## A task that visibly succeeds: keep a format
 #
-# Two hundred pairs do not teach a small model new facts. They can teach it a **format**, and a program can check that. The format: one line of
-# JSON with the single key "answer". A program that reads the answers needs exactly this.
+# Two hundred pairs do not teach a small model new facts. They can teach it a **format**, and a program can check
+# that. The format: one line of JSON with the single key "answer". A program that reads the answers needs exactly
+# this.
 
 
 # %%
@@ -649,8 +662,9 @@ print(f"{kept_before} of {len(format_questions)} answers keep the format. The fi
 print(format_before[0])
 
 # %% [markdown]
-# **trl's `SFTTrainer`** is the usual tool for such a run. It renders the chat template, masks the prompt in the labels, prepares the 4-bit model
-# and adds the adapters: all that the sections above did by hand. It takes conversations of a prompt and a completion:
+# **trl's `SFTTrainer`** is the usual tool for such a run. It renders the chat template, masks the prompt in the
+# labels, prepares the 4-bit model and adds the adapters: all that the sections above did by hand. It takes
+# conversations of a prompt and a completion:
 
 # %%
 from datasets import Dataset
@@ -745,16 +759,17 @@ del sft, check
 memory.release()
 
 # %% [markdown]
-# Before training no answer keeps the format, and after 24 short steps nearly all do. The *contents* are no better than before: a model learns a
-# format long before it learns facts. An answer that breaks the format usually repeats itself until the limit. `SFTTrainer` needed about
-# 20 lines. Its adapters are in 16 bits here, because trl casts them for 4-bit models; the loop below keeps them in float32.
+# Before training no answer keeps the format, and after 24 short steps nearly all do. The *contents* are no better
+# than before: a model learns a format long before it learns facts. An answer that breaks the format usually repeats
+# itself until the limit. `SFTTrainer` needed about 20 lines. Its adapters are in 16 bits here, because trl casts them
+# for 4-bit models; the loop below keeps them in float32.
 
 # %% [markdown]
 # ## The loop you control: transformers' Trainer
 #
-# The second run learns the answers themselves, with adapters on all Linear layers and our own encoding of the pairs. It is made to be
-# interrupted: it saves a checkpoint half-way. Then we throw everything away and resume in new objects, as after a kill. (A test kills a
-# real process with SIGKILL and compares the final losses.)
+# The second run learns the answers themselves, with adapters on all Linear layers and our own encoding of the pairs.
+# It is made to be interrupted: it saves a checkpoint half-way. Then we throw everything away and resume in new
+# objects, as after a kill. (A test kills a real process with SIGKILL and compares the final losses.)
 #
 # - `gradient_check()` stops the run at its first step if a gradient does not arrive.
 # - `LivePlot` redraws the loss as it falls. A batch run has one figure at the end.
@@ -793,8 +808,8 @@ class StopAt(TrainerCallback):
 
 
 # %% [markdown]
-# The learning rate for a 7B model is the QLoRA paper's, 2e-4. The small model takes 3e-3. We chose it by a few short runs, which this notebook
-# does not repeat; `learning_rate` sets another one.
+# The learning rate for a 7B model is the QLoRA paper's, 2e-4. The small model takes 3e-3. We chose it by a few short
+# runs, which this notebook does not repeat; `learning_rate` sets another one.
 
 # %%
 run_folder = records.folder(output_dir) / "training" / "07_qlora"
@@ -841,12 +856,18 @@ def fingerprint(net):
 
 
 # %% [markdown]
-# Now the full run on the configured layers (by default all Linear ones), with its interruption. We train without dropout: in the default number
-# of steps no pair is seen twice, so none can be learned by heart, and on a CPU drawing the random numbers costs time in every step.
+# Now the full run on the configured layers (by default all Linear ones), with its interruption. We train without
+# dropout: in the default number of steps no pair is seen twice, so none can be learned by heart, and on a CPU drawing
+# the random numbers costs time in every step.
 
 # %%
 config = LoraConfig(
-    r=r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+    r=r,
+    lora_alpha=lora_alpha,
+    target_modules=target_modules,
+    lora_dropout=0.0,
+    bias="none",
+    task_type="CAUSAL_LM",
 )
 trainer, check = new_trainer(config, StopAt(steps // 2))
 hash_before = fingerprint(trainer.model)
@@ -913,8 +934,8 @@ del trainer, tuned, check
 memory.release()
 
 # %% [markdown]
-# Put this adapter on another base, and peft raises a long list of mismatches, or no error at all where the shapes happen to fit.
-# `check_adapter` compares name and shapes:
+# Put this adapter on another base, and peft raises a long list of mismatches, or no error at all where the shapes
+# happen to fit. `check_adapter` compares name and shapes:
 
 # %%
 other_config = AutoConfig.from_pretrained(found.path)
@@ -930,8 +951,8 @@ del base, candidate, other
 
 
 # %% [markdown]
-# These functions bring their own imports. A test runs them in a fresh process. In a program of your own, write the hub name of the base
-# instead of `models.find`, and leave `check_adapter` out.
+# These functions bring their own imports. A test runs them in a fresh process. In a program of your own, write the
+# hub name of the base instead of `models.find`, and leave `check_adapter` out.
 
 
 # %% tags=["reload"]
@@ -945,9 +966,8 @@ def base_in_nf4(name):
     half = found.fast
     if found.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         half = torch.float16
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
-    )
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=half, **settings)
     base = AutoModelForCausalLM.from_pretrained(
         found.path, quantization_config=nf4, dtype=half, device_map={"": found.device}
     )
@@ -997,12 +1017,13 @@ for pair, *answers in zip(held_out, answers_before, answers_after):
     print(f"Q: {pair['question']}\n  before:  {before}\n  after:   {after}\n  written: {pair['answer']}\n")
 
 # %% [markdown]
-# The answers became short and stay with the subject. A few hundred pairs do **not** teach a small model the facts: compare each answer with the
-# written one.
+# The answers became short and stay with the subject. A few hundred pairs do **not** teach a small model the facts:
+# compare each answer with the written one.
 #
 # ## What it forgot
 #
-# We measure the KL divergence from the full-precision model on general text, which has nothing to do with the training data:
+# We measure the KL divergence from the full-precision model on general text, which has nothing to do with the
+# training data:
 
 # %%
 scores = evaluation.score(tuned, windows, reference, batch_size=8)
@@ -1019,14 +1040,15 @@ print(f"training changed the KL on general text by {mean:+.3f} ({low:+.3f} to {h
 
 
 # %% [markdown]
-# Training on a narrow set moved the model away from full precision on general text: KL 0.34 became 0.62. The perplexity fell at the same time, so
-# perplexity alone would have hidden it. The usual remedies are fewer steps, a lower rate, or general text among the pairs.
+# Training on a narrow set moved the model away from full precision on general text: KL 0.34 became 0.62. The
+# perplexity fell at the same time, so perplexity alone would have hidden it. The usual remedies are fewer steps, a
+# lower rate, or general text among the pairs.
 #
 # ## Merge: where to, and where not
 #
-# Merging adds `(alpha / r) · B A` to the frozen weight once. After that the adapter costs no time. In **4-bit weights** the sum has to be
-# rounded to the 16 levels again. A 4-bit weight lies exactly **on** a level, so rounding undoes every update that does not push it half-way
-# to the next one. How much of the update arrives in one layer?
+# Merging adds `(alpha / r) · B A` to the frozen weight once. After that the adapter costs no time. In **4-bit
+# weights** the sum has to be rounded to the 16 levels again. A 4-bit weight lies exactly **on** a level, so rounding
+# undoes every update that does not push it half-way to the next one. How much of the update arrives in one layer?
 
 
 # %%
@@ -1062,8 +1084,8 @@ del fresh, rounded, tuned, stored, on_levels
 memory.release()
 
 # %% [markdown]
-# Merging into **full precision** is exact up to rounding. Quantize the result anew if you need 4 bits: its weights lie anywhere between the
-# levels and round up or down, and on average the update comes through.
+# Merging into **full precision** is exact up to rounding. Quantize the result anew if you need 4 bits: its weights
+# lie anywhere between the levels and round up or down, and on average the update comes through.
 
 # %%
 bf16_bytes = memory.predict(AutoConfig.from_pretrained(found.path), bits=16).model
@@ -1114,12 +1136,14 @@ figures.show(
 print(f"merging into the 4-bit weights costs {cost_of_merging:+.3f}")
 
 # %% [markdown]
-# So **keep the adapter beside the 4-bit base, or merge into full precision** and quantize that anew (with any method of this course). Merging
-# into weights that inference has repacked is worse than a rounding error: peft reads their new layout as the old one, without an error.
+# So **keep the adapter beside the 4-bit base, or merge into full precision** and quantize that anew (with any method
+# of this course). Merging into weights that inference has repacked is worse than a rounding error: peft reads their
+# new layout as the old one, without an error.
 #
 # ## A 7B model: the budget, line by line
 #
-# Nothing is loaded here. The lines follow from Mistral-7B's shape and the guide's set-up: adapters on q and v, 8-bit AdamW, checkpointing.
+# Nothing is loaded here. The lines follow from Mistral-7B's shape and the guide's set-up: adapters on q and v, 8-bit
+# AdamW, checkpointing.
 
 # %%
 from transformers import MistralConfig
@@ -1166,8 +1190,8 @@ def budget(config, tokens, r=16, targets=("q_proj", "v_proj"), context=0.5e9):
 
 
 # %% [markdown]
-# The course's GPU measurements have this run, on an H100 with random weights in this shape (memory does not depend on their values), at batch 1.
-# torch's counter does not see the CUDA context, so we leave it out of the comparison.
+# The course's GPU measurements have this run, on an H100 with random weights in this shape (memory does not depend on
+# their values), at batch 1. torch's counter does not see the CUDA context, so we leave it out of the comparison.
 
 # %%
 course = pathlib.Path(helpers.__file__).parents[1]
@@ -1210,8 +1234,9 @@ figures.show(
 )
 
 # %% [markdown]
-# With the guide's adapters (r = 16 on q and v), adapters, gradients and optimizer are hardly visible. The weights remain, and activations that
-# grow with every token. So halving this rank saves next to nothing. Adapters on all layers are another matter: see the table of the optimizer.
+# With the guide's adapters (r = 16 on q and v), adapters, gradients and optimizer are hardly visible. The weights
+# remain, and activations that grow with every token. So halving this rank saves next to nothing. Adapters on all
+# layers are another matter: see the table of the optimizer.
 
 # %%
 longer = lines["2048 tokens"]
@@ -1229,8 +1254,9 @@ saved.to_frame().round(2)
 # %% [markdown]
 # ## On a 24 GB GPU with Mistral-7B
 #
-# Change two parameters: `model = "mistralai/Mistral-7B-Instruct-v0.3"` and `target_modules = ["q_proj", "v_proj"]`. The two measured peaks
-# above are what to expect for a step of one row: they fit with room to spare. A batch of 4 rows of 512 tokens counts as 2,048 tokens.
+# Change two parameters: `model = "mistralai/Mistral-7B-Instruct-v0.3"` and `target_modules = ["q_proj", "v_proj"]`.
+# The two measured peaks above are what to expect for a step of one row: they fit with room to spare. A batch of 4
+# rows of 512 tokens counts as 2,048 tokens.
 
 # %% [markdown]
 # ## What the guides claim
@@ -1262,8 +1288,9 @@ with pd.option_context("display.max_colwidth", None):
 # %% [markdown]
 # ## Exercises
 #
-# **1 (easy).** Predict, then measure: if the update were ten times as large, what share of it would arrive in 4-bit weights? Look at the two
-# numbers of the merging section, the size of the update and the share that arrived. Return your guess, from 0 to 1. (One number.)
+# **1 (easy).** Predict, then measure: if the update were ten times as large, what share of it would arrive in 4-bit
+# weights? Look at the two numbers of the merging section, the size of the update and the share that arrived. Return
+# your guess, from 0 to 1. (One number.)
 
 
 # %%
@@ -1295,8 +1322,8 @@ if solutions:
 
 
 # %% [markdown]
-# **2 (medium).** The gradients of A and B by hand. Given x [n, in] and the gradient of the loss with respect to the layer's output
-# [n, out]; return (gradient of A, gradient of B). Why is the first zero while B is zero? (Two lines.)
+# **2 (medium).** The gradients of A and B by hand. Given x [n, in] and the gradient of the loss with respect to the
+# layer's output [n, out]; return (gradient of A, gradient of B). Why is the first zero while B is zero? (Two lines.)
 
 
 # %%
@@ -1330,8 +1357,8 @@ if solutions:
 
 
 # %% [markdown]
-# **3 (hard).** Return the longest sequence (tokens, batch 1) that fits `gib` GiB by the budget above, CUDA context included. Return 0 if none
-# does. (Three lines: the budget is a straight line in the tokens.)
+# **3 (hard).** Return the longest sequence (tokens, batch 1) that fits `gib` GiB by the budget above, CUDA context
+# included. Return 0 if none does. (Three lines: the budget is a straight line in the tokens.)
 
 
 # %%
@@ -1376,11 +1403,14 @@ quiz.Quiz("07_qlora")
 # %% [markdown]
 # ## Takeaways
 #
-# 1. **LoRA is two thin matrices beside a frozen weight.** Ten lines give peft's outputs and gradients. A's first gradient is zero because B is zero.
-# 2. **Check that gradients arrive, and measure before and after.** A repacked base trains without an error and learns nothing. A format was learned
-#    in 24 steps. The held-out loss fell by a quarter, and the KL on other text rose from 0.34 to 0.62.
-# 3. **Keep the adapter, or merge it into full precision.** Merged into 4-bit weights it lost most of its effect. A 7B model needs 5 to 7 GiB: the
-#    weights first, then activations. The guide's adapters and their optimizer take 0.06 GiB.
+# 1. **LoRA is two thin matrices beside a frozen weight.** Ten lines give peft's outputs and gradients. A's first
+#    gradient is zero because B is zero.
+# 2. **Check that gradients arrive, and measure before and after.** A repacked base trains without an error and learns
+#    nothing. A format was learned in 24 steps. The held-out loss fell by a quarter, and the KL on other text rose
+#    from 0.34 to 0.62.
+# 3. **Keep the adapter, or merge it into full precision.** Merged into 4-bit weights it lost most of its effect. A 7B
+#    model needs 5 to 7 GiB: the weights first, then activations. The guide's adapters and their optimizer take 0.06
+#    GiB.
 #
 # <!-- navigation -->
 # <!-- /navigation -->
