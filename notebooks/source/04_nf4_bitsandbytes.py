@@ -467,7 +467,7 @@ formats = {
 }
 equal_bytes = pd.DataFrame(
     {
-        name: {"bits per weight": bits, "KL": scores.kl_divergence, "from": scores.kl_low, "to": scores.kl_high}
+        name: {"bits a weight": bits, "KL": scores.kl_divergence, "from": scores.kl_low, "to": scores.kl_high}
         for name, (bits, scores) in formats.items()
     }
 ).T

@@ -47,8 +47,23 @@ import os
 # On two cores gptqmodel asks for two workers and gives itself one. Set this before the import.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
-import contextlib, copy, getpass, hashlib, inspect, io, json, logging, pathlib, re
-import shutil, subprocess, sys, tempfile, time, warnings
+# %%
+import contextlib
+import copy
+import getpass
+import hashlib
+import inspect
+import io
+import json
+import logging
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
 
 # %%
 import matplotlib.pyplot as plt
@@ -111,7 +126,7 @@ def output_cost(rounded):
 
 
 nearest = pair.round()
-print(f"1.4 and 1.3 become {nearest[0]:.0f} and {nearest[1]:.0f}; error of the output {output_cost(nearest):.3f}")
+print(f"1.4 and 1.3 become {nearest[0]:.0f} and {nearest[1]:.0f}; output error {output_cost(nearest):.3f}")
 
 # %% [markdown]
 # **Two columns by hand.** Round the first weight: 1.4 becomes 1, and 0.4 is lost. Before we round the second weight,
@@ -637,10 +652,13 @@ for ax, (question, names) in zip(axes, asked.items()):
     ax.invert_yaxis()
     ax.set(xscale="log", title=question)
 axes[1].set_xlabel(f"KL, {len(chosen)} of {config.num_hidden_layers} layers in {bits} bits (less is better)")
+axes[1].xaxis.set_minor_formatter("{x:.2f}")
+axes[1].xaxis.set_major_formatter("{x:.2f}")
 axes[0].legend(loc="lower center", bbox_to_anchor=(0.4, 1.15), ncols=2)
 best = answers[list(probes)].idxmin()
 alt = f"KL of each choice on two texts. The best on other genres is {best.iloc[0]}, "
-alt += f"on documentation {best.iloc[1]}; the dotted line is rounding on other genres, {answers['other genres'].iloc[0]:.3f}."
+alt += f"on documentation {best.iloc[1]}. "
+alt += f"The dotted line is rounding on other genres, {answers['other genres'].iloc[0]:.3f}."
 figures.show(fig, alt=alt, table=answers.round(4))
 
 
@@ -1235,7 +1253,7 @@ def try_loader(loader, method):
 # %%
 loaders = (in_autogptq, in_autoawq, in_gptqmodel, in_transformers)
 pairs = [(method, loader) for method in nets for loader in loaders]
-table = [(method, loader.__name__.removeprefix("in_"), *try_loader(loader, method)) for method, loader in pairs]
+table = [(method, loader.__name__[3:], *try_loader(loader, method)) for method, loader in pairs]
 pd.DataFrame(table, columns=["checkpoint", "loader", "kernel or error", "logits differ by"]).round(3)
 
 

@@ -38,7 +38,17 @@ layer = -1
 max_new_tokens = 32
 
 # %%
-import contextlib, copy, io, json, logging, pathlib, subprocess, sys, tempfile, time, warnings
+import contextlib
+import copy
+import io
+import json
+import logging
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
 from unittest import mock
 
 import matplotlib.pyplot as plt

@@ -37,7 +37,15 @@ max_new_tokens = 40
 seed = 0
 
 # %%
-import contextlib, hashlib, io, json, logging, pathlib, shutil, tempfile, warnings
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import pathlib
+import shutil
+import tempfile
+import warnings
 
 # %%
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names an optional kernel at import
