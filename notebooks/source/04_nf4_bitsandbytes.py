@@ -751,7 +751,9 @@ with pd.option_context("display.max_colwidth", None):
 
 
 # %%
-def bits_per_weight(blocksize, scale_bits=32, double_quant=False): ...
+def bits_per_weight(blocksize, scale_bits=32, double_quant=False):
+    # Replace the dots.
+    ...
 
 
 # %%
@@ -783,7 +785,9 @@ if solutions:
 
 
 # %%
-def error_with_large_blocks(): ...
+def error_with_large_blocks():
+    # Replace the dots.
+    ...
 
 
 # %%
@@ -818,7 +822,9 @@ if solutions:
 
 
 # %%
-def int4_round_trip(weight, blocksize=64): ...
+def int4_round_trip(weight, blocksize=64):
+    # Replace the dots.
+    ...
 
 
 # %%

@@ -1400,7 +1400,9 @@ with pd.option_context("display.max_colwidth", None):
 
 
 # %%
-def error_growth(): ...
+def error_growth():
+    # Replace the dots.
+    ...
 
 
 # %%
@@ -1432,7 +1434,9 @@ if solutions:
 
 
 # %%
-def repair_others(error, H): ...
+def repair_others(error, H):
+    # Replace the dots.
+    ...
 
 
 # %%
@@ -1470,7 +1474,9 @@ if solutions:
 
 
 # %%
-def round_with_search(weight, group_size=64, bits=4): ...
+def round_with_search(weight, group_size=64, bits=4):
+    # Replace the dots.
+    ...
 
 
 # %%

@@ -1023,7 +1023,7 @@ fresh.round(2)
 # %%
 slowest = fresh.loc[list(folders), "times " + plain_dtype].min()
 against_bf16 = fresh.loc[list(folders), "decode tok/s"].min() / fresh["decode tok/s"]["bfloat16"]
-print(f"the slower one decodes {slowest:.1f} times as fast as {plain_dtype}, {against_bf16:.1f} times bfloat16")
+print(f"the slower one: {slowest:.1f} times as fast as {plain_dtype}, {against_bf16:.1f} times bfloat16")
 if found.device == "cpu":
     assert slowest >= 1.5, "4-bit decoding with gptqmodel's kernels should be well ahead of float32 on a CPU"
 
@@ -1188,7 +1188,9 @@ with pd.option_context("display.max_colwidth", None):
 
 
 # %%
-def error_ratio(): ...
+def error_ratio():
+    # Replace the dots.
+    ...
 
 
 # %%
@@ -1230,7 +1232,9 @@ if solutions:
 
 
 # %%
-def fold_values(v_proj, o_proj, scales): ...
+def fold_values(v_proj, o_proj, scales):
+    # Replace the dots.
+    ...
 
 
 # %%
@@ -1268,7 +1272,9 @@ if solutions:
 
 
 # %%
-def output_error(weight, changed, gram): ...
+def output_error(weight, changed, gram):
+    # Replace the dots.
+    ...
 
 
 # %%

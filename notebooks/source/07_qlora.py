@@ -1302,7 +1302,9 @@ with pd.option_context("display.max_colwidth", None):
 
 
 # %%
-def share_arriving(): ...
+def share_arriving():
+    # Replace the dots.
+    ...
 
 
 # %%
@@ -1335,7 +1337,9 @@ if solutions:
 
 
 # %%
-def lora_gradients(x, grad_output, A, B, scale): ...
+def lora_gradients(x, grad_output, A, B, scale):
+    # Replace the dots.
+    ...
 
 
 # %%
@@ -1370,7 +1374,9 @@ if solutions:
 
 
 # %%
-def longest_sequence(config, gib): ...
+def longest_sequence(config, gib):
+    # Replace the dots.
+    ...
 
 
 # %%
