@@ -286,9 +286,8 @@ one_percent = 1 - kept.KL[2] / kept.KL[0]
 kept.round(4)
 
 # %% [markdown]
-# Chosen by inputs, 1 % of the channels takes more than half of the loss away. As many channels chosen by their
-# weights help no more than channels drawn by chance. And 1 % is no threshold: a tenth of it already helps, and five
-# times as much helps more.
+# Chosen by inputs, 1 % of the channels takes 56 % of the loss away. Chosen by weights, as many channels take 1 % away,
+# and chosen by chance 2 %. And 1 % is no threshold: 0.1 % of the channels already takes 36 % away, and 5 % take 66 %.
 #
 # But a matrix that is part integer and part float needs two kernels. So AWQ keeps everything in 4 bits and scales
 # those channels up.
@@ -469,6 +468,9 @@ assert errors["scaled (AWQ), all in 4 bits"] < errors["round to nearest"]
 pd.DataFrame({"relative error of the MLP": errors}).round(4)
 
 # %% [markdown]
+# In this block scaling takes 61 % of the error away and keeps every weight in 4 bits. 5 % of the channels in float take
+# 44 % away.
+#
 # ## autoawq on the same layer, and its repair
 #
 # autoawq is archived, and its last release is older than the libraries it runs on here. On a CPU it raises no error
@@ -1311,7 +1313,7 @@ quiz.Quiz("06_awq")
 # %% [markdown]
 # ## Takeaways
 #
-# 1. **Inputs tell which weights matter.** 1 % of the channels in float, chosen by inputs, takes more than half of the
+# 1. **Inputs tell which weights matter.** 1 % of the channels in float, chosen by inputs, takes 56 % of the
 #    rounding loss away. Chosen by weights, they help no more than chance.
 # 2. **AWQ is a scale per channel, found by a search and folded away.** All in 4 bits, it brings the model's KL from
 #    0.41 to 0.15, and the float function stays as it is. Most of the gain comes from layers with very large inputs.
