@@ -120,7 +120,8 @@ print(f"{weight_bytes / 1e6:.0f} MB of weights, {net.config.num_hidden_layers} l
 # ## The idea: leave the weights, add a thin correction
 #
 # **Why not train the 4-bit weights?** A 4-bit weight can only be one of 16 levels. A gradient step is far smaller
-# than the gap to the next level, so rounding undoes it. Three weights of one block, and a step of 0.001 each:
+# than the gap to the next level, so rounding undoes it. We take three weights of one block and a
+# step of 0.001 each:
 
 
 # %%
@@ -483,7 +484,7 @@ figures.show(
 # ## The optimizer: 8 bits, and paged
 #
 # AdamW keeps two running means for every trainable number. In float32 that is 8 bytes a parameter, more than the
-# parameter itself. Two ideas of QLoRA make it small, and one makes it safe:
+# parameter itself. Two ideas make it small, and one makes it safe:
 #
 # - Only the adapters are trained, so only they have states.
 # - bitsandbytes stores both means in **8 bits**: 2 bytes a parameter.
@@ -635,7 +636,7 @@ print(
 # ## A task that visibly succeeds: keep a format
 #
 # Two hundred pairs do not teach a small model new facts. They can teach it a **format**, and a program can check
-# that. The format: one line of JSON with the single key "answer". A program that reads the answers needs exactly
+# that. The format is one line of JSON with the single key "answer". A program that reads the answers needs exactly
 # this.
 
 
@@ -660,7 +661,7 @@ print(in_format(train[0]["answer"]))
 assert all(keeps_format(in_format(pair["answer"])) for pair in pairs)
 
 # %% [markdown]
-# Before training, on held-out questions. No prompt asks for JSON, so the untrained model cannot know:
+# First we ask held-out questions before training. No prompt asks for JSON, so the untrained model cannot know:
 
 # %%
 format_questions = [pair["question"] for pair in held_out[::4]]
@@ -864,7 +865,7 @@ def fingerprint(net):
 
 
 # %% [markdown]
-# Now the full run on the configured layers (by default all Linear ones), with its interruption. We train without
+# Now we train the configured layers (by default all Linear ones), with the interruption. We train without
 # dropout: in the default number of steps no pair is seen twice, so none can be learned by heart, and on a CPU drawing
 # the random numbers costs time in every step.
 
@@ -1332,8 +1333,9 @@ if solutions:
 
 
 # %% [markdown]
-# **2 (medium).** The gradients of A and B by hand. Given x [n, in] and the gradient of the loss with respect to the
-# layer's output [n, out]; return (gradient of A, gradient of B). Why is the first zero while B is zero? (Two lines.)
+# **2 (medium).** Compute the gradients of A and B by hand. You get x [n, in] and the gradient of the loss with
+# respect to the layer's output [n, out]; return (gradient of A, gradient of B). Why is the first zero while B is
+# zero? (Two lines.)
 
 
 # %%
