@@ -96,9 +96,9 @@ by_hand.round(3)
 
 # %% [markdown]
 # The largest weight is exact in both. The small ones come back closer with NF4: its levels near zero are 0.08 to 0.09
-# apart, the even ones 0.13, and only NF4 has a level at zero. The price: between 0.70 and 1 NF4 has no level, so
-# -0.68 comes back worse. The trade pays if few weights are large. The picture shows one real weight of the model,
-# block by block:
+# apart, the even ones 0.13, and only NF4 has a level at zero. The price is a gap: between 0.70 and 1 NF4 has no
+# level, so -0.68 comes back worse. The trade pays if few weights are large. The picture shows one real weight of the
+# model, block by block:
 
 
 # %%
@@ -401,8 +401,8 @@ assert quality.perplexity < 2 * reference.perplexity, "loaded without an error, 
 # %% [markdown]
 # On a CPU with AVX512-BF16, bitsandbytes repacks the weights at the first forward pass and computes in bfloat16
 # whatever `compute_dtype` says; the repacked layers also hold their scales unnested. On other CPUs it computes in the
-# type of its input, which is float32 here, because such a CPU emulates bfloat16 slowly. The size of the decoder
-# layers, before and after they were used:
+# type of its input, which is float32 here, because such a CPU emulates bfloat16 slowly. We print the size of the
+# decoder layers before and after their first use:
 
 # %%
 after = memory.weight_bytes(net.model.layers)
@@ -529,7 +529,8 @@ figures.show(
 # The **kernel** decides, not the number of bits. On a CPU, bitsandbytes multiplies 4-bit weights directly, and
 # PyTorch's float paths for single tokens are slow. On a data-centre GPU, a token of eager `generate` starts hundreds
 # of small kernels, and their launches take longer than reading the weights does. There fewer bytes cannot help until
-# one captured graph replaces the launches. Measure on your own machine.
+# one captured graph replaces the launches ([11](11_compare_methods.ipynb) measures both). Measure on your own
+# machine.
 #
 # ## LLM.int8(): eight bits where outliers stay in 16
 #
@@ -622,7 +623,7 @@ for question in ("What is the capital of France?", "And what is it famous for?")
     print("\n")
 
 # %% [markdown]
-# The same session as a chat box (live in Jupyter; a transcript elsewhere):
+# This is the same session as a chat box (live in Jupyter; a transcript elsewhere):
 
 # %%
 chat.ChatBox(session)
@@ -663,7 +664,7 @@ print(f"the model's own template: {len(own_ids)} tokens, {tokenizer.decode(own_i
 #
 # ## Batches
 #
-# The guide's batch snippet, as it stands except for `max_new_tokens`:
+# This is the guide's batch snippet, as it stands except for `max_new_tokens`:
 
 
 # %%

@@ -588,8 +588,7 @@ print(tokenizer.decode(own[0, 1:60]))
 
 # %% [markdown]
 # ### The study
-#
-# Five calibration texts: the guide's one sentence, 16 and 64 samples of documentation, 16 samples of the model's own
+# We compare five calibration texts: the guide's one sentence, 16 and 64 samples of documentation, 16 samples of the model's own
 # text, and 16 of Python code. A sample has 128 tokens. **Predict first:** which text is the best for other genres?
 # Can one sentence be worse than no calibration?
 
@@ -841,7 +840,7 @@ del autogptq
 memory.release()
 
 # %% [markdown]
-# **Reload**, with the library's own loader. Its fast kernels are CUDA extensions compiled for a torch of 2024. Where
+# We **reload** with the library's own loader. Its fast kernels are CUDA extensions compiled for a torch of 2024. Where
 # they do not load, and on every CPU, it restores each weight in full for every single token.
 
 # %%
@@ -857,7 +856,7 @@ gap = (again - autogptq_before).abs().max()
 print(f"{autogptq_kernel}; largest difference of a logit, before saving and after: {gap:.4f}")
 
 # %% [markdown]
-# **The guide's chat, as it stands**, with two changes: the device, and a function around it that keeps the guide's
+# **The guide's chat** runs as it stands, with two changes: the device, and a function around it that keeps the guide's
 # names apart from ours.
 
 
@@ -1428,7 +1427,7 @@ if solutions:
 
 
 # %% [markdown]
-# **2 (medium).** The two columns of the example, made many: the first weight was rounded with error `e = w - q`.
+# **2 (medium).** Now there are many columns, and the first weight was rounded with error `e = w - q`.
 # Return the changes of all other weights, `[columns - 1]`, with the smallest output error under the Hessian `H`. (One
 # or two lines; set the gradient to zero.)
 
@@ -1468,9 +1467,9 @@ if solutions:
 
 
 # %% [markdown]
-# **3 (hard).** A better grid: for each group try the scale times 1, 0.95, … 0.7. Keep, per row and group, the one
-# with the smallest squared error of the weights. Return the quantized weight. (Five lines; `mse` in gptqmodel's
-# config does this.)
+# **3 (hard).** Search for a better grid: for each group try the scale times 1, 0.95, … 0.7. Keep, per row and group,
+# the one with the smallest squared error of the weights. Return the quantized weight. (Five lines; `mse` in
+# gptqmodel's config does this.)
 
 
 # %%
