@@ -81,7 +81,9 @@ def for_05():
     groups = weight.unflatten(-1, (-1, 64))
     scale = 2 * groups.abs().amax(-1, keepdim=True) / 15
     rounded = ((groups / scale).round().clamp(-8, 7) * scale).flatten(-2)
-    return {"torch": torch, "weight": weight, "group_size": 64, "bits": 4, "rounded": rounded}
+    inputs = weights(1, (300, 256))
+    hessian = 2 / len(inputs) * inputs.T @ inputs
+    return {"torch": torch, "weight": weight, "group_size": 64, "bits": 4, "rounded": rounded, "inputs": inputs, "hessian": hessian}
 
 
 def for_06():
@@ -250,6 +252,14 @@ CASES = {
         "lambda blocksize, scale_bits=32, double_quant=False: 4 + scale_bits / blocksize": "32 per 256 scales",
         "lambda blocksize, scale_bits=32, double_quant=False: 4 + (8 if double_quant else scale_bits) / blocksize": "32 per 256 scales",
     }),
+    ("04", "error_with_large_blocks"): (for_04, [
+        "lambda: 1.15",
+        "def error_with_large_blocks():\n    return 2.9 / 2.5",
+    ], {
+        "lambda: 4": "only a little larger",
+        "lambda: 0.5": "steps are wider",
+        "lambda: None": "return a number",
+    }),
     ("04", "int4_round_trip"): (for_04, [
         "def int4_round_trip(weight, blocksize=64):\n    out = torch.empty_like(weight).view(-1, blocksize)\n"
         "    for row, block in zip(out, weight.view(-1, blocksize)):\n        step = block.abs().max() / 7\n        row[:] = (block / step).round() * step\n"
@@ -261,21 +271,22 @@ CASES = {
         "lambda weight, blocksize=64: weight": "15 are possible",
         "lambda weight, blocksize=64: weight.view(-1, blocksize)": "weight's shape",
     }),
-    ("05", "bits_per_weight"): (dict, [
-        "lambda bits, group_size: (bits * group_size + 16 + bits) / group_size",
-        "def bits_per_weight(bits, group_size):\n    scale, zero = 16 / group_size, bits / group_size\n    return bits + scale + zero",
+    ("05", "error_growth"): (for_05, [
+        "lambda: 15 / 7",
+        "def error_growth():\n    levels = [2**bits for bits in (4, 3)]\n    return levels[0] / levels[1]",
     ], {
-        "lambda bits, group_size: bits": "scale and zero point are missing",
-        "lambda bits, group_size: bits + 16 / group_size": "zero point is missing",
-        "lambda bits, group_size: 4.3125": "depend on bits",
+        "lambda: 4 / 3": "Half as many levels",
+        "lambda: 0.5": "the error grows",
+        "lambda: 16": "Half as many levels",
+        "lambda: None": "return a number",
     }),
-    ("05", "repair_second"): (for_05, [
-        "lambda error, H: error * H[1, 0] / H[1, 1]",
+    ("05", "repair_others"): (for_05, [
         "lambda error, H: torch.linalg.solve(H[1:, 1:], H[1:, :1] * error).squeeze()",
+        "lambda error, H: -error * torch.linalg.inv(H)[0, 1:] / torch.linalg.inv(H)[0, 0]",
     ], {
-        "lambda error, H: -error * H[0, 1] / H[1, 1]": "check the sign",
-        "lambda error, H: error * H[0, 1] / H[0, 0]": "not the best",
-        "lambda error, H: 0 * error": "not diagonal",
+        "lambda error, H: -error * torch.linalg.solve(H[1:, 1:], H[1:, 0])": "check the sign",
+        "lambda error, H: error * H[0, 1:] / H.diagonal()[1:] / 5": "influence each other",
+        "lambda error, H: error * H[0, 1] / H[1, 1]": "five weights are free",
     }),
     ("05", "round_with_search"): (for_05, [
         "def round_with_search(weight, group_size=64, bits=4):\n    out = weight.clone().view(-1, group_size)\n    half = 2 ** (bits - 1)\n"
@@ -291,14 +302,13 @@ CASES = {
         "lambda weight, group_size=64, bits=4: min((to_grid(weight.view(-1, 64), group_scale(weight.view(-1, 64), 4)[:, None] * s, 4).view_as(weight) "
         "for s in (1, .99)), key=weight_error)": "chosen per row and group|keep the best",
     }),
-    ("06", "tokens_used"): (dict, [
-        "lambda samples, n=512: sum(len(s) for s in samples if len(s) <= n) // n * n",
-        "def tokens_used(samples, n=512):\n    joined = []\n    for sample in samples:\n        if len(sample) <= n:\n            joined += sample\n"
-        "    return len([joined[i:i + n] for i in range(0, len(joined) - n + 1, n)]) * n",
+    ("06", "error_ratio"): (dict, [
+        "lambda: 0.5",
+        "def error_ratio():\n    scale = 2\n    return 1 / scale",
     ], {
-        "lambda samples, n=512: sum(map(len, samples))": "one block",
-        "lambda samples, n=512: sum(min(len(s), n) for s in samples) // n * n": "dropped, not cut",
-        "lambda samples, n=512: max(n, sum(len(s) for s in samples if len(s) <= n) // n * n)": "is nothing",
+        "lambda: 2": "larger",
+        "lambda: 0.125": "by what is the error divided",
+        "lambda: None": "return a number",
     }),
     ("06", "fold_values"): (dict, [
         "def fold_values(v_proj, o_proj, scales):\n    with torch.no_grad():\n        v_proj.weight.copy_((v_proj.weight.T / scales).T)\n"
@@ -317,13 +327,13 @@ CASES = {
         "lambda weight, changed, gram: (changed - weight).square().mean()": "on the tokens",
         "lambda weight, changed, gram: torch.trace((changed - weight) @ gram @ (changed - weight).T)": "on the tokens",
     }),
-    ("07", "adapter_parameters"): (dict, [
-        "lambda shapes, r: sum(r * out + r * in_ for out, in_ in shapes)",
-        "def adapter_parameters(shapes, r):\n    total = 0\n    for shape in shapes:\n        total += r * sum(shape)\n    return total",
+    ("07", "share_arriving"): (dict, [
+        "lambda: 0.8",
+        "def share_arriving():\n    return 0.95",
     ], {
-        "lambda shapes, r: sum(r * columns for rows, columns in shapes)": "two matrices",
-        "lambda shapes, r: r * sum(shapes[0])": "sum over all layers",
-        "lambda shapes, r: sum(rows * columns for rows, columns in shapes)": "131,072",
+        "lambda: 0.4": "half-way to the next level",
+        "lambda: 40": "share of the update",
+        "lambda: None": "return a share",
     }),
     ("07", "lora_gradients"): (dict, [
         "def lora_gradients(x, g, A, B, scale):\n    A, B = A.clone().requires_grad_(), B.clone().requires_grad_()\n"

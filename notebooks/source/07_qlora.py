@@ -37,10 +37,20 @@ max_new_tokens = 40
 seed = 0
 
 # %%
-import contextlib, hashlib, io, logging, pathlib, shutil, tempfile, warnings
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import pathlib
+import shutil
+import tempfile
+import warnings
 
+# %%
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names an optional kernel at import
 import bitsandbytes as bnb
+import datasets
 import helpers
 from helpers import chat, checkpoints, evaluation, exercises, figures, memory, models, records, speed
 from helpers import training
@@ -51,15 +61,17 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
+# %%
 figures.style()
+datasets.disable_progress_bars()
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 # transformers 5.23 renames gradient_checkpointing to activation_checkpointing; peft still uses the old name.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 # %% [markdown]
-# The model, in 4 bits as in notebook 04: quantized once and saved, because this notebook needs it fresh several times. Wrong
-# settings fail now, not after minutes.
+# We quantize the model to 4 bits as in [04](04_nf4_bitsandbytes.ipynb), once, and save it. This notebook needs it
+# fresh several times.
 
 # %%
 assert steps >= 4 and steps % 2 == 0, "steps must be even and at least 4: the run is interrupted half-way"
@@ -68,29 +80,36 @@ found = models.find(model, copies=2)
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
+# %%
 # GPUs before Ampere (a T4, for one) have no bfloat16 of their own.
 # A CPU that only emulates it computes in float32.
 half = found.fast
 if found.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
     half = torch.float16
+print(f"{found.name} on the {found.device.upper()}, {found.origin}")
 
+
+# %%
 def quantize_4bit(path):
     """The model in NF4, computing in 16 bits where the machine can."""
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                             bnb_4bit_compute_dtype=half)
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=half, **settings)
     return AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=nf4, dtype=half, device_map={"": found.device})
+        path, quantization_config=nf4, dtype=half, device_map={"": found.device}
+    )
 
-print(f"{found.name} on the {found.device.upper()}, {found.origin}")
 
 # %%
 quantized = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 quantize_4bit(found.path).save_pretrained(quantized.name)
 
+
 def load_4bit():
     """The quantized model from the disk: the same codes each time."""
     return AutoModelForCausalLM.from_pretrained(quantized.name, dtype=half, device_map={"": found.device})
 
+
+# %%
 net = load_4bit().train()
 width, middle = net.config.hidden_size, net.config.num_hidden_layers // 2  # middle: a layer to look at
 weight_bytes = memory.weight_bytes(net)
@@ -98,13 +117,66 @@ print(f"{weight_bytes / 1e6:.0f} MB of weights, {net.config.num_hidden_layers} l
 
 
 # %% [markdown]
+# ## The idea: leave the weights, add a thin correction
+#
+# **Why not train the 4-bit weights?** A 4-bit weight can only be one of 16 levels. A gradient step is far smaller
+# than the gap to the next level, so rounding undoes it. We take three weights of one block and a
+# step of 0.001 each:
+
+
+# %%
+def through_nf4(values):
+    """Round to NF4 and restore."""
+    return bnb.functional.dequantize_4bit(*bnb.functional.quantize_4bit(values, quant_type="nf4"))
+
+
+stored_block = through_nf4(0.02 * torch.randn(1, 64, generator=torch.Generator().manual_seed(0)))
+stepped = through_nf4(stored_block + 0.001 * torch.where(stored_block.abs() < stored_block.abs().max(), 1, 0))
+pd.DataFrame({"stored": stored_block[0, :3], "after a step of 0.001": stepped[0, :3]}).round(4)
+
+# %% [markdown]
+# **LoRA** ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)) freezes the weight W and adds the product of two
+# thin matrices beside it. An example small enough to do by hand: W is 3 x 3, A is 1 x 3, B is 3 x 1. B A is a full 3
+# x 3 matrix, made of 6 numbers.
+
+# %%
+W = torch.eye(3)
+A = torch.tensor([[1.0, 0.0, -1.0]])
+B = torch.tensor([[0.5], [0.0], [1.0]])
+W + B @ A
+
+# %% [markdown]
+# In a real layer the saving is large. The picture is drawn to scale for one square layer of this model, with rank r =
+# 16:
+
+# %%
+rank = 16
+fig, ax = plt.subplots(figsize=(7, 2.6))
+shapes = {"W, frozen, 4 bits": (width, width), "B": (width, rank), "A": (rank, width)}
+left = 0
+for (name, (rows, columns)), color in zip(shapes.items(), figures.PALETTE):
+    ax.add_patch(plt.Rectangle((left, width - rows), columns, rows, color=color))
+    ax.annotate(f"{name}\n{rows} x {columns}", (left, -0.04 * width), va="top")
+    left += columns + 0.5 * width
+adapter_share = 2 * rank / width
+ax.set(xlim=(0, left), ylim=(-0.3 * width, width), aspect="equal")
+ax.set_title("Only the two thin matrices are trained")
+ax.axis("off")
+sizes = pd.DataFrame({name: [a * b] for name, (a, b) in shapes.items()}, index=["numbers"]).T
+figures.show(
+    fig,
+    alt=f"To scale: a weight of {width} x {width}, and two thin matrices of rank {rank}, which "
+    f"hold {adapter_share:.1%} as many numbers.",
+    table=sizes,
+)
+
+
+# %% [markdown]
 # ## LoRA from scratch, on one 4-bit layer
 #
-# A 4-bit weight cannot be trained: a gradient step is far smaller than the gap between two of its 16 levels. LoRA
-# ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)) freezes it and adds two thin matrices beside it:
-#
-# - `y = W x + (alpha / r) · B A x`, with A of shape [r, in] and B of shape [out, r];
+# - `y = W x + (alpha / r) · B A x`, with A of shape [r, in] and B of shape [out, r].
 # - B starts at zero, so training starts from exactly the base model.
+
 
 # %%
 class LoRALinear(torch.nn.Module):
@@ -123,7 +195,8 @@ class LoRALinear(torch.nn.Module):
 
 
 # %% [markdown]
-# peft on the same layer, with the same A and B. B is set to something other than zero, or the comparison would be too easy.
+# We compare with peft on the same layer, with the same A and B. B is not zero here, or the comparison would be too
+# easy.
 
 # %%
 guide_config = LoraConfig(
@@ -134,21 +207,27 @@ guide_config = LoraConfig(
     bias="none",
     task_type="CAUSAL_LM",  # not in the guide: peft then knows what `generate` is
 )
+
+# %%
 adapted = get_peft_model(net, guide_config)
 theirs = adapted.base_model.model.model.layers[middle].self_attn.q_proj.eval()  # eval: no dropout
 mine = LoRALinear(theirs.base_layer, r=16, alpha=32)
 with torch.no_grad():
     theirs.lora_B.default.weight.normal_(std=0.02)
-    mine.A.copy_(theirs.lora_A.default.weight), mine.B.copy_(theirs.lora_B.default.weight)
+    mine.A.copy_(theirs.lora_A.default.weight)
+    mine.B.copy_(theirs.lora_B.default.weight)
 
 # %%
 x = torch.randn(2, 64, net.config.hidden_size, device=found.device, requires_grad=True)
 for layer in (mine, theirs):
     layer.out = layer(x)
     layer.out.square().mean().backward()
-pairs = {"output": (mine.out, theirs.out), "gradient of A": (mine.A.grad, theirs.lora_A.default.weight.grad),
-         "gradient of B": (mine.B.grad, theirs.lora_B.default.weight.grad)}
-for name, (ours, other) in pairs.items():
+compared = {
+    "output": (mine.out, theirs.out),
+    "gradient of A": (mine.A.grad, theirs.lora_A.default.weight.grad),
+    "gradient of B": (mine.B.grad, theirs.lora_B.default.weight.grad),
+}
+for name, (ours, other) in compared.items():
     gap = (ours - other).abs().max().item()
     print(f"{name:14} {list(ours.shape)!s:14} largest difference to peft {gap:.1e}")
     assert torch.allclose(ours, other, rtol=1e-4, atol=1e-6), f"{name} differs from peft's"
@@ -160,14 +239,18 @@ assert theirs.base_layer.weight.grad is None, "the 4-bit weight must not get a g
 #
 # ## Which layers
 #
-# The guide adapts `q_proj` and `v_proj`, as the LoRA paper did. QLoRA ([arXiv:2305.14314](https://arxiv.org/abs/2305.14314),
-# section 4) found that adapters on **all** Linear layers are needed to match full fine-tuning.
+# The guide adapts `q_proj` and `v_proj`, as the LoRA paper did. QLoRA
+# ([arXiv:2305.14314](https://arxiv.org/abs/2305.14314), section 4) found that adapters on **all** Linear layers are
+# needed to match full fine-tuning.
+
 
 # %%
 def trainable(net):
     """{name: tensor} of what the optimizer would change."""
     return {name: tensor for name, tensor in net.named_parameters() if tensor.requires_grad}
 
+
+# %%
 total = memory.predict(net.config).parameters
 rows = {}
 for targets in (["q_proj", "v_proj"], "all-linear"):
@@ -175,38 +258,50 @@ for targets in (["q_proj", "v_proj"], "all-linear"):
     adapted = get_peft_model(net, LoraConfig(r=r, target_modules=targets, task_type="CAUSAL_LM"))
     count = sum(tensor.numel() for tensor in trainable(adapted).values())
     rows[", ".join(targets) if isinstance(targets, list) else targets] = [
-        len(trainable(adapted)), count, 100 * count / total, 4 * count / 1e6]
+        len(trainable(adapted)),
+        count,
+        100 * count / total,
+        4 * count / 1e6,
+    ]
 net = adapted.unload()
-pd.DataFrame.from_dict(rows, orient="index", columns=[
-    "tensors", "parameters", "% of the model", "MB in float32"]).round(2)
+pd.DataFrame.from_dict(
+    rows, orient="index", columns=["tensors", "parameters", "% of the model", "MB in float32"]
+).round(2)
 
 # %% [markdown]
-# A name that matches nothing: peft stops only if **none** matches, and does not say what would. Check first:
+# What if a name matches nothing? peft stops only if **none** of the names matches, and it does not say what would. So
+# check first:
 
 # %%
 try:
     training.check_targets(net, ["q_proj", "value"])
 except ValueError as error:
     print(error)
-training.check_targets(net, target_modules);
+training.check_targets(net, target_modules)
 
 
 # %% [markdown]
 # ## What `prepare_model_for_kbit_training` does
 #
-# Three things. Here each by hand, then the call itself.
+# The call does three things. We do each by hand, then call it.
 #
 # 1. **Freeze** every tensor of the base.
 # 2. **Cast** what is still in 16 bits (norms, embeddings, head) to float32: steadier sums, more memory.
 # 3. **Checkpointing**: keep only the input of each block, compute the rest again in the backward pass.
 
+
 # %%
 def state(net):
     """What the three steps change."""
-    return [sum(tensor.requires_grad for tensor in net.parameters()),
-            sum(tensor.dtype == torch.float32 for tensor in net.parameters()),
-            memory.weight_bytes(net) / 1e6, net.is_gradient_checkpointing]
+    return [
+        sum(tensor.requires_grad for tensor in net.parameters()),
+        sum(tensor.dtype == torch.float32 for tensor in net.parameters()),
+        memory.weight_bytes(net) / 1e6,
+        net.is_gradient_checkpointing,
+    ]
 
+
+# %%
 by_hand = load_4bit().train()
 rows = {"loaded": state(by_hand)}
 by_hand.requires_grad_(False)
@@ -220,20 +315,22 @@ rows["3. checkpointing"] = state(by_hand)
 
 # %%
 net = prepare_model_for_kbit_training(
-    net, use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
+    net, use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+)
 rows["the library's call"] = state(net)
 assert rows["the library's call"] == rows["3. checkpointing"], "by hand and by the library should agree"
 del by_hand
-pd.DataFrame.from_dict(rows, orient="index", columns=[
-    "require a gradient", "in float32", "MB", "checkpointing"])
+columns = ["require a gradient", "in float32", "MB", "checkpointing"]
+pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 # %% [markdown]
-# With the older `use_reentrant=True` there is a fourth step: a hook that makes the embeddings' output require a gradient, without
-# which a checkpointed block of frozen weights would pass none on to its adapters.
+# With the older `use_reentrant=True` there is a fourth step: a hook that makes the embeddings' output require a
+# gradient. Without it, reentrant checkpointing gives the adapters no gradient.
 #
 # ## The data: pairs, template, and a loss on the answers only
 #
-# The course brings its own instruction set about quantization. Every line is checked; a broken one is named and left out.
+# The course brings its own instruction set about quantization. `read_pairs` checks every line, names a broken one and
+# leaves it out.
 
 # %%
 course_data = pathlib.Path(helpers.__file__).parents[1] / "notebooks" / "data" / "quantization_qa.jsonl"
@@ -251,16 +348,19 @@ with tempfile.TemporaryDirectory() as scratch:
     lines = course_data.read_text(encoding="utf-8").split("\n")[:5]
     lines[2:4] = [lines[2][:40], '{"question": "Why?"}']
     damaged.write_text("\n".join(lines), encoding="utf-8")
-    kept, said = training.read_pairs(damaged)
-print(f"{len(kept)} of 5 lines kept.", *said, sep="\n")
+    whole_pairs, problems = training.read_pairs(damaged)
+print(f"{len(whole_pairs)} of 5 lines kept.", *problems, sep="\n")
 
 # %% [markdown]
-# The model should learn to answer, not to write questions. Label -100 means "no loss here": it covers the template and the question,
-# and ends where the answer begins. The end-of-turn token keeps its label, or the model would never learn to stop.
+# The model should learn to answer, not to write questions. Label -100 means "no loss here": it covers the template
+# and the question, and ends where the answer begins. The end-of-turn token keeps its label, or the model would never
+# learn to stop.
 
 # %%
 longest = net.config.max_position_embeddings
 
+
+# %%
 def encode(pair):
     """{"input_ids", "labels"} of one pair in the model's chat template."""
     turns = [{"role": "user", "content": pair["question"]}, {"role": "assistant", "content": pair["answer"]}]
@@ -271,15 +371,22 @@ def encode(pair):
     if len(ids) > longest:
         start = pair["question"][:40]
         raise ValueError(f"{len(ids):,} tokens, but the model's window holds {longest:,}: {start!r}...")
-    return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt):]}
+    return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
 
 
 # %%
 example = encode(train[0])
 first = example["labels"].count(-100)
 border = range(first - 6, first + 6)
-display(pd.DataFrame({"token": [repr(tokenizer.decode(example["input_ids"][n])) for n in border],
-                      "label": [example["labels"][n] for n in border]}, index=border).T)
+display(
+    pd.DataFrame(
+        {
+            "token": [repr(tokenizer.decode(example["input_ids"][n])) for n in border],
+            "label": [example["labels"][n] for n in border],
+        },
+        index=border,
+    ).T
+)
 try:
     encode({"question": "bits " * longest, "answer": "Too many."})
 except ValueError as error:
@@ -299,10 +406,12 @@ print(f"{min(lengths)} to {max(lengths)} tokens a pair; {share:.0%} of them coun
 # %% [markdown]
 # ## Memory and time of a step: mixed precision, checkpointing
 #
-# - **Mixed precision**: float32 adapters and norms, products in 16 bits (`autocast`).
-# - **Checkpointing** buys memory with an extra forward pass.
+# - **Mixed precision** keeps adapters and norms in float32 and multiplies in 16 bits (`autocast`).
+# - **Checkpointing** saves memory and pays with an extra forward pass.
 #
-# One model, one batch, three settings, in this one run, each after a short step to warm up.
+# We measure one batch in three settings, each after a short step to warm up. **Predict first:** which one saves more
+# memory?
+
 
 # %%
 def setting(adapted, compute, checkpointing):
@@ -316,6 +425,8 @@ def setting(adapted, compute, checkpointing):
     else:
         inner.gradient_checkpointing_disable()
 
+
+# %%
 def one_step(adapted, batch, mixed):
     """Forward and backward pass; the loss."""
     with torch.autocast(found.device, half, enabled=mixed):
@@ -328,10 +439,16 @@ def one_step(adapted, batch, mixed):
 # %%
 adapted = get_peft_model(net, guide_config).train()
 long_rows = [{key: (value * 9)[:144] for key, value in row.items()} for row in train_rows[:4]]
-batch, short = collate(long_rows).to(found.device), collate(train_rows[:1]).to(found.device)
+batch = collate(long_rows).to(found.device)
+short = collate(train_rows[:1]).to(found.device)
+
+# %%
 costs = {}
-for name, compute, checkpointing in (("float32", torch.float32, False), ("mixed", half, False),
-                                     ("mixed, checkpointing", half, True)):
+for name, compute, checkpointing in (
+    ("float32", torch.float32, False),
+    ("mixed", half, False),
+    ("mixed, checkpointing", half, True),
+):
     setting(adapted, compute, checkpointing)
     mixed = compute != torch.float32
     one_step(adapted, short, mixed)
@@ -343,25 +460,82 @@ for name, compute, checkpointing in (("float32", torch.float32, False), ("mixed"
 
 # %%
 step_costs = pd.DataFrame.from_dict(costs, orient="index", columns=["seconds a step", "peak MB", "loss"])
+ratio = step_costs / step_costs.shift(1)
+slower, smaller = ratio["seconds a step"].iloc[2], ratio["peak MB"].iloc[2]
+faster, leaner = ratio["seconds a step"].iloc[1], ratio["peak MB"].iloc[1]
+
+# %%
 fig, axes = plt.subplots(1, 2, sharey=True, figsize=(8, 2))
 for ax, column, color in zip(axes, step_costs, figures.PALETTE):
     ax.barh(step_costs.index[::-1], step_costs[column][::-1], color=color)
     ax.set(xlabel=column)
-ratio = step_costs / step_costs.shift(1)
-slower, smaller = ratio["seconds a step"].iloc[2], ratio["peak MB"].iloc[2]
-faster, leaner = ratio["seconds a step"].iloc[1], ratio["peak MB"].iloc[1]
 count = batch["input_ids"].numel()
-figures.show(fig, alt=f"A step of {count} tokens: mixed precision takes {faster:.2f} times the time and "
-             f"{leaner:.2f} times the memory of float32; checkpointing on top {slower:.2f} times the time "
-             f"and {smaller:.2f} times the memory.", table=step_costs.round(3))
+figures.show(
+    fig,
+    alt=f"A step of {count} tokens: mixed precision takes {faster:.2f} times the time and "
+    f"{leaner:.2f} times the memory of float32; checkpointing on top {slower:.2f} times the time "
+    f"and {smaller:.2f} times the memory.",
+    table=step_costs.round(3),
+)
 
 # %% [markdown]
-# (The memory is what the step adds to the loaded model: the peak of VRAM on a GPU, of resident memory on a CPU.)
+# The memory is what the step adds to the loaded model: the peak of VRAM on a GPU, of resident memory on a CPU.
+#
+# ## The optimizer: 8 bits, and paged
+#
+# AdamW keeps two running means for every trainable number. In float32 that is 8 bytes a parameter, more than the
+# parameter itself. Two ideas make it small, and one makes it safe:
+#
+# - Only the adapters are trained, so only they have states.
+# - bitsandbytes stores both means in **8 bits**: 2 bytes a parameter.
+# - A **paged** optimizer puts the states into unified memory. While a long batch needs the room, the driver moves
+#   pages of them to the computer's RAM, and back for the optimizer's step. A peak that would end in "CUDA out of
+#   memory" then only costs time.
+#
+# How much is at stake for Mistral-7B? We count the parameters from its config:
+
+
+# %%
+def optimizer_gib(parameters):
+    """GiB of AdamW's two states, in float32 and in 8 bits."""
+    return {
+        "trained, millions": parameters / 1e6,
+        "float32, GiB": 8 * parameters / 2**30,
+        "8 bits, GiB": 2 * parameters / 2**30,
+    }
+
+
+# %%
+def lora_parameters(config, r, targets):
+    """Parameters of LoRA on the Linear layers whose names end in one of the targets."""
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config).model
+    layers = [m for n, m in empty.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(targets)]
+    return sum(r * (m.in_features + m.out_features) for m in layers)
+
+
+# %%
+mistral_7b = models.mistral_config()
+pd.DataFrame(
+    {
+        "r=16 on q, v": optimizer_gib(lora_parameters(mistral_7b, 16, ("q_proj", "v_proj"))),
+        "r=16 on all Linear layers": optimizer_gib(lora_parameters(mistral_7b, 16, ("_proj",))),
+        "r=64 on all Linear layers": optimizer_gib(lora_parameters(mistral_7b, 64, ("_proj",))),
+        "full fine-tuning": optimizer_gib(memory.predict(mistral_7b).parameters),
+    }
+).T.round(2)
+
+# %% [markdown]
+# With the guide's adapters the states hardly count. With r = 64 on all layers, 8 bits save about a gigabyte. Full
+# fine-tuning needs more for the states alone than any 24 GB card has. In the Trainer one argument switches it on:
+# `optim="paged_adamw_8bit"`. Paging exists on CUDA only. The table says what 8 bits save; it does not say what paging
+# costs in time, which we did not measure.
 #
 # ## The trap: a run that learns nothing
 #
-# On a CPU with AVX512-BF16, bitsandbytes repacks its 4-bit weights at the first forward pass **in eval mode**, for speed. The repacked
-# weights pass no gradient on, and nothing says so. All it takes is to look at an answer, or at the held-out loss, before training:
+# On a CPU with AVX512-BF16, bitsandbytes repacks its 4-bit weights at the first forward pass **in eval mode**, for
+# speed. The repacked weights pass no gradient on, and no error says so. One look at an answer, or at the held-out
+# loss, before training is enough:
 
 # %%
 batch = collate(train_rows[:batch_size]).to(found.device)
@@ -374,49 +548,61 @@ print(f"{len(training.repacked(adapted))} layers were repacked")
 
 
 # %%
-def three_steps(adapted):
-    """Three plain steps on one batch; the guard looks after the first backward pass."""
+def check_once(adapted):
+    """What the guard says after a backward pass."""
+    try:
+        print(f"check_gradients: {training.check_gradients(adapted)} tensors are fine")
+    except training.GradientError as error:
+        print("check_gradients:", error, "\n")
+
+
+# %%
+def few_steps(adapted, batch, steps=2):
+    """Plain steps on one batch; the guard looks after the first backward pass."""
     optimizer = torch.optim.AdamW(trainable(adapted).values(), lr=1e-3)
     torch.manual_seed(seed)
-    for step in range(3):
+    for step in range(steps):
         loss = adapted(**batch).loss
         if loss.requires_grad:
             loss.backward()
         if step == 0:
-            try:
-                print(f"check_gradients: {training.check_gradients(adapted)} tensors are fine")
-            except training.GradientError as error:
-                print("check_gradients:", error, "\n")
-        optimizer.step(), optimizer.zero_grad()
+            check_once(adapted)
+        optimizer.step()
+        optimizer.zero_grad()
         print(f"step {step + 1}: loss {loss.item():.4f}")
 
+
+# %%
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    three_steps(adapted)
-for text in {str(warning.message).split(". ")[0] for warning in caught if "autograd" in str(warning.message)}:
+    few_steps(adapted, batch)
+hints = {str(warning.message).split(". ")[0] for warning in caught if "autograd" in str(warning.message)}
+for text in hints:
     print("\ntorch's only hint, once per process:", text)
 
 # %% [markdown]
-# **The repair:** load again, and train before you evaluate.
+# **The repair:** load the model again, and train before you evaluate.
 
 # %%
 del adapted, net
 memory.release()
 net = prepare_model_for_kbit_training(load_4bit(), use_gradient_checkpointing=False)
 adapted = get_peft_model(net, guide_config).train()
-three_steps(adapted)
+few_steps(adapted, batch)
 
 # %% [markdown]
-# This also means: no `eval_strategy` in the Trainer on such a CPU, because it evaluates between the steps.
+# For the same reason, set no `eval_strategy` in the Trainer on such a CPU. It would evaluate between the steps.
 #
 # ## Before training
 #
-# An untouched NF4 model for answers, held-out loss and the distance from full precision.
+# First we measure the untrained NF4 model: its held-out loss, its distance from full precision, and its answers.
 
 # %%
 del adapted, net, batch
 memory.release()
 
+
+# %%
 @torch.inference_mode()
 def answer_loss(net, rows, size=8):
     """Mean loss per answer token."""
@@ -424,9 +610,10 @@ def answer_loss(net, rows, size=8):
     total = count = 0
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))  # alike in length: little padding
     for start in range(0, len(rows), size):
-        batch = collate(rows[start:start + size]).to(net.device)
+        batch = collate(rows[start : start + size]).to(net.device)
         number = (batch["labels"] != -100).sum().item()
-        total, count = total + net(**batch).loss.item() * number, count + number
+        total += net(**batch).loss.item() * number
+        count += number
     return total / count
 
 
@@ -436,25 +623,174 @@ reference = evaluation.reference(found, windows)
 base = load_4bit()
 loss_before = answer_loss(base, held_out_rows)
 scores_before = evaluation.score(base, windows, reference, batch_size=8)  # every pass unpacks all weights
-questions = [pair["question"] for pair in held_out[:3]]
-answers_before = chat.batch(base, tokenizer, questions, max_new_tokens=max_new_tokens)
-print(f"held-out loss {loss_before:.3f}; on general text: KL {scores_before.kl_divergence:.3f}, "
-      f"perplexity {scores_before.perplexity:.2f} (full precision {reference.perplexity:.2f})")
-
-# %% [markdown]
-# ## Train, with the Trainer
-#
-# The run is made to be interrupted: a checkpoint half-way, then everything is thrown away and taken up again in new objects, as after
-# a kill. (A test kills a real process with SIGKILL and compares the final losses.)
-#
-# - `gradient_check()` stops the run at its first step if a gradient does not arrive.
-# - `LivePlot` redraws the loss as it falls; in a batch run there is one figure at the end.
 
 # %%
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+questions = [pair["question"] for pair in held_out[:3]]
+answers_before = chat.batch(base, tokenizer, questions, max_new_tokens=max_new_tokens)
+print(
+    f"held-out loss {loss_before:.3f}; on general text: KL {scores_before.kl_divergence:.3f}, "
+    f"perplexity {scores_before.perplexity:.2f} (full precision {reference.perplexity:.2f})"
+)
 
+# %% [markdown]
+# ## A task that visibly succeeds: keep a format
+#
+# Two hundred pairs do not teach a small model new facts. They can teach it a **format**, and a program can check
+# that. The format is one line of JSON with the single key "answer". A program that reads the answers needs exactly
+# this.
+
+
+# %%
+def in_format(answer):
+    """The first sentence of an answer, as the JSON line that the model shall learn."""
+    return json.dumps({"answer": answer.split(". ")[0].rstrip(".") + "."}, ensure_ascii=False)
+
+
+# %%
+def keeps_format(text):
+    """Is this a JSON object with one text under "answer", and nothing else?"""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and set(value) == {"answer"} and isinstance(value["answer"], str)
+
+
+# %%
+print(in_format(train[0]["answer"]))
+assert all(keeps_format(in_format(pair["answer"])) for pair in pairs)
+
+# %% [markdown]
+# First we ask held-out questions before training. No prompt asks for JSON, so the untrained model cannot know:
+
+# %%
+format_questions = [pair["question"] for pair in held_out[::4]]
+format_before = chat.batch(base, tokenizer, format_questions, max_new_tokens=48)
+kept_before = sum(keeps_format(answer) for answer in format_before)
+print(f"{kept_before} of {len(format_questions)} answers keep the format. The first one:")
+print(format_before[0])
+
+# %% [markdown]
+# **trl's `SFTTrainer`** is the usual tool for such a run. It renders the chat template, masks the prompt in the
+# labels, prepares the 4-bit model and adds the adapters: all that the sections above did by hand. It takes
+# conversations of a prompt and a completion:
+
+# %%
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+
+# %%
+def conversation(pair):
+    return {
+        "prompt": [{"role": "user", "content": pair["question"]}],
+        "completion": [{"role": "assistant", "content": in_format(pair["answer"])}],
+    }
+
+
+# %%
+conversations = Dataset.from_list([conversation(pair) for pair in train])
+format_rate = learning_rate or (4e-3 if width < 2048 else 2e-4)
+
+# %%
+on_gpu = found.device == "cuda"
+everywhere = {
+    "per_device_train_batch_size": batch_size,
+    "lr_scheduler_type": "cosine",
+    "bf16": half == torch.bfloat16,
+    "fp16": half == torch.float16,
+    "use_cpu": not on_gpu,
+    "gradient_checkpointing": on_gpu,  # short rows: on a CPU it would only cost time
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "logging_steps": 1,
+    "seed": seed,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+# %%
+format_steps = max(4, 3 * steps // 4)
+sft_arguments = SFTConfig(
+    str(records.folder(output_dir) / "training" / "07_sft"),
+    max_steps=format_steps,
+    learning_rate=format_rate,
+    warmup_steps=1,
+    optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
+    max_length=256,
+    save_strategy="no",
+    **everywhere,
+)
+
+# %% [markdown]
+# The guide's adapters, on `q_proj` and `v_proj`, are enough for a format:
+
+# %%
+from transformers import PrinterCallback
+
+# %%
+check = training.gradient_check()
+sft = SFTTrainer(
+    load_4bit(),
+    args=sft_arguments,
+    train_dataset=conversations,
+    processing_class=tokenizer,
+    peft_config=guide_config,
+    callbacks=[check],
+)
+sft.remove_callback(PrinterCallback)
+sft.train()
+sft_losses = pd.Series([entry["loss"] for entry in sft.state.log_history if "loss" in entry])
+print(
+    f"{check.checked} tensors have a gradient; loss {sft_losses[:4].mean():.2f} in the first four steps, "
+    f"{sft_losses[-4:].mean():.2f} in the last four"
+)
+
+# %%
+format_after = chat.batch(sft.model, tokenizer, format_questions, max_new_tokens=48)
+kept_after = sum(keeps_format(answer) for answer in format_after)
+print(
+    f"the format is kept by {kept_before} of {len(format_questions)} answers before training, "
+    f"by {kept_after} after {format_steps} steps"
+)
+pd.DataFrame({"keeps it": map(keeps_format, format_after), "answer": format_after})
+
+# %%
+with tempfile.TemporaryDirectory() as scratch:
+    sft.model.save_pretrained(scratch)
+    guide_bytes = (pathlib.Path(scratch) / "adapter_model.safetensors").stat().st_size
+print(f"the adapter file takes {guide_bytes / 1e6:.2f} MB")
+if found.name.startswith("SmolLM2"):
+    assert guide_bytes < 4e6, "the guide's adapters should stay under 4 MB"
+    if steps >= 32:
+        assert kept_after > kept_before + len(format_questions) / 3, "the format was not learned"
+del sft, check
+memory.release()
+
+# %% [markdown]
+# Before training no answer keeps the format, and after 24 short steps nearly all do. The *contents* are no better
+# than before: a model learns a format long before it learns facts. An answer that breaks the format usually repeats
+# itself until the limit. `SFTTrainer` needed about 20 lines. Its adapters are in 16 bits here, because trl casts them
+# for 4-bit models; the loop below keeps them in float32.
+
+# %% [markdown]
+# ## The loop you control: transformers' Trainer
+#
+# The second run learns the answers themselves, with adapters on all Linear layers and our own encoding of the pairs.
+# It is made to be interrupted: it saves a checkpoint half-way. Then we throw everything away and resume in new
+# objects, as after a kill. (A test kills a real process with SIGKILL and compares the final losses.)
+#
+# - `gradient_check()` stops the run at its first step if a gradient does not arrive.
+# - `LivePlot` redraws the loss as it falls. A batch run has one figure at the end.
+
+# %%
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+
+# %%
 class LivePlot(TrainerCallback):
     """The loss so far, redrawn after every step where somebody watches."""
+
     shown = None
 
     def on_log(self, args, state, control, **_):
@@ -468,8 +804,11 @@ class LivePlot(TrainerCallback):
         self.shown.update(fig)
         plt.close(fig)
 
+
+# %%
 class StopAt(TrainerCallback):
     """Ends the run early: our stand-in for a kill."""
+
     def __init__(self, step):
         self.step = step
 
@@ -478,20 +817,24 @@ class StopAt(TrainerCallback):
 
 
 # %% [markdown]
-# The learning rate for a 7B model is the QLoRA paper's, 2e-4. The small model takes a higher one, found by trying a few.
+# The learning rate for a 7B model is the QLoRA paper's, 2e-4. The small model takes 3e-3. We chose it by a few short
+# runs, which this notebook does not repeat; `learning_rate` sets another one.
 
 # %%
 run_folder = records.folder(output_dir) / "training" / "07_qlora"
 shutil.rmtree(run_folder, ignore_errors=True)  # or an older run would be resumed
 rate = learning_rate or (3e-3 if width < 2048 else 2e-4)
 arguments = TrainingArguments(
-    str(run_folder), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=rate,
-    lr_scheduler_type="cosine", warmup_steps=max(1, steps // 12), optim="adamw_torch", weight_decay=0.0,
-    bf16=half == torch.bfloat16, fp16=half == torch.float16, use_cpu=found.device == "cpu",
-    gradient_checkpointing=found.device == "cuda",  # short rows: on a CPU it would only cost time
-    gradient_checkpointing_kwargs={"use_reentrant": False},
-    logging_steps=1, save_steps=steps // 2, save_total_limit=1, seed=seed,
-    report_to="none", disable_tqdm=True, dataloader_pin_memory=False)
+    str(run_folder),
+    max_steps=steps,
+    learning_rate=rate,
+    warmup_steps=max(1, steps // 12),
+    optim="adamw_torch",
+    weight_decay=0.0,
+    save_steps=steps // 2,
+    save_total_limit=1,
+    **everywhere,
+)
 
 
 # %%
@@ -500,11 +843,18 @@ def new_trainer(config, *callbacks):
     set_seed(seed)
     net = prepare_model_for_kbit_training(load_4bit(), use_gradient_checkpointing=False)
     check = training.gradient_check()
-    trainer = Trainer(get_peft_model(net, config), arguments, data_collator=collate, train_dataset=train_rows,
-                      callbacks=[check, LivePlot(), *callbacks])
+    trainer = Trainer(
+        get_peft_model(net, config),
+        arguments,
+        data_collator=collate,
+        train_dataset=train_rows,
+        callbacks=[check, LivePlot(), *callbacks],
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer, check
 
+
+# %%
 def fingerprint(net):
     """SHA-256 of every tensor of the model that belongs to no adapter."""
     digest = hashlib.sha256()
@@ -515,30 +865,19 @@ def fingerprint(net):
 
 
 # %% [markdown]
-# The guide's config first, for a quarter of the steps:
+# Now we train the configured layers (by default all Linear ones), with the interruption. We train without
+# dropout: in the default number of steps no pair is seen twice, so none can be learned by heart, and on a CPU drawing
+# the random numbers costs time in every step.
 
 # %%
-some = steps // 4
-trainer, check = new_trainer(guide_config, StopAt(some))
-with memory.track() as guide_cost:
-    trainer.train()
-guide_losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-with tempfile.TemporaryDirectory() as scratch:
-    trainer.model.save_pretrained(scratch)
-    guide_bytes = (pathlib.Path(scratch) / "adapter_model.safetensors").stat().st_size
-print(f"{check.checked} tensors have a gradient; the adapter file takes {guide_bytes / 1e6:.2f} MB")
-if found.name.startswith("SmolLM2"):
-    assert guide_bytes < 4e6, "the guide's adapters should stay under 4 MB"
-del trainer, check
-memory.release()
-
-# %% [markdown]
-# Now the full run on the configured layers (by default all Linear ones), with its interruption. Without dropout: in the default
-# number of steps no pair is seen twice, so none can be learnt by heart, and on a CPU drawing the random numbers costs time in every step.
-
-# %%
-config = LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=0.0, bias="none",
-                    task_type="CAUSAL_LM")
+config = LoraConfig(
+    r=r,
+    lora_alpha=lora_alpha,
+    target_modules=target_modules,
+    lora_dropout=0.0,
+    bias="none",
+    task_type="CAUSAL_LM",
+)
 trainer, check = new_trainer(config, StopAt(steps // 2))
 hash_before = fingerprint(trainer.model)
 with memory.track() as first_half:
@@ -555,13 +894,14 @@ with memory.track() as second_half:
     trainer.train(resume_from_checkpoint=taken_up)
 tuned = trainer.model
 training_seconds = first_half.seconds + second_half.seconds
-train_peak = max(getattr(half, "peak_vram" if found.device == "cuda" else "peak_ram")
-                 for half in (first_half, second_half))
+peak_name = "peak_vram" if found.device == "cuda" else "peak_ram"
+train_peak = max(getattr(part, peak_name) for part in (first_half, second_half))
 per_step = training_seconds / steps
 print(f"{steps} steps of {batch_size} pairs: {training_seconds:.0f} s, {per_step:.2f} s a step")
 
 # %%
 losses = pd.Series({entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry})
+some = steps // 4
 smooth = losses.rolling(some, min_periods=1).mean()
 fig, ax = plt.subplots()
 ax.plot(losses, alpha=0.35, label="each step")
@@ -569,23 +909,18 @@ ax.plot(smooth, label=f"mean of {some} steps")
 ax.axvline(steps // 2 + 0.5, color=figures.PALETTE[4], linestyle=":", label="interrupted, resumed")
 ax.set(xlabel="step", ylabel="loss on the answers")
 ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-figures.show(fig, alt=f"The training loss falls from {losses.iloc[:some].mean():.2f} (first {some} steps) to "
-             f"{losses.iloc[-some:].mean():.2f} (last {some}), without a jump where the run was interrupted.",
-             table=losses.iloc[:: max(1, steps // 12)].to_frame("loss").T.round(2))
+around = losses.iloc[steps // 2 - 2 : steps // 2 + 2]
+figures.show(
+    fig,
+    alt=f"The training loss falls from {losses.iloc[:some].mean():.2f} (first {some} steps) to "
+    f"{losses.iloc[-some:].mean():.2f} (last {some}). Around the interruption the steps have "
+    f"{', '.join(f'{loss:.2f}' for loss in around)}.",
+    table=losses.iloc[:: max(1, steps // 12)].to_frame("loss").T.round(2),
+)
 assert len(losses) == steps, "the resumed run should hold the history of all steps"
 
 # %% [markdown]
-# Both configs saw the same batches up to there, so their losses compare step by step:
-
-# %%
-late = slice(some // 2, some)
-rows = {"q_proj, v_proj": [pd.Series(guide_losses)[late].mean(), guide_cost.seconds / some],
-        str(target_modules): [losses.iloc[late].mean(), per_step]}
-pd.DataFrame.from_dict(rows, orient="index", columns=[
-    f"loss, steps {some // 2 + 1} to {some}", "seconds a step"]).round(3)
-
-# %% [markdown]
-# Only the adapters may have changed. The hash covers every other tensor, codes and scales included.
+# Did training change only the adapters? The hash covers every other tensor, codes and scales included.
 
 # %%
 assert fingerprint(tuned) == hash_before, "the base weights changed"
@@ -602,14 +937,14 @@ with checkpoints.writing(output_dir, "qlora") as scratch:
 adapter_folder = checkpoints.folder(output_dir, "qlora")
 adapter_bytes = (adapter_folder / "adapter_model.safetensors").stat().st_size
 print(f"{adapter_bytes / 1e6:.2f} MB of adapter beside {weight_bytes / 1e6:.0f} MB of base")
-few = held_out_rows[::3]
-loss_in_memory = answer_loss(tuned, few)
+third = held_out_rows[::3]  # a third of the pairs, for comparisons
+loss_in_memory = answer_loss(tuned, third)
 del trainer, tuned, check
 memory.release()
 
 # %% [markdown]
-# On another base, peft raises a long list of mismatches, or nothing at all where the shapes happen to fit. `check_adapter` compares
-# name and shapes:
+# Put this adapter on another base, and peft raises a long list of mismatches, or no error at all where the shapes
+# happen to fit. `check_adapter` compares name and shapes:
 
 # %%
 other_config = AutoConfig.from_pretrained(found.path)
@@ -625,27 +960,39 @@ del base, candidate, other
 
 
 # %% [markdown]
-# This function brings its own imports: copy it into a program of yours. A test runs it in a fresh process.
+# These functions bring their own imports. A test runs them in a fresh process. In a program of your own, write the
+# hub name of the base instead of `models.find`, and leave `check_adapter` out.
+
+
+# %% tags=["reload"]
+def base_in_nf4(name):
+    """(the base in NF4, the type in which it computes)."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from helpers import models
+
+    found = models.find(name)
+    half = found.fast
+    if found.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        half = torch.float16
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=half, **settings)
+    base = AutoModelForCausalLM.from_pretrained(
+        found.path, quantization_config=nf4, dtype=half, device_map={"": found.device}
+    )
+    return base, half
+
 
 # %% tags=["reload"]
 def reload(folder):
     """A fresh base in NF4 with the adapter of a checkpoint folder, ready to run."""
     import json
     import pathlib
-    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from helpers import models, training
+    from helpers import training
 
     config = json.loads((pathlib.Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    found = models.find(config["base_model_name_or_path"])
-    half = found.fast
-    if found.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        half = torch.float16
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                             bnb_4bit_compute_dtype=half)
-    base = AutoModelForCausalLM.from_pretrained(
-        found.path, quantization_config=nf4, dtype=half, device_map={"": found.device})
+    base, half = base_in_nf4(config["base_model_name_or_path"])
     training.check_adapter(folder, base, config["base_model_name_or_path"])
     tuned = PeftModel.from_pretrained(base, folder).eval()
     for name, tensor in tuned.named_parameters():
@@ -656,16 +1003,19 @@ def reload(folder):
 
 # %%
 tuned = reload(adapter_folder)
-loss_after, loss_reloaded = answer_loss(tuned, held_out_rows), answer_loss(tuned, few)
+loss_after = answer_loss(tuned, held_out_rows)
+loss_reloaded = answer_loss(tuned, third)
 change = loss_after / loss_before - 1
-print(f"held-out loss {loss_before:.3f} -> {loss_after:.3f} ({change:+.1%})\n"
-      f"a third of the pairs: {loss_in_memory:.3f} before saving, {loss_reloaded:.3f} loaded on a fresh base")
+print(
+    f"held-out loss {loss_before:.3f} -> {loss_after:.3f} ({change:+.1%})\n"
+    f"a third of the pairs: {loss_in_memory:.3f} before saving, {loss_reloaded:.3f} loaded on a fresh base"
+)
 assert abs(loss_reloaded / loss_in_memory - 1) < 0.01, "the adapter on disk is not the one that was trained"
 if found.name.startswith("SmolLM2"):
     assert loss_after <= 0.75 * loss_before, "the held-out loss should fall by at least 25 %"
 
 # %% [markdown]
-# (Before saving, adapters, norms and embeddings were in float32, now they are in 16 bits: hence a last digit.)
+# The last digit may differ: before saving, adapters, norms and embeddings were in float32, and now they are in 16 bits.
 #
 # ## What it learned
 
@@ -676,12 +1026,13 @@ for pair, *answers in zip(held_out, answers_before, answers_after):
     print(f"Q: {pair['question']}\n  before:  {before}\n  after:   {after}\n  written: {pair['answer']}\n")
 
 # %% [markdown]
-# It took on the voice: short, to the point, about quantization. A few hundred pairs do **not** teach a small model the facts; read
-# the answers with care.
+# The answers became short and stay with the subject. A few hundred pairs do **not** teach a small model the facts:
+# compare each answer with the written one.
 #
 # ## What it forgot
 #
-# KL divergence from the full-precision model on general text, which has nothing to do with the training data:
+# We measure the KL divergence from the full-precision model on general text, which has nothing to do with the
+# training data:
 
 # %%
 scores = evaluation.score(tuned, windows, reference, batch_size=8)
@@ -692,49 +1043,58 @@ forgot.columns = ["perplexity", "KL to full precision", "same top-1"]
 forgot["held-out loss"] = [loss_before, loss_after]
 forgot.round(3)
 
+# %%
+mean, low, high = evaluation.difference(scores, scores_before)
+print(f"training changed the KL on general text by {mean:+.3f} ({low:+.3f} to {high:+.3f})")
+
 
 # %% [markdown]
-# What a model learns from narrow text it pays for elsewhere. The usual remedies: fewer steps, a lower rate, general text among the pairs.
+# Training on a narrow set moved the model away from full precision on general text: KL 0.34 became 0.62. The
+# perplexity fell at the same time, so perplexity alone would have hidden it. The usual remedies are fewer steps, a
+# lower rate, or general text among the pairs.
 #
 # ## Merge: where to, and where not
 #
-# Merging adds `(alpha / r) · B A` to the frozen weight once; after that the adapter costs no time. Into **4-bit weights**, the sum has
-# to be rounded to the 16 levels again. A 4-bit weight sits exactly **on** a level, and an update that does not push it half-way to the
-# next one is undone. Look at one layer:
+# Merging adds `(alpha / r) · B A` to the frozen weight once. After that the adapter costs no time. In **4-bit
+# weights** the sum has to be rounded to the 16 levels again. A 4-bit weight lies exactly **on** a level, so rounding
+# undoes every update that does not push it half-way to the next one. How much of the update arrives in one layer?
+
 
 # %%
 def arriving(weight, update):
     """Share of an update that survives quantization to NF4, along its own direction: 1 is all of it."""
-    def through_nf4(values):
-        return bnb.functional.dequantize_4bit(*bnb.functional.quantize_4bit(values, quant_type="nf4"))
-
     moved = through_nf4(weight + update) - through_nf4(weight)
     return ((moved * update).sum() / update.square().sum()).item()
 
+
+# %%
 fresh = load_4bit().train()
 update = tuned.base_model.model.model.layers[middle].self_attn.q_proj.get_delta_weight("default").float()
 stored = fresh.model.layers[middle].self_attn.q_proj.weight
 on_levels = bnb.functional.dequantize_4bit(stored.data, stored.quant_state).float()
 gaps = on_levels.view(-1, 64).abs().amax(1) / 8  # about the mean distance of two levels in a block
 size = (update.abs().mean() / gaps.mean()).item()
-print(f"an update is {size:.2f} of the distance between two levels, on average;\n"
-      f"added to the 4-bit weights, {arriving(on_levels, update):.0%} of it arrives")
+print(
+    f"an update is {size:.2f} of the distance between two levels, on average;\n"
+    f"added to the 4-bit weights, {arriving(on_levels, update):.0%} of it arrives"
+)
 
 # %%
+# Held-out loss of each way to bring base and adapter together.
 with tuned.disable_adapter():
-    ways = {"NF4, no adapter": answer_loss(tuned, few), "NF4 + adapter": loss_reloaded}
+    ways = {"NF4, no adapter": answer_loss(tuned, third), "NF4 + adapter": loss_reloaded}
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # peft: "may get different generations due to rounding errors"
     rounded = PeftModel.from_pretrained(fresh, adapter_folder).merge_and_unload()
-    ways["merged into NF4"] = answer_loss(rounded, few)
+    ways["merged into NF4"] = answer_loss(rounded, third)
     if training.repacked(tuned):
-        ways["merged into NF4 after inference repacked it"] = answer_loss(tuned.merge_and_unload(), few)
+        ways["merged into NF4 after inference repacked it"] = answer_loss(tuned.merge_and_unload(), third)
 del fresh, rounded, tuned, stored, on_levels
 memory.release()
 
 # %% [markdown]
-# Into **full precision** it is exact up to rounding. Quantize the result anew if you need 4 bits: weights that lie anywhere between
-# the levels round up or down, and on average the update comes through.
+# Merging into **full precision** is exact up to rounding. Quantize the result anew if you need 4 bits: its weights
+# lie anywhere between the levels and round up or down, and on average the update comes through.
 
 # %%
 bf16_bytes = memory.predict(AutoConfig.from_pretrained(found.path), bits=16).model
@@ -742,10 +1102,14 @@ free = memory.free_vram()
 place = "cuda" if free > 1.2 * bf16_bytes else "cpu"
 precise = torch.float32 if found.device == "cpu" or free > 2.4 * bf16_bytes else found.dtype
 full = AutoModelForCausalLM.from_pretrained(found.path, dtype=precise).to(place)
+
+# %%
 between_levels = full.model.layers[middle].self_attn.q_proj.weight.detach().float()
 print(f"added before quantization, {arriving(between_levels, update.to(place)):.0%} of the update arrives")
 with contextlib.redirect_stdout(io.StringIO()):  # peft imports gptqmodel here, which prints a banner
     beside = PeftModel.from_pretrained(full, adapter_folder).eval()
+
+# %%
 probe = collate(held_out_rows[:4]).to(full.device)
 with torch.inference_mode():
     logits_beside = beside(**probe).logits.float()
@@ -756,12 +1120,12 @@ print(f"largest difference of a logit: {gap:.1e} of the logits' spread")
 assert gap < (1e-3 if precise == torch.float32 else 1), "merged and base + adapter should agree"
 
 # %%
-ways["merged into full precision"] = answer_loss(merged, few)
+ways["merged into full precision"] = answer_loss(merged, third)
 with tempfile.TemporaryDirectory() as scratch:
     merged.to(torch.bfloat16).save_pretrained(scratch)
     del full, beside, merged
     memory.release()
-    ways["merged into full precision, then NF4"] = answer_loss(quantize_4bit(scratch), few)
+    ways["merged into full precision, then NF4"] = answer_loss(quantize_4bit(scratch), third)
 
 # %%
 merges = pd.Series(ways, name="held-out loss").to_frame()
@@ -771,32 +1135,54 @@ fig, ax = plt.subplots(figsize=(7, 2.2))
 ax.barh(bars.index, bars, color=figures.PALETTE[0])
 ax.set(xlabel="held-out loss (every third held-out pair)")
 cost_of_merging = ways["merged into NF4"] - ways["NF4 + adapter"]
-figures.show(fig, alt=f"Held-out loss: base with adapter {ways['NF4 + adapter']:.2f}, "
-             f"merged into full precision {ways['merged into full precision']:.2f}, "
-             f"merged into NF4 {ways['merged into NF4']:.2f}.", table=merges.round(3))
+figures.show(
+    fig,
+    alt=f"Held-out loss: base with adapter {ways['NF4 + adapter']:.2f}, "
+    f"merged into full precision {ways['merged into full precision']:.2f}, "
+    f"merged into NF4 {ways['merged into NF4']:.2f}.",
+    table=merges.round(3),
+)
 print(f"merging into the 4-bit weights costs {cost_of_merging:+.3f}")
 
 # %% [markdown]
-# So: **keep the adapter beside the 4-bit base, or merge into full precision** and quantize that anew (with any method of this course).
-# Weights that inference has repacked are worse than a rounding error: peft reads their new layout as the old one, without an error.
+# So **keep the adapter beside the 4-bit base, or merge into full precision** and quantize that anew (with any method
+# of this course). Merging into weights that inference has repacked is worse than a rounding error: peft reads their
+# new layout as the old one, without an error.
 #
 # ## A 7B model: the budget, line by line
 #
-# Nothing is loaded; the lines follow from Mistral-7B's shape and the set-up above (adapters on q and v, 8-bit AdamW, checkpointing):
+# Nothing is loaded here. The lines follow from Mistral-7B's shape and the guide's set-up: adapters on q and v, 8-bit
+# AdamW, checkpointing.
 
 # %%
 from transformers import MistralConfig
 
+# %%
 mistral = MistralConfig(
-    vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=128, tie_word_embeddings=False)
+    vocab_size=32768,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=False,
+)
 
+
+# %%
+def linear_layers(config):
+    """{name: Linear layer} of a model that is never loaded."""
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    return {name: module for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+# %%
 def budget(config, tokens, r=16, targets=("q_proj", "v_proj"), context=0.5e9):
     """{line: bytes} of a QLoRA step over `tokens` tokens. context: CUDA's own, 0.3 to 0.6 GB on most GPUs."""
     size = memory.predict(config, bits=4, group_size=64, scale_bits=32, double_quant=True, rest_bits=32)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
-    linears = {n: m for n, m in empty.named_modules() if isinstance(m, torch.nn.Linear)}
+    linears = linear_layers(config)
     chosen = [m for n, m in linears.items() if n.endswith(tuple(targets))]
     adapters = sum(r * (m.in_features + m.out_features) for m in chosen)
     return {
@@ -813,23 +1199,34 @@ def budget(config, tokens, r=16, targets=("q_proj", "v_proj"), context=0.5e9):
 
 
 # %% [markdown]
-# Measured on an H100 with random weights in this shape (memory doesn't depend on their values), batch 1: a peak of 5.16 GiB at 512
-# tokens and of 6.49 GiB at 2,048. torch's counter does not see the CUDA context, so it's left out of the comparison.
+# The course's GPU measurements have this run, on an H100 with random weights in this shape (memory does not depend on
+# their values), at batch 1. torch's counter does not see the CUDA context, so we leave it out of the comparison.
 
 # %%
-measured = {512: 5.16, 2048: 6.49}  # GiB
+course = pathlib.Path(helpers.__file__).parents[1]
+qlora_7b = json.loads((course / "notebooks" / "gpu" / "reference.json").read_text())["qlora"]
+measured = {tokens: qlora_7b[str(tokens)]["peak_bytes"] / 2**30 for tokens in (512, 2048)}
+pd.Series(measured, name="peak, GiB").to_frame().round(2)
+
+# %%
 lines = pd.DataFrame({f"{tokens} tokens": budget(mistral, tokens) for tokens in measured}) / 2**30
-compared = pd.DataFrame({"computed, without context": lines.drop("CUDA context").sum(),
-                      "measured": {f"{tokens} tokens": peak for tokens, peak in measured.items()}}).T
+compared = pd.DataFrame(
+    {
+        "computed, without context": lines.drop("CUDA context").sum(),
+        "measured": {f"{tokens} tokens": peak for tokens, peak in measured.items()},
+    }
+).T
 compared.loc["difference, %"] = 100 * (compared.iloc[0] / compared.iloc[1] - 1)
 assert compared.loc["difference, %"].abs().max() < 10, "the budget should be within 10 % of the measurement"
 pd.concat([lines, lines.sum().to_frame("together").T, compared]).round(3)
 
 # %%
-fig, ax = plt.subplots(figsize=(8, 2.6))
 short = lines.groupby(lines.index.str.split(":").str[0], sort=False).sum()
 short = short.T[["weights", "activations", "CUDA context"]].copy()
 short["adapters, gradients, optimizer"] = lines.iloc[2:5].sum()
+
+# %%
+fig, ax = plt.subplots(figsize=(8, 2.6))
 left = 0
 for column, color in zip(short, figures.PALETTE):
     ax.barh(short.index, short[column], left=left, color=color, label=column)
@@ -837,24 +1234,38 @@ for column, color in zip(short, figures.PALETTE):
 ax.axvline(2e9 / 2**30, color="black", linestyle="--", label='the guide\'s "< 2 GB"')
 ax.set(xlabel="GiB")
 ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-figures.show(fig, alt="Memory of fine-tuning a 7B model by part: the weights alone take "
-             f"{short['weights'].iloc[0]:.1f} GiB, more than twice the guide's 2 GB; all together "
-             f"{short.iloc[0].sum():.1f} GiB at 512 tokens and {short.iloc[1].sum():.1f} GiB at 2,048.",
-             table=short.round(2))
+figures.show(
+    fig,
+    alt="Memory of fine-tuning a 7B model by part: the weights alone take "
+    f"{short['weights'].iloc[0]:.1f} GiB, more than twice the guide's 2 GB; all together "
+    f"{short.iloc[0].sum():.1f} GiB at 512 tokens and {short.iloc[1].sum():.1f} GiB at 2,048.",
+    table=short.round(2),
+)
 
 # %% [markdown]
-# Adapters, gradients and optimizer are hardly visible: that is QLoRA's whole point. What remains are the weights, and activations that
-# grow with every token. So a smaller rank saves next to nothing:
+# With the guide's adapters (r = 16 on q and v), adapters, gradients and optimizer are hardly visible. The weights
+# remain, and activations that grow with every token. So halving this rank saves next to nothing. Adapters on all
+# layers are another matter: see the table of the optimizer.
 
 # %%
 longer = lines["2048 tokens"]
-saved = pd.Series({
-    "half the rank": longer.iloc[2:5].sum() / 2,
-    "embeddings and head in bfloat16": longer.iloc[1] / 2,
-    "logits for every second token": longer.iloc[6] / 2,
-    "half the tokens": longer.iloc[5:7].sum() / 2,
-}, name="GiB saved of those at 2,048 tokens")
+saved = pd.Series(
+    {
+        "half the rank": longer.iloc[2:5].sum() / 2,
+        "embeddings and head in bfloat16": longer.iloc[1] / 2,
+        "logits for every second token": longer.iloc[6] / 2,
+        "half the tokens": longer.iloc[5:7].sum() / 2,
+    },
+    name="GiB saved of those at 2,048 tokens",
+)
 saved.to_frame().round(2)
+
+# %% [markdown]
+# ## On a 24 GB GPU with Mistral-7B
+#
+# Change two parameters: `model = "mistralai/Mistral-7B-Instruct-v0.3"` and `target_modules = ["q_proj", "v_proj"]`.
+# The two measured peaks above are what to expect for a step of one row: they fit with room to spare. A batch of 4
+# rows of 512 tokens counts as 2,048 tokens.
 
 # %% [markdown]
 # ## What the guides claim
@@ -886,38 +1297,50 @@ with pd.option_context("display.max_colwidth", None):
 # %% [markdown]
 # ## Exercises
 #
-# **1 (easy).** Parameters that LoRA adds to Linear layers of the given (out, in) shapes.
+# **1 (easy).** Predict, then measure: if the update were ten times as large, what share of it would arrive in 4-bit
+# weights? Look at the two numbers of the merging section, the size of the update and the share that arrived. Return
+# your guess, from 0 to 1. (One number.)
+
 
 # %%
-def adapter_parameters(shapes, r):
+def share_arriving():
+    # Replace the dots.
     ...
 
 
 # %%
-def test_parameters(function):
-    answer = function([(4096, 4096)], 16)
-    assert answer is not None, "return a number"
-    assert answer != 16 * 4096, "two matrices: A is [r, in], B is [out, r]"
-    assert answer == 131_072, f"one 4096 x 4096 layer with r=16 has 131,072, you have {answer}"
-    both = function([(4096, 4096), (1024, 4096)], 16)
-    assert both == 212_992, f"sum over all layers: 212,992 for q and v of one Mistral block, you have {both}"
+def test_share(function):
+    answer = function()
+    assert answer is not None, "return a share between 0 and 1"
+    assert 0 <= answer <= 1.2, "a share of the update: 1 is all of it"
+    block = through_nf4(torch.randn(512, 64, generator=torch.Generator().manual_seed(0)))
+    gap = block.abs().amax() / 8
+    change = 0.4 * gap * torch.randn(512, 64, generator=torch.Generator().manual_seed(1))
+    measured = ((through_nf4(block + change) - block) * change).sum() / change.square().sum()
+    hint = "0.4 of a gap on average: many updates now reach half-way to the next level"
+    assert abs(answer - measured) < 0.3, f"measured {measured:.2f}, you said {answer}. {hint}"
 
-exercises.check(adapter_parameters, test_parameters)
+
+exercises.check(share_arriving, test_share)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
-    def adapter_parameters(shapes, r):
-        return sum(r * (rows + columns) for rows, columns in shapes)
 
-    exercises.require(adapter_parameters, test_parameters)
+    def share_arriving():
+        return 0.95  # nearly all, far more than ten times 4 %: rounding is a threshold
+
+    exercises.require(share_arriving, test_share)
 
 
 # %% [markdown]
-# **2 (medium).** The gradients of A and B by hand. Given x [n, in] and the gradient of the loss with respect to the layer's output
-# [n, out]; return (gradient of A, gradient of B). Why is the first zero while B is zero?
+# **2 (medium).** Compute the gradients of A and B by hand. You get x [n, in] and the gradient of the loss with
+# respect to the layer's output [n, out]; return (gradient of A, gradient of B). Why is the first zero while B is
+# zero? (Two lines.)
+
 
 # %%
 def lora_gradients(x, grad_output, A, B, scale):
+    # Replace the dots.
     ...
 
 
@@ -935,10 +1358,12 @@ def test_gradients(function):
         assert torch.allclose(ours, true, atol=1e-5), f"the gradient of {name} is not right yet"
     assert not function(x, g, A.detach(), torch.zeros(6, 3), 2.0)[0].any(), "with B = 0, A's gradient is zero"
 
+
 exercises.check(lora_gradients, test_gradients)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def lora_gradients(x, grad_output, A, B, scale):
         return scale * (grad_output @ B).T @ x, scale * grad_output.T @ (x @ A.T)
 
@@ -946,10 +1371,13 @@ if solutions:
 
 
 # %% [markdown]
-# **3 (hard).** The longest sequence (tokens, batch 1) that fits `gib` GiB by the budget above, CUDA context included; 0 if none does.
+# **3 (hard).** Return the longest sequence (tokens, batch 1) that fits `gib` GiB by the budget above, CUDA context
+# included. Return 0 if none does. (Three lines: the budget is a straight line in the tokens.)
+
 
 # %%
 def longest_sequence(config, gib):
+    # Replace the dots.
     ...
 
 
@@ -963,10 +1391,12 @@ def test_longest(function):
     one_more = sum(budget(mistral, int(answer) + 1).values()) / 2**30
     assert one_more > 8, f"{answer} tokens fit, but so does one more"
 
+
 exercises.check(longest_sequence, test_longest)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def longest_sequence(config, gib):
         fixed = sum(budget(config, 0).values())
         per_token = sum(budget(config, 1).values()) - fixed
@@ -989,20 +1419,30 @@ quiz.Quiz("07_qlora")
 # %% [markdown]
 # ## Takeaways
 #
-# 1. **LoRA is two thin matrices beside a frozen weight.** Ten lines give peft's outputs and gradients; A's first gradient is zero
-#    because B is.
-# 2. **Check that gradients arrive, and measure before and after.** A repacked base trains without an error and learns nothing; a
-#    held-out loss and a KL on other text show what was learned and what was forgotten.
-# 3. **The adapter is megabytes; keep it, or merge it into full precision.** A 7B model needs 5 to 7 GiB: weights first, then
-#    activations; adapters and optimizer hardly count.
+# 1. **LoRA is two thin matrices beside a frozen weight.** Ten lines give peft's outputs and gradients. A's first
+#    gradient is zero because B is zero.
+# 2. **Check that gradients arrive, and measure before and after.** A repacked base trains without an error and learns
+#    nothing. A format was learned in 24 steps. The held-out loss fell by a quarter, and the KL on other text rose
+#    from 0.34 to 0.62.
+# 3. **Keep the adapter, or merge it into full precision.** Merged into 4-bit weights it lost most of its effect. A 7B
+#    model needs 5 to 7 GiB: the weights first, then activations. The guide's adapters and their optimizer take 0.06
+#    GiB.
 #
 # <!-- navigation -->
 # <!-- /navigation -->
 
 # %% tags=["record"]
 records.write(
-    output_dir, method="qlora", notebook="07_qlora", found=found, windows=windows,
-    bits_per_weight=8 * tuned_bytes / total, weight_bytes=tuned_bytes, peak_memory_bytes=train_peak,
-    scores=scores, decode_tokens_per_s=rate_tuned.decode_tokens_per_s, quantize_seconds=training_seconds,
+    output_dir,
+    method="qlora",
+    notebook="07_qlora",
+    found=found,
+    windows=windows,
+    bits_per_weight=8 * tuned_bytes / total,
+    weight_bytes=tuned_bytes,
+    peak_memory_bytes=train_peak,
+    scores=scores,
+    decode_tokens_per_s=rate_tuned.decode_tokens_per_s,
+    quantize_seconds=training_seconds,
 )
 quantized.cleanup()
