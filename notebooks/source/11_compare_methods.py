@@ -832,7 +832,8 @@ answers.T.round(1)
 # %%
 share_right = points(tested["bf16"])[0] / 100
 error = 100 * (share_right * (1 - share_right) / len(tested["bf16"])) ** 0.5
-changed = sum(before["acc"] != after["acc"] for before, after in zip(tested["bf16"], tested["nf4"], strict=True))
+pairs = zip(tested["bf16"], tested["nf4"], strict=True)
+changed = sum(before["acc"] != after["acc"] for before, after in pairs)
 print(f"standard error {error:.0f} points; 4 bits change {changed} answers from right to wrong or back")
 
 # %% [markdown]
@@ -894,7 +895,9 @@ with pd.option_context("display.max_rows", None):
 
 
 # %%
-def tokens_that_fit(free_bytes, layers, kv_heads, head_dim, cache_bits=16): ...
+def tokens_that_fit(free_bytes, layers, kv_heads, head_dim, cache_bits=16):
+    """Whole tokens of KV cache in so many bytes."""
+    ...
 
 
 # %%
@@ -927,7 +930,9 @@ if solutions:
 
 
 # %%
-def best_of(points): ...
+def best_of(points):
+    """Names on the frontier, smallest first."""
+    ...
 
 
 # %%
@@ -970,7 +975,9 @@ if solutions:
 
 
 # %%
-def kl_of_both(nf4_alone, cache_alone): ...
+def kl_of_both(nf4_alone, cache_alone):
+    """Your prediction in nats."""
+    ...
 
 
 # %%

@@ -236,8 +236,8 @@ tour("load")
 # %%
 message = (
     "CUDA out of memory. Tried to allocate 1.96 GiB. GPU 0 has a total capacity of 23.64 GiB "
-    "of which 1.20 GiB is free. Including non-PyTorch memory, this process has 22.44 GiB memory in use. Of the allocated memory 21.80 GiB is "
-    "allocated by PyTorch, and 190.29 MiB is reserved by PyTorch but unallocated."
+    "of which 1.20 GiB is free. Including non-PyTorch memory, this process has 22.44 GiB memory in use. "
+    "Of the allocated memory 21.80 GiB is allocated by PyTorch, and 190.29 MiB is reserved by PyTorch but unallocated."
 )
 names = ["tried", "capacity", "free", "this process", "allocated", "in pieces"]
 sizes = re.findall(r"([\d.]+) ([GM])iB", message)
@@ -900,7 +900,9 @@ with pd.option_context("display.max_colwidth", None):
 
 
 # %%
-def last_error(traceback_text): ...
+def last_error(traceback_text):
+    """(type, message) of the last error."""
+    ...
 
 
 # %%
@@ -981,7 +983,9 @@ if solutions:
 
 
 # %%
-def holders(namespace, target): ...
+def holders(namespace, target):
+    """Names through which the target can be reached."""
+    ...
 
 
 # %%
