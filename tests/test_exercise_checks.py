@@ -339,13 +339,14 @@ CASES = {
         "lambda base, adapters, n, sharded: base + 12 * adapters": "FSDP cuts",
         "lambda base, adapters, n, sharded: base / (n if sharded else 1) + 12 * adapters": "FSDP cuts",
     }),
-    ("12", "accumulation_steps"): (dict, [
-        "def accumulation_steps(global_batch, per_device_batch, n):\n    if global_batch % (per_device_batch * n):\n        raise ValueError('uneven')\n"
-        "    return global_batch // per_device_batch // n",
-        "def accumulation_steps(g, p, n):\n    steps = g / (p * n)\n    if not steps.is_integer():\n        raise ValueError(steps)\n    return int(steps)",
+    ("12", "same_as_one_process"): (dict, [
+        "lambda first, second: first == second",
+        "def same_as_one_process(first, second):\n    return not first - second",
     ], {
-        "lambda g, p, n: g // (p * n)": "raise ValueError",
-        "lambda g, p, n: g // p": "4 times",
+        "lambda first, second: True": "1 and 3 examples: ",
+        "lambda first, second: (first + second) % 2 == 0": "1 and 3 examples: ",
+        "lambda first, second: False": "2 and 2 examples: ",
+        "lambda *_: None": "return True or False",
     }),
     ("12", "split_mlp"): (dict, [
         "def split_mlp(x, gate, up, down, n):\n    size = len(gate) // n\n    parts = []\n    for k in range(n):\n        at = slice(k * size, (k + 1) * size)\n"
