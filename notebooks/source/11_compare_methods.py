@@ -890,8 +890,8 @@ with pd.option_context("display.max_rows", None):
 # %% [markdown]
 # ## Exercises
 #
-# **1 (easy, one line).** How many tokens of KV cache fit into `free_bytes`, batch 1? A layer stores two tensors, with
-# `cache_bits` for each number.
+# **1 (easy).** The answer takes one line. How many tokens of KV cache fit into `free_bytes`, batch 1? A layer stores
+# two tensors, with `cache_bits` for each number.
 
 
 # %%
@@ -924,9 +924,9 @@ if solutions:
 
 
 # %% [markdown]
-# **2 (medium, about six lines).** Return the names on the frontier. `points` maps a method to (bytes, KL). Leave out
-# each method that another one beats in one number without being worse in the other. Sort the names by size, smallest
-# first.
+# **2 (medium).** The answer takes about six lines. Return the names on the frontier. `points` maps a method to
+# (bytes, KL). Leave out each method that another one beats in one number without being worse in the other. Sort the
+# names by size, smallest first.
 
 
 # %%
@@ -969,9 +969,9 @@ if solutions:
     exercises.require(best_of, test_frontier)
 
 # %% [markdown]
-# **3 (medium, one number; predict first).** NF4 weights alone move the model by one KL, and a quantized cache alone
-# by another one. What is the KL of **both together**: the larger one, about their sum, or much more? Put your number
-# into the stub, then run the cell that measures.
+# **3 (medium).** The answer takes one number. Predict first. NF4 weights alone move the model by one KL, and a
+# quantized cache alone by another one. What is the KL of **both together**: the larger one, about their sum, or much
+# more? Put your number into the stub, then run the cell that measures.
 
 
 # %%

@@ -584,8 +584,8 @@ with pd.option_context("display.max_colwidth", None):
 # %% [markdown]
 # ## Exercises
 #
-# **1 (easy, one line).** How many bytes of weights does each of `n` GPUs hold? DDP copies the 4-bit base, FSDP cuts
-# it. The same holds for the adapters and their two Adam averages, all in float32.
+# **1 (easy).** The answer takes one line. How many bytes of weights does each of `n` GPUs hold? DDP copies the 4-bit
+# base, FSDP cuts it. The same holds for the adapters and their two Adam averages, all in float32.
 
 
 # %%
@@ -614,9 +614,9 @@ if solutions:
 
 
 # %% [markdown]
-# **2 (medium, one line; predict first).** Two processes take `first` and `second` examples of a batch. Each computes
-# the mean gradient of its own examples, and DDP averages the two. For which sizes is the result the gradient of the
-# whole batch? The check measures it.
+# **2 (medium).** The answer takes one line. Predict first. Two processes take `first` and `second` examples of a
+# batch. Each computes the mean gradient of its own examples, and DDP averages the two. For which sizes is the result
+# the gradient of the whole batch? The check measures it.
 
 
 # %%
@@ -656,9 +656,9 @@ if solutions:
 
 
 # %% [markdown]
-# **3 (hard, about three lines).** Do tensor parallel by hand. Cut `gate` and `up` by rows and `down` by columns into
-# `n` slices, and let each slice compute alone. The sum of the slices must be the whole. Why must the slices of `gate`
-# and `up` be the same rows?
+# **3 (hard).** The answer takes about three lines. Do tensor parallel by hand. Cut `gate` and `up` by rows and `down`
+# by columns into `n` slices, and let each slice compute alone. The sum of the slices must be the whole. Why must the
+# slices of `gate` and `up` be the same rows?
 
 
 # %%

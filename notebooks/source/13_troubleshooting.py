@@ -906,8 +906,8 @@ with pd.option_context("display.max_colwidth", None):
 # %% [markdown]
 # ## Exercises
 #
-# **1 (easy, about three lines).** Return the type and the message of the **last** error in a Python traceback, as a
-# tuple of two texts.
+# **1 (easy).** The answer takes about three lines. Return the type and the message of the **last** error in a Python
+# traceback, as a tuple of two texts.
 
 
 # %%
@@ -943,8 +943,9 @@ if solutions:
 
 
 # %% [markdown]
-# **2 (medium, one line; predict first).** A layer with `megabytes` of float32 weights is trained with AdamW. Predict
-# how many MB its weights, gradients and optimizer hold together at each of three moments. The check measures them.
+# **2 (medium).** The answer takes one line. Predict first. A layer with `megabytes` of float32 weights is trained
+# with AdamW. Predict how many MB its weights, gradients and optimizer hold together at each of three moments. The
+# check measures them.
 
 
 # %%
@@ -988,9 +989,9 @@ if solutions:
 
 
 # %% [markdown]
-# **3 (hard, about twelve lines).** Find out who keeps a model alive. Return the names in a dict (such as `globals()`)
-# through which an object can still be reached: directly, as an element of a list or tuple, or through the frames of
-# an exception's traceback.
+# **3 (hard).** The answer takes about twelve lines. Find out who keeps a model alive. Return the names in a dict
+# (such as `globals()`) through which an object can still be reached: directly, as an element of a list or tuple, or
+# through the frames of an exception's traceback.
 
 
 # %%
