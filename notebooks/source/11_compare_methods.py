@@ -81,7 +81,8 @@ import time
 from helpers import models
 
 # Compiled kernels go into the course's cache; torch reads this when it is imported.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(models.cache() / "inductor"))
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(models.cache() / "inductor")
 
 # %%
 import matplotlib.pyplot as plt
