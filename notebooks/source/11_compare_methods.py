@@ -70,7 +70,7 @@ def beaten(method, points):
 # %% [markdown]
 # The rest of this notebook does the same with real methods. First the imports and the untouched model.
 
-# %%
+# %% jupyter={"source_hidden": true}
 import contextlib
 import gc
 import io
@@ -84,7 +84,7 @@ from helpers import models
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(models.cache() / "inductor")
 
-# %%
+# %% jupyter={"source_hidden": true}
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
@@ -103,7 +103,7 @@ from transformers import (
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.utils import logging
 
-# %%
+# %% jupyter={"source_hidden": true}
 from helpers import (
     claims,
     evaluation,
@@ -165,7 +165,7 @@ def scored(net, dtype, text, before):
     return before.scores if dtype == found.dtype else evaluation.score(net, text, before)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def measure(dtype):
     """What the record of an untouched model says: sizes, quality on both texts, speed."""
     with memory.track() as used:
@@ -738,7 +738,7 @@ print(f"{same:.0%} of the tokens are the same: {tokenizer.decode(ours[0])!r}")
 # int4.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def tokens_per_s(decoder, prompt, count=64):
     decoder.generate(prompt, count)  # compiles and captures
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -786,7 +786,7 @@ else:
 # **Predict first:** NF4 costs this model 0.3 nats. How many of 64 answers will it change? Exercise 3 asks the same of
 # a KL.
 
-# %%
+# %% jupyter={"source_hidden": true}
 import datasets
 import lm_eval
 from lm_eval.models.huggingface import HFLM
@@ -842,7 +842,7 @@ print(f"standard error {error:.0f} points; 4 bits change {changed} answers from 
 # sound likely. So a score below chance is possible. This small model knows capitals and has hardly read about
 # quantization. A published benchmark needs the hub: `-p lm_eval_tasks mmlu_abstract_algebra,mmlu_world_religions`.
 
-# %%
+# %% jupyter={"source_hidden": true}
 if others:
     try:
         for name, samples in harness(nets["bf16"], others).items():

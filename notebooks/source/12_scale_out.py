@@ -53,7 +53,7 @@ processes = 2
 # Offload works with a single GPU, so we start there. It reads 2 GB for every token. By hand: a disk with 2 GB/s needs
 # a second for that, whatever the GPU can do.
 
-# %%
+# %% jupyter={"source_hidden": true}
 import json
 import logging
 import os
@@ -285,9 +285,13 @@ accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_proces
 ddp = [*accelerate, script.parent / config, "--num_processes", processes]
 several = f"{processes} processes"
 runs = {"1 process": ([sys.executable], 1), several: (ddp, processes)}
+
+# %%
 reports = {}
 for name, (launcher, share) in tqdm(runs.items(), "training", disable=None):
     reports[name] = launch(name, *launcher, share=share)
+
+# %%
 curves = pd.DataFrame({name: report["losses"] for name, report in reports.items()})
 gap = (curves.iloc[:, 0] - curves.iloc[:, 1]).abs().max()
 {name: f"{report['seconds']:.0f} s with start-up" for name, report in reports.items()}

@@ -51,7 +51,7 @@ max_new_tokens = 12
 #    wraps it.
 # 3. Change something in the last frame that is *yours*. Here that is line 5 of train.py.
 
-# %%
+# %% jupyter={"source_hidden": true}
 import collections
 import gc
 import html
@@ -68,7 +68,7 @@ import torch
 from IPython.display import Markdown, display
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-# %%
+# %% jupyter={"source_hidden": true}
 from transformers.utils import logging as transformers_logging
 
 from helpers import catalogue, chat, exercises, explain, figures, memory, models, records, reproductions, speed
@@ -120,7 +120,7 @@ print(explain.read(leaked).errors[-1])
 # provoked on this machine is marked *recorded*, with the source of its message.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def try_entry(entry):
     """Provoke, explain and repair one entry of the catalogue; what came out, for the table and the record."""
     reason = reproductions.why_not(entry.id)
@@ -137,7 +137,7 @@ def try_entry(entry):
     return result
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def short(text, width=300):
     """The message without folders of this machine, on few lines."""
     text = str(text).replace(tempfile.gettempdir(), "…")
@@ -150,7 +150,7 @@ def block(language, text):
     return f"~~~{language}\n{text}\n~~~"
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def evidence(entry, result):
     """Code of the failure, its message, cause and repair of an entry that ran; else how it is recognized."""
     cause = f"**Cause.** {entry.cause} **Repair.** {entry.remedy}"
