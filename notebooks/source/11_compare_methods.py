@@ -295,7 +295,7 @@ guide.Guide(shown)
 
 # %% [markdown]
 # The size is exact for both models. Quality and speed come from the model that was measured. For a 7B model they give
-# the order, not the amount: NF4 costs the 135M model 0.33 nats and a 1.5B model 0.06 (`notebooks/gpu/README.md`). For
+# the order, not the amount: NF4 costs the 135M model 0.34 nats and a 1.5B model 0.06 (`notebooks/gpu/README.md`). For
 # speed on a GPU, read the GPU section below instead of this guide.
 #
 # ## Where does the time go?
@@ -1024,7 +1024,7 @@ quiz.Quiz("11_compare_methods")
 # ## Takeaways
 #
 # 1. **Take a method from the frontier.** On SmolLM2-135M and two CPU cores, the best 4-bit method (AWQ) needs 114 MB
-#    at a KL of 0.15, while a Q4_K_M file made with an importance matrix needs 104 MB at 0.06, and decodes three times
+#    at a KL of 0.15, while a Q4_K_M file made with an importance matrix needs 104 MB at 0.06, and decodes 3.5 times
 #    as fast in llama.cpp.
 # 2. **After the weights, the rest counts.** In 4 bits the matrix products take a smaller share of a token. A compiled
 #    step targets the remaining overhead, and the table says whether it gained here. A quantized cache makes room for

@@ -108,6 +108,9 @@ first = 0 if gpus else "cpu"
 question = tokenizer("The for statement is used to", return_tensors="pt")
 
 
+# %%
+
+
 def answer(net, new_tokens=12):
     """The model's answer, and the new tokens per second with everything around them."""
     started = time.perf_counter()
@@ -363,6 +366,7 @@ def stored(storage):
     return facts | {"sum of bytes": int(raw.sum(dtype=torch.int64))}
 
 
+# %%
 storages = pd.DataFrame([stored(torch.uint8), stored(torch.bfloat16)])
 assert storages["sum of bytes"].nunique() == 1, "the codes should be the same bytes"
 storages
