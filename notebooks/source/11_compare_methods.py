@@ -42,7 +42,7 @@ lm_eval_tasks = "course_questions"
 #
 # Take four methods. A method costs bytes, and it moves the model away from the untouched one. The **KL divergence**
 # measures that distance in nats per token: 0 means the same predictions, 0.01 is hard to notice, 0.3 changes about
-# every fourth top token of a small model, and above 1 the text falls apart ([00](00_start_here.ipynb) computes it by
+# every third top token of a small model, and above 1 the text falls apart ([00](00_start_here.ipynb) computes it by
 # hand).
 #
 # | method | weights, MB | KL | is it beaten? |
