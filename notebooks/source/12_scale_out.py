@@ -160,6 +160,10 @@ with tempfile.TemporaryDirectory() as folder:
 offload = pd.DataFrame(rows)
 offload.round(2)
 
+# %% [markdown]
+# The share of the bytes is not the share of the speed. What lies on the disk is read again for every token, so a
+# small missing part already costs a large part of the speed. The picture shows which modules went behind:
+
 # %%
 kinds = {"0": "GPU", "cpu": "RAM", "disk": "disk"}
 looks = {"GPU": (figures.PALETTE[0], ""), "RAM": (figures.PALETTE[1], ""), "disk": (figures.PALETTE[2], "//")}
@@ -401,6 +405,11 @@ table = table[["first loss", "last loss", "peak of GPU 0, GB"]].astype(float)
 table.round(2)
 
 # %% [markdown]
+# The losses agree within 0.03, and GPU 0 needs 3.2 GB instead of 4.6. That is more than half. FSDP cuts the weights
+# that are stored; a layer is whole again while it computes, and activations stay as they are. This record does not
+# say how much each of them takes.
+
+# %% [markdown]
 # ### On a 24 GB GPU with Mistral-7B
 #
 # Set `model = "mistral-7b-geometry"` (Mistral-7B's shape, random weights, no download) and `budget_gb = 24` in the
@@ -503,6 +512,7 @@ def job(folder, bits, group_size):
 # %%
 from dask.distributed import Client, LocalCluster
 
+logging.getLogger("distributed").setLevel(logging.ERROR)  # a busy machine ends its workers late
 grid = [(8, 64), (4, 128), (4, 32), (3, 32)]
 workers_here = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
 with LocalCluster(**workers_here) as cluster, Client(cluster) as client:
