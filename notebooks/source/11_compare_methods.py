@@ -1,8 +1,7 @@
 # %% [markdown]
 # # 11 Compare the methods
 #
-# Lay all measured methods side by side, choose one for your machine, and find what is left to gain once the weights
-# are small.
+# Lay all measured methods side by side, choose one for your machine, and see what is left to gain after the weights.
 #
 # <!-- badge -->
 # <!-- /badge -->

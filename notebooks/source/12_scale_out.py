@@ -1,8 +1,7 @@
 # %% [markdown]
 # # 12 Beyond one GPU
 #
-# Run a model that does not fit, train it with several processes without changing the result, and find the engine for
-# the next step.
+# Run a model that does not fit, train it with several processes without changing the result, and choose an engine.
 #
 # <!-- badge -->
 # <!-- /badge -->

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # 13 Troubleshooting
 #
-# Provoke the failures that readers meet, see what they really say, and repair each of them; then find those that say
-# nothing.
+# Provoke the failures that readers meet, see what they really say, repair each, and find those that say nothing.
 #
 # <!-- badge -->
 # <!-- /badge -->
