@@ -115,8 +115,8 @@ print(explain.read(leaked).errors[-1])
 # small helpers (`tiny_model`, `hub`) without importing them. They are in `helpers/reproductions.py`.
 #
 # Three entries are staged, because the real thing would stop this notebook: `process-killed` kills a child process of
-# its own, `disk-full` writes to `/dev/full`, and `bitsandbytes-missing` hides the package. An entry that cannot be
-# provoked on this machine is marked *recorded*, with the source of its message.
+# its own, `disk-full` writes to `/dev/full`, and `bitsandbytes-missing` patches a flag of transformers. An entry that
+# cannot be provoked on this machine is marked *recorded*, with the source of its message.
 
 
 # %% jupyter={"source_hidden": true}
