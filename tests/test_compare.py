@@ -54,6 +54,22 @@ def test_plot_says_what_it_shows():
     assert pareto.plot([record("a", decode_tokens_per_s=None), record("b")], "decode_tokens_per_s") is None
 
 
+@pytest.mark.parametrize(("method", "bits"), [("gptq-3", 3), ("autoround-2", 2), ("fp8-weight-only", 8), ("mxfp4", 4), ("nvfp4", 4), ("nf4-single", 4), ("rtn-int4-asym", 4),
+    ("int8-dynamic-torchao", 8), ("gguf-q2_k", 2), ("gguf-q4_k_m-imatrix", 4), ("bf16", 16), ("bf16-kv4", 16), ("fp32", 32), ("autoawq", 4), ("hybrid-int4", None)])  # fmt: skip
+def test_bits_of_a_method_are_in_its_name(method, bits):
+    assert pareto.bits(method) == bits
+
+
+def test_what_lies_below_four_bits_has_a_panel_of_its_own():
+    shown = [record(method, weight_bytes=size * 1e6, kl_divergence=kl) for method, size, kl in (("bf16", 270, 0.001), ("nf4", 112, 0.3), ("awq", 114, 0.15))]
+    fig, alt, _ = pareto.plot(shown)
+    assert [ax.get_title() for ax in fig.axes] == ["All methods", "4 bits"] and alt.startswith("The closest 4-bit method, awq, takes 42% of bf16's bytes")
+    shown += [record(method, weight_bytes=9e7, kl_divergence=kl) for method, kl in (("gptq-2", 3.0), ("autoround-3", 0.5))]
+    fig, *_ = pareto.plot(shown)
+    assert [ax.get_title() for ax in fig.axes] == ["All methods", "4 bits", "Below 4 bits"]
+    assert {text.get_text() for text in fig.axes[2].texts} == {"gptq-2", "autoround-3"}
+
+
 def test_fine_tuned_models_are_not_on_the_frontier():
     shown = [record(method, weight_bytes=size * 1e6, kl_divergence=kl) for method, size, kl in (("fp32", 500, 0.0), ("nf4", 100, 0.3), *((name, 50, 0.1) for name in pareto.FINE_TUNED))]
     _, alt, table = pareto.plot(shown)

@@ -104,21 +104,16 @@ def for_03():
 
 def for_11():
     sizes = {"fp32": (500, 0.0), "bf16": (250, 0.001), "int8": (260, 0.03), "nf4": (110, 0.3), "awq": (115, 0.13), "worse": (115, 0.2)}
-    return {"shown": {name: {"weight_bytes": size, "kl_divergence": kl} for name, (size, kl) in sizes.items()}}
+    shown = {name: {"weight_bytes": size, "kl_divergence": kl} for name, (size, kl) in sizes.items()}
+    return {"shown": shown, "alone": {"nf4": 0.33, "cache": 0.06}, "both": 0.4}
 
 
 def for_13():
-    messages = {
-        "cast-quantized": "ValueError: You cannot cast a bitsandbytes model in a new `dtype`.",
-        "move-8bit": "ValueError: Calling `cuda()` is not supported for `8-bit` quantized models.",
-        "other": "ValueError: 4-bit weights must be on a GPU, not supported for this model",
-    }
     texts = {
         "bad-token": "Traceback (most recent call last):\nA: x\n\nThe above exception\n\nTraceback (most recent call last):\nh.HTTPError: 401 Client: no\n",
         "folder-that-is-not-there": "Traceback (most recent call last):\nValueError: inner\n\nTraceback (most recent call last):\nOSError: gone: really\n",
     }
-    outcomes = {name: {"message": message, "outcome": "repaired"} for name, message in messages.items()}
-    return {"outcomes": outcomes, "reproductions": types.SimpleNamespace(provoke=texts.__getitem__)}
+    return {"reproductions": types.SimpleNamespace(provoke=texts.__getitem__)}
 
 
 # (notebook, function): stand-ins, right answers, {wrong answer: what the message must say}. Answers are expressions or definitions.
@@ -364,13 +359,14 @@ CASES = {
         "lambda base, adapters, n, sharded: base + 12 * adapters": "FSDP cuts",
         "lambda base, adapters, n, sharded: base / (n if sharded else 1) + 12 * adapters": "FSDP cuts",
     }),
-    ("12", "accumulation_steps"): (dict, [
-        "def accumulation_steps(global_batch, per_device_batch, n):\n    if global_batch % (per_device_batch * n):\n        raise ValueError('uneven')\n"
-        "    return global_batch // per_device_batch // n",
-        "def accumulation_steps(g, p, n):\n    steps = g / (p * n)\n    if not steps.is_integer():\n        raise ValueError(steps)\n    return int(steps)",
+    ("12", "same_as_one_process"): (dict, [
+        "lambda first, second: first == second",
+        "def same_as_one_process(first, second):\n    return not first - second",
     ], {
-        "lambda g, p, n: g // (p * n)": "raise ValueError",
-        "lambda g, p, n: g // p": "4 times",
+        "lambda first, second: True": "1 and 3 examples: ",
+        "lambda first, second: (first + second) % 2 == 0": "1 and 3 examples: ",
+        "lambda first, second: False": "2 and 2 examples: ",
+        "lambda *_: None": "return True or False",
     }),
     ("12", "split_mlp"): (dict, [
         "def split_mlp(x, gate, up, down, n):\n    size = len(gate) // n\n    parts = []\n    for k in range(n):\n        at = slice(k * size, (k + 1) * size)\n"
@@ -389,13 +385,15 @@ CASES = {
         "def last_error(text):\n    found = re.findall(r'^(\\w+): (.*)$', text, re.M) or [('', '')]\n    return found[0]": "",
         "lambda text: text.strip().splitlines()[-1]": "expected",
     }),
-    ("13", "cast_or_move_pattern"): (for_13, [
-        "lambda: r'(cannot cast a bitsandbytes)|(is not supported for `[48]-bit`)'",
-        "def cast_or_move_pattern():\n    return '(?i)(cast|`cuda\\\\(\\\\)`|`.to`).*(bitsandbytes|-bit`)'",
+    ("13", "held_mb"): (dict, [
+        "lambda megabytes, moment: megabytes * {'loaded': 1, 'after backward': 2, 'after step': 4}[moment]",
+        "def held_mb(megabytes, moment):\n    held = megabytes\n    if moment != 'loaded':\n        held += megabytes\n"
+        "    if moment == 'after step':\n        held += 2 * megabytes\n    return held",
     ], {
-        "lambda: 'supported for'": "does not find",
-        "lambda: 'ValueError'": "finds this too",
-        "lambda: ''": "regular expression as text",
+        "lambda megabytes, moment: megabytes": "after backward: you expect",
+        "lambda megabytes, moment: megabytes * {'loaded': 1, 'after backward': 2, 'after step': 3}[moment]": "after step: you expect",
+        "lambda megabytes, moment: megabytes * {'loaded': 1, 'after backward': 4, 'after step': 4}[moment]": "after backward: you expect",
+        "lambda *_: None": "return a number",
     }),
     ("08", "bits_per_weight"): (dict, [
         "lambda bits, size, extra_bytes: bits + 8 * extra_bytes / size",
@@ -439,6 +437,16 @@ CASES = {
         "lambda free, layers, heads, dim, bits=16: int(free * 8 * 8 // (2 * layers * heads * dim * bits))": "16 bits are 2 bytes",
         "lambda free, layers, heads, dim, bits=16: int(free // (4 * layers * heads * dim))": "cache_bits is not used",
         "lambda free, layers, heads, dim, bits=16: free * 8 / (2 * layers * heads * dim * bits)": "whole tokens",
+        "lambda *_: None": "return a number",
+    }),
+    ("11", "kl_of_both"): (for_11, [
+        "lambda nf4_alone, cache_alone: nf4_alone + cache_alone",
+        "def kl_of_both(nf4_alone, cache_alone):\n    return max(nf4_alone, cache_alone)",
+        "lambda *_: 0.4",
+    ], {
+        "lambda nf4_alone, cache_alone: nf4_alone * cache_alone": "each error adds",
+        "lambda nf4_alone, cache_alone: 10 * (nf4_alone + cache_alone)": "do not multiply",
+        "lambda *_: -1": "never negative",
         "lambda *_: None": "return a number",
     }),
     ("11", "best_of"): (for_11, [

@@ -1,4 +1,4 @@
-"""What reference.json says, as rows, as a picture, and as README's section on GPUs: `python notebooks/gpu/summary.py` writes both."""
+"""What reference.json says, as rows, as a picture, as this folder's tables and README's lines: `python notebooks/gpu/summary.py` writes them."""
 
 import json
 import sys
@@ -100,7 +100,7 @@ def alt(record):
 
 
 def section(record):
-    """README's section, in Markdown."""
+    """The section of this folder's README, in Markdown: every row."""
     rows, parts = ladder(record), gap(record)
     fp16 = next(row for row in rows if row["what"] == "fp16, lean")
     compiled = next(row for row in rows if row["what"].startswith("fp16, compiled"))
@@ -110,9 +110,9 @@ def section(record):
         "",
         f"Mistral-7B's shape with random weights on one {record['device']} (driver {record['driver']}, torch {versions['torch']}, CUDA "
         f"{versions['cuda']}), {record['date']}. Absolute times move with the machine; the ratios are the point. All of it comes from "
-        "[reference.json](notebooks/gpu/reference.json); [reference.py](notebooks/gpu/reference.py) repeats it.",
+        "[reference.json](reference.json); [reference.py](reference.py) repeats it.",
         "",
-        f"![{alt(record)}](notebooks/gpu/{PICTURE.name})",
+        f"![{alt(record)}]({PICTURE.name})",
         "",
         "| way of decoding | weights read a token | batch 1, tok/s | share of the bandwidth limit | batch 8, tok/s | prompt of "
         f"{record['protocol']['prompt_tokens']}, ms |",
@@ -126,7 +126,7 @@ def section(record):
         "",
         f"Four bits are {best['batch 1'] / fp16['batch 1']:.1f} times as fast as fp16 in the same lean loop, and "
         f"{best['batch 1'] / compiled['batch 1']:.1f} times as fast as compiled `generate`. In eager mode they are at "
-        f"{rows[1]['share']:.0%} of what their bytes allow: there a token's time is Python's, not the weights'. The lean loop ([lean_decode.py](notebooks/gpu/lean_decode.py)) keeps "
+        f"{rows[1]['share']:.0%} of what their bytes allow: there a token's time is Python's, not the weights'. The lean loop ([lean_decode.py](lean_decode.py)) keeps "
         "positions and cache in fixed tensors, lets torch.compile fuse what lies between the matrices, and replays each token as one CUDA "
         f"graph. Of a token's {1e3 * sum(parts.values()):.2f} ms there, "
         + ", ".join(f"{1e3 * value:.2f} ms are {name}" for name, value in parts.items())
@@ -151,6 +151,24 @@ def section(record):
         "```",
     ]
     return "\n".join(lines)
+
+
+def headline(record):
+    """README's lines, in Markdown: the picture, what it says, and where all rows stand."""
+    rows = {row["what"]: row for row in ladder(record)}
+    fp16, eager, best = rows["fp16, lean"], rows["int4 (torchao), eager"], rows[LADDER[-1][0]]
+    peaks = dict(budget(record))
+    nf4, step = (peaks[name] / 1e9 for name in ("nf4, double quantization: answer 512 + 32 tokens", "QLoRA step of 2048 tokens"))
+    return "\n".join(
+        [
+            f"![{alt(record)}](notebooks/gpu/{PICTURE.name})",
+            "",
+            f"Measured on one {record['device']} with Mistral-7B's shape and random weights, {record['date']}. Four bits decode "
+            f"{best['batch 1'] / fp16['batch 1']:.1f} times as fast as fp16 in the same lean loop. In eager mode they reach {eager['share']:.0%} of what "
+            f"their bytes allow. An answer of 512 + 32 tokens in NF4 took {nf4:.2f} GB at its peak, a QLoRA step of 2,048 tokens {step:.2f} GB. "
+            "[All rows](notebooks/gpu/README.md#speed-and-memory-on-a-gpu).",
+        ]
+    )
 
 
 COMPARED = ("nf4", "gptq", "autogptq", "awq", "autoawq", "rtn-int4")
@@ -191,8 +209,8 @@ def main():
 
     record = read()
     PICTURE.write_bytes(figures.to_png(plot(record)))
-    readme = ROOT / "README.md"
-    records.write_text(readme, notebooks.replace_part(readme.read_text(encoding="utf-8"), "gpu", section(record)))
+    for readme, text in ((ROOT / "README.md", headline(record)), (HERE / "README.md", section(record))):
+        records.write_text(readme, notebooks.replace_part(readme.read_text(encoding="utf-8"), "gpu", text))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@
 # ## Goals
 #
 # 1. Rebuild the block formats Q8_0, Q4_0, Q4_1 and Q4_K, and get the same bytes and numbers as the libraries.
-# 2. Write the whole model to GGUF files, with and without an importance matrix, and say what a name such as Q4_K_M really holds.
+# 2. Write the whole model to GGUF files, with and without an importance matrix, and say what a name such as Q4_K_M
+#    really holds.
 # 3. Run the files in llama.cpp's server, and measure quality, size and speed against transformers in the same run.
 #
-# **Before you start:** [00 Start here](00_start_here.ipynb) for the measure of quality, [04 NF4](04_nf4_bitsandbytes.ipynb) for blocks
-# and their scales.
+# **Before you start:** [00 Start here](00_start_here.ipynb) for the measure of quality, [04
+# NF4](04_nf4_bitsandbytes.ipynb) for blocks and their scales.
 
 # %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
@@ -32,9 +33,24 @@ new_tokens = 32
 port = 0
 
 # %%
-import contextlib, functools, io, json, logging, math, os, pathlib, re
-import socket, struct, subprocess, sys, tempfile, time, types
+import contextlib
+import functools
+import io
+import json
+import logging
+import math
+import os
+import pathlib
+import re
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import types
 
+# %%
 import gguf
 import httpx
 import libgguf
@@ -49,7 +65,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import helpers
 from helpers import chat, evaluation, exercises, figures, memory, models, records, speed
-
 
 # %%
 figures.style()
@@ -75,8 +90,9 @@ in_domain_reference = evaluation.reference(found, in_domain)
 # %% [markdown]
 # ## The idea: a block of weights and its scale
 #
-# llama.cpp stores weights in **blocks**. A block of Q8_0 is 32 neighbours of one row: 32 signed bytes (the *codes*) and one number that
-# they are all multiplied with (the *scale*). Four weights are enough to do it by hand. The largest magnitude, 1.27, becomes the code
+# llama.cpp stores weights in **blocks**. A block of Q8_0 is 32 neighbours of one row: 32 signed bytes (the *codes*)
+# and one number that they are all multiplied with (the *scale*). Four weights are enough to do it by hand. The
+# largest magnitude, 1.27, becomes the code
 # 127. So the scale is 0.01, and each weight is rounded to a multiple of it:
 
 # %%
@@ -86,9 +102,11 @@ codes = (four / scale).round()
 pd.DataFrame({"weight": four, "code": codes, "restored": codes * scale}).round(3)
 
 # %% [markdown]
-# A byte a weight and two bytes a scale: 34 bytes for 32 weights, **8.5 bits a weight**. With 4 bits there are 16 codes, and two ways to
-# place them. **Q4_0** has a scale alone: its codes -8 to 7 are multiples of it, and the weight with the largest magnitude gets -8. **Q4_1** has a
-# scale and a minimum: its codes 0 to 15 reach from the smallest weight to the largest. One block of the model on both grids:
+# A byte a weight and two bytes a scale: 34 bytes for 32 weights, **8.5 bits a weight**. With 4 bits there are 16
+# codes, and two ways to place them. **Q4_0** has a scale alone: its codes -8 to 7 are multiples of it, and the weight
+# with the largest magnitude gets -8. **Q4_1** has a scale and a minimum: its codes 0 to 15 reach from the smallest
+# weight to the largest. One block of the model on both grids:
+
 
 # %%
 def read_weight(name):
@@ -98,6 +116,7 @@ def read_weight(name):
             if name in tensors.keys():
                 return tensors.get_tensor(name).float().numpy()
     raise ValueError(f"there is no tensor {name} in {found.name}")
+
 
 middle = config.num_hidden_layers // 2
 down_name = f"model.layers.{middle}.mlp.down_proj"
@@ -111,8 +130,9 @@ grids = {
     "Q4_1": np.linspace(block.min(), block.max(), 16),
 }
 nearest = {name: abs(block[:, None] - levels).min(1) for name, levels in grids.items()}
-distances = pd.DataFrame({name: {"step": abs(levels[1] - levels[0]), "mean error": nearest[name].mean()}
-                          for name, levels in grids.items()}).T
+distances = pd.DataFrame(
+    {name: {"step": abs(levels[1] - levels[0]), "mean error": nearest[name].mean()} for name, levels in grids.items()}
+).T
 
 # %%
 fig, axes = plt.subplots(2, 1, figsize=(7, 2.6), sharex=True, layout="constrained")
@@ -123,9 +143,12 @@ for ax, (name, levels) in zip(axes, grids.items()):
 axes[0].set_title("With a minimum of its own, the grid ends where the weights end")
 axes[1].set_xlabel("value (dots: the 32 weights, lines: the 16 levels)")
 ratio = distances["mean error"]["Q4_1"] / distances["mean error"]["Q4_0"]
-figures.show(fig, alt=f"One block of 32 weights of {found.name} on the 16 levels of Q4_0 and of Q4_1. The "
-             f"mean distance to the nearest level of Q4_1 is {ratio:.2f} of that of Q4_0.",
-             table=distances.round(5))
+figures.show(
+    fig,
+    alt=f"One block of 32 weights of {found.name} on the 16 levels of Q4_0 and of Q4_1. The "
+    f"mean distance to the nearest level of Q4_1 is {ratio:.2f} of that of Q4_0.",
+    table=distances.round(5),
+)
 
 
 # %% [markdown]
@@ -133,14 +156,17 @@ figures.show(fig, alt=f"One block of 32 weights of {found.name} on the 16 levels
 #
 # The scale is kept as a float16, two bytes. A block of zeros has scale 0, and dividing by it must not give NaN.
 
+
 # %%
 def inverse(scale):
     """1 / scale, and 0 where the scale is 0."""
     return np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
 
+
 def as_bytes(values):
     """Numbers [n, 1] as float16, seen as bytes [n, 2]."""
     return values.astype(np.float16).view(np.uint8)
+
 
 def two_in_a_byte(codes):
     """4-bit codes [n, 32] in bytes [n, 16]: the first half in the low bits, the second in the high ones."""
@@ -167,6 +193,7 @@ def q4_0(rows):
     codes = (blocks * inverse(scale) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
     return np.concatenate([as_bytes(scale), two_in_a_byte(codes)], 1).reshape(len(rows), -1)
 
+
 def q4_1(rows):
     """float32 [rows, columns] -> bytes [rows, 20 * columns / 32]."""
     blocks = rows.reshape(-1, 32)
@@ -179,21 +206,27 @@ def q4_1(rows):
 # %% [markdown]
 # The way back reads the bytes of each block:
 
+
 # %%
 def half(blocks, at):
     """The float16 at byte `at` of every block, as float32 [n, 1]."""
     return blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32)
 
+
 def two_from_a_byte(packed):
     return np.concatenate([packed & 15, packed >> 4], 1).astype(np.float32)
 
+
+# %%
 def decode_q8_0(data):
     blocks = data.reshape(-1, 34)
     return half(blocks, 0) * blocks[:, 2:].view(np.int8)
 
+
 def decode_q4_0(data):
     blocks = data.reshape(-1, 18)
     return half(blocks, 0) * (two_from_a_byte(blocks[:, 2:]) - 8)
+
 
 def decode_q4_1(data):
     blocks = data.reshape(-1, 20)
@@ -222,8 +255,9 @@ blocks_of_32.round(4)
 # %% [markdown]
 # ## A K-quant: the scales are quantized too
 #
-# Q4_1 spends 32 bits on the scale and the minimum of 32 weights. **Q4_K** takes eight such blocks together, a *super-block* of 256 weights. The
-# eight scales become whole numbers from 0 to 63 (6 bits) times one float16, and so do the eight minima:
+# Q4_1 spends 32 bits on the scale and the minimum of 32 weights. **Q4_K** takes eight such blocks together, a
+# *super-block* of 256 weights. The eight scales become whole numbers from 0 to 63 (6 bits) times one float16, and so
+# do the eight minima:
 #
 # | part of a super-block | bytes |
 # |---|---|
@@ -231,8 +265,10 @@ blocks_of_32.round(4)
 # | 8 scales and 8 minima, 6 bits each | 12 |
 # | 256 codes, 4 bits each | 128 |
 #
-# 144 bytes for 256 weights are **4.5 bits a weight**: the size of Q4_0 with the minimum of Q4_1. A weight is restored as
-# `unit * scale * code - unit of minima * minimum`. The 6-bit numbers do not fit whole bytes, so their upper two bits lie apart:
+# 144 bytes for 256 weights are **4.5 bits a weight**: the size of Q4_0 with the minimum of Q4_1. A weight is restored
+# as `unit * scale * code - unit of minima * minimum`. The 6-bit numbers do not fit whole bytes, so their upper two
+# bits lie apart:
+
 
 # %%
 def unpack_six_bits(packed):
@@ -241,6 +277,7 @@ def unpack_six_bits(packed):
     scales = np.concatenate([first & 63, (third & 15) | (first >> 6) << 4], 1)
     minima = np.concatenate([second & 63, (third >> 4) | (second >> 6) << 4], 1)
     return scales, minima
+
 
 def decode_q4_k(data):
     """bytes -> float32 [super-blocks, 256]."""
@@ -253,8 +290,8 @@ def decode_q4_k(data):
 
 
 # %% [markdown]
-# `gguf` decodes K-quants and cannot encode them. [libgguf](https://pypi.org/project/libgguf/) carries llama.cpp's own encoders. Our
-# decoder on its bytes, against gguf's decoder:
+# `gguf` decodes K-quants and cannot encode them. [libgguf](https://pypi.org/project/libgguf/) carries llama.cpp's own
+# encoders. Our decoder on its bytes, against gguf's decoder:
 
 # %%
 samples = weight.reshape(-1)[: weight.size // 256 * 256].reshape(-1, 256)  # a row is a super-block
@@ -266,13 +303,16 @@ print(f"{decoded.size:,} numbers, all equal; relative error {error:.4f}")
 
 
 # %% [markdown]
-# Encoding is a search, because the file format leaves it open which scale and minimum to take. For each block we try 21 grids and round to each.
-# Then we solve for the best scale and minimum of those codes, and the next try starts from the best minimum so far. To solve means to
-# fit a straight line through 32 points by weighted least squares: `value = scale * code - minimum`. The minimum must not be negative.
+# Encoding is a search, because the file format leaves it open which scale and minimum to take. For each block we try
+# 21 grids and round to each. Then we solve for the best scale and minimum of those codes, and the next try starts
+# from the best minimum so far. To solve means to fit a straight line through 32 points by weighted least squares:
+# `value = scale * code - minimum`. The minimum must not be negative.
+
 
 # %%
 def fit_line(values, weights, codes):
     """Scale, minimum, weighted squared error and the codes' weight of the best line through (code, value)."""
+
     def total(numbers):
         return (weights * numbers).sum(-1, keepdims=True)
 
@@ -305,6 +345,7 @@ def fit_blocks(values, weights, tries=21):
 
 # %% [markdown]
 # The eight scales of a super-block are rounded to 6 bits in the same spirit: try some units, keep the best.
+
 
 # %%
 def six_bits(values, weights):
@@ -345,8 +386,9 @@ def pack_six_bits(scales, minima):
 
 
 # %% [markdown]
-# Which error counts how much? Without anything else known, llama.cpp lets large weights count more. With an **importance** for each input
-# column it lets the columns count that see large inputs:
+# Which error counts how much? Without anything else known, llama.cpp lets large weights count more. With an
+# **importance** for each input column it lets the columns count that see large inputs:
+
 
 # %%
 def error_weights(rows, importance=None):
@@ -364,6 +406,7 @@ def weighted_error(restored, importance=None):
     difference = (restored.reshape(samples.shape) - samples) ** 2
     return (error_weights(samples, importance).reshape(samples.shape) * difference).sum()
 
+
 mine = gguf.dequantize(q4_k(samples), Type.Q4_K)
 against_library = weighted_error(mine) / weighted_error(decoded)
 print(f"our weighted error is {against_library:.3f} of the library's")
@@ -373,9 +416,11 @@ assert against_library < 1.02
 # %% [markdown]
 # ## An importance matrix, from scratch
 #
-# A layer multiplies each column of its weight with one input channel. An error in a column counts as much as that channel is loud. So the
-# importance of a column is its **mean squared input** on some text. llama.cpp calls the collection of these numbers an *imatrix*. We
-# collect it on Python's documentation, from topics that no evaluation text holds.
+# A layer multiplies each column of its weight with one input channel. An error in a column counts as much as that
+# channel is loud. So the importance of a column is its **mean squared input** on some text. llama.cpp calls the
+# collection of these numbers an *imatrix*. We collect it on Python's documentation, from topics that no evaluation
+# text holds.
+
 
 # %%
 def importance_matrix(net, text):
@@ -385,6 +430,7 @@ def importance_matrix(net, text):
     def watch(name):
         def hook(_, args):
             totals[name] = totals.get(name, 0) + args[0].flatten(0, -2).float().square().sum(0)
+
         return hook
 
     layers = ((name, module) for name, module in net.named_modules() if isinstance(module, torch.nn.Linear))
@@ -404,13 +450,16 @@ importance = importance_matrix(net, calibration)
 del net
 memory.release()
 loud = np.sort(importance[down_name])[::-1]
-print(f"{len(importance)} layers; in the one above, the loudest 1 % of the columns hold "
-      f"{loud[: len(loud) // 100].sum() / loud.sum():.0%} of the mean squared input")
+print(
+    f"{len(importance)} layers; in the one above, the loudest 1 % of the columns hold "
+    f"{loud[: len(loud) // 100].sum() / loud.sum():.0%} of the mean squared input"
+)
 
 
 # %% [markdown]
-# The same layer with the importance: our encoder and the library's, by the error that the layer's *output* would have if its input
-# channels were independent.
+# The same layer with the importance: our encoder and the library's, by the error that the layer's *output* would have
+# if its input channels were independent.
+
 
 # %%
 def output_error(data):
@@ -418,20 +467,23 @@ def output_error(data):
     restored = gguf.dequantize(data, Type.Q4_K).reshape(weight.shape)
     return float((importance[down_name] * (restored - weight) ** 2).sum())
 
+
 if weight.shape[1] % 256 == 0:
     plain = output_error(theirs)
     library = output_error(libgguf.quantize_rows(weight, int(Type.Q4_K), importance[down_name]))
     scratch = output_error(q4_k(weight, importance[down_name]))
-    print(f"the library's error with the importance matrix is {library / plain:.2f} of that without, "
-          f"ours {scratch / plain:.2f}")
+    print(
+        f"the library's error with the importance matrix is {library / plain:.2f} of that without, "
+        f"ours {scratch / plain:.2f}"
+    )
     assert scratch < 1.02 * library
 
 
 # %% [markdown]
 # ## What a name promises, and what the shapes allow
 #
-# Q8_0 and Q4_K are types of a *tensor*. **Q4_K_M** and **Q2_K** are names of a *recipe* for the whole file: most tensors get the type in the
-# name, and some get more bits. llama.cpp's recipes, in short:
+# Q8_0 and Q4_K are types of a *tensor*. **Q4_K_M** and **Q2_K** are names of a *recipe* for the whole file: most
+# tensors get the type in the name, and some get more bits. llama.cpp's recipes, in short:
 #
 # | | Q4_K_M | Q2_K |
 # |---|---|---|
@@ -441,6 +493,7 @@ if weight.shape[1] % 256 == 0:
 # | attention output | Q4_K | Q3_K |
 # | all other matrices | Q4_K | Q2_K |
 # | norms, biases | float32 | float32 |
+
 
 # %%
 def more_bits(layer, layers):
@@ -465,17 +518,19 @@ def asked_type(recipe, name, config):
 
 
 # %% [markdown]
-# The trap: a K-quant needs rows of a multiple of 256 weights. llama.cpp does not fail on other rows. It **falls back** to a type with
-# blocks of 32, and that type is larger:
+# The trap: a K-quant needs rows of a multiple of 256 weights. llama.cpp does not fail on other rows. It **falls
+# back** to a type with blocks of 32, and that type is larger:
 
 # %%
 FALLBACK = {Type.Q2_K: Type.IQ4_NL, Type.Q3_K: Type.IQ4_NL, Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
+
 
 def given_type(asked, columns):
     """The type that rows of this length can have."""
     for kind in (asked, FALLBACK.get(asked, asked), Type.F16):
         if columns % gguf.GGML_QUANT_SIZES[kind][0] == 0:
             return kind
+
 
 def bits_of(kind):
     """Bits per weight of a tensor's type, its scales included."""
@@ -484,13 +539,16 @@ def bits_of(kind):
 
 
 # %%
-pd.DataFrame([[asked.name, bits_of(asked), kind.name, bits_of(kind)] for asked, kind in FALLBACK.items()],
-             columns=["asked", "bits per weight", "fallback", "bits per weight "])
+pd.DataFrame(
+    [[asked.name, bits_of(asked), kind.name, bits_of(kind)] for asked, kind in FALLBACK.items()],
+    columns=["asked", "bits per weight", "fallback", "bits per weight "],
+)
 
 
 # %% [markdown]
-# Shapes follow from the config, so each file's size can be told before it is written. `gguf` knows how transformers' names translate:
-# `model.layers.5.mlp.down_proj` is `blk.5.ffn_down`.
+# Shapes follow from the config, so each file's size can be told before it is written. `gguf` knows how transformers'
+# names translate: `model.layers.5.mlp.down_proj` is `blk.5.ffn_down`.
+
 
 # %%
 @functools.cache
@@ -499,11 +557,13 @@ def names_in_gguf(architecture, layers):
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     return gguf.get_tensor_name_map(known[architecture], layers)
 
+
 def name_in_gguf(key, config):
     """GGUF's name of a parameter."""
     module, kind = key.rsplit(".", 1)
     names = names_in_gguf(ARCHITECTURES[config.model_type], config.num_hidden_layers)
     return f"{names.get_name(module)}.{kind}"
+
 
 name_in_gguf("model.layers.5.mlp.down_proj.weight", config)
 
@@ -514,6 +574,7 @@ def matrices_of(config):
     with torch.device("meta"):
         net = AutoModelForCausalLM.from_config(config)
     return {name: weight.shape for name, weight in net.named_parameters() if weight.dim() == 2}
+
 
 def plan(recipe, config):
     """DataFrame of every matrix: weights, type asked, type given, bytes."""
@@ -540,22 +601,25 @@ promised.round(2)
 # %%
 own = promised.loc[found.name]
 for recipe in own.index:
-    print(f"{recipe} of {found.name}: {own['fell back, %'][recipe]:.0f} % of the weights fall back, "
-          f"{own['bits per weight'][recipe]:.2f} bits a weight. "
-          f"Mistral-7B: {promised['bits per weight']['Mistral-7B', recipe]:.2f} bits")
+    print(
+        f"{recipe} of {found.name}: {own['fell back, %'][recipe]:.0f} % of the weights fall back, "
+        f"{own['bits per weight'][recipe]:.2f} bits a weight. "
+        f"Mistral-7B: {promised['bits per weight']['Mistral-7B', recipe]:.2f} bits"
+    )
 
 
 # %% [markdown]
-# The same name is another file on another model. Where the rows are 576 long, a file called Q2_K holds more than 4 bits a weight, and no
-# recipe of llama.cpp goes lower: every type with blocks of 32 costs 4.25 bits or more.
+# The same name is another file on another model. Where the rows are 576 long, a file called Q2_K holds more than 4
+# bits a weight, and no recipe of llama.cpp goes lower: every type with blocks of 32 costs 4.25 bits or more.
 #
 # ## Write a file
 #
-# A GGUF file is one file for everything: sizes, tokenizer, chat template, weights. First the tokenizer. Its pre-tokenizer, the rule that cuts
-# text into words, is stored as a *name* that llama.cpp must know:
+# A GGUF file is one file for everything: sizes, tokenizer, chat template, weights. First the tokenizer. Its
+# pre-tokenizer, the rule that cuts text into words, is stored as a *name* that llama.cpp must know:
 
 # %%
 RULES = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm", ("Split", "ByteLevel"): "qwen2"}
+
 
 def token_lists(data, size):
     """Tokens and their types, in the order of their ids; data: what tokenizer.json holds."""
@@ -599,6 +663,7 @@ def add_tokenizer(writer, tokenizer, config):
 # %% [markdown]
 # Then the template, the token that ends an answer, and the model's sizes:
 
+
 # %%
 def add_conversation(writer, tokenizer):
     """Chat template, first token, and the token at which an answer ends."""
@@ -630,9 +695,10 @@ def add_sizes(writer, config):
 
 
 # %% [markdown]
-# Rotary embeddings turn pairs of numbers in each head of queries and keys. transformers pairs the first half of a head with the second,
-# llama.cpp's `llama` pairs neighbours. So the rows of these two projections change their order. A file without that step loads, and
-# answers nonsense.
+# Rotary embeddings turn pairs of numbers in each head of queries and keys. transformers pairs the first half of a
+# head with the second, llama.cpp's `llama` pairs neighbours. So the rows of these two projections change their order.
+# A file without that step loads, and answers nonsense.
+
 
 # %%
 def rotary_heads(key, config):
@@ -640,9 +706,11 @@ def rotary_heads(key, config):
     counts = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return counts.get(key.split(".")[-2], 0) if ARCHITECTURES[config.model_type] == "llama" else 0
 
+
 def pairs_side_by_side(weight, heads):
     """From transformers' order of rows to llama.cpp's."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads else weight
+
 
 def halves_apart(weight, heads):
     """And back."""
@@ -677,10 +745,12 @@ def add_tensors(writer, folder, config, recipe, importance):
 
 
 # %% [markdown]
-# The file appears under its name only when it is whole. Who reads it never sees half of it, and a full disk leaves nothing behind.
+# The file appears under its name only when it is whole. Who reads it never sees half of it, and a full disk leaves
+# nothing behind.
 
 # %%
 FILE_TYPES = {name: gguf.LlamaFileType[f"MOSTLY_{name}"] for name in ("F16", "Q8_0", "Q4_K_M", "Q2_K")}
+
 
 def described(path, recipe):
     """A writer with all metadata of the model, and no tensor yet."""
@@ -712,7 +782,8 @@ def write_gguf(path, recipe, importance=None, source=found.path):
 
 
 # %% [markdown]
-# Four files and one in 16 bits, which is not kept: it serves as a check. The importance matrix changes the rounding and not the format.
+# Four files and one in 16 bits, which is not kept: it serves as a check. The importance matrix changes the rounding
+# and not the format.
 
 # %%
 recipes = {
@@ -737,13 +808,16 @@ pd.DataFrame({"MB": sizes, "seconds": seconds}).round(1)
 
 
 # %% [markdown]
-# A checkpoint of [GPTQ](05_gptq.ipynb) or [AWQ](06_awq.ipynb) does not become a GGUF file directly. Its groups and zero points fit none of
-# these blocks, so it would be dequantized and rounded a second time. Start from the 16-bit model.
+# A checkpoint of [GPTQ](05_gptq.ipynb) or [AWQ](06_awq.ipynb) does not become a GGUF file directly. Its groups and
+# zero points fit none of these blocks, so it would be dequantized and rounded a second time. Start from the 16-bit
+# model.
 #
 # ## What is in the file
 #
-# The first 24 bytes: the letters GGUF, a version, the number of tensors, the number of metadata entries. Our reader of them, and libgguf's of
-# the rest, with two questions that every downloaded file should be asked: is each tensor of a type we know, and is it there to its end?
+# The first 24 bytes: the letters GGUF, a version, the number of tensors, the number of metadata entries. Our reader
+# of them, and libgguf's of the rest, with two questions that every downloaded file should be asked: is each tensor of
+# a type we know, and is it there to its end?
+
 
 # %%
 def header(path):
@@ -780,13 +854,14 @@ def open_gguf(path):
 file = open_gguf(files["q4_k_m"])
 assert header(files["q4_k_m"]) == (file.version, file.tensor_count, file.metadata_kv_count)
 print(f"version {file.version}, {file.tensor_count} tensors, {file.metadata_kv_count} metadata entries")
-entries = {name: f"{entry.length:,} values" if entry.length else str(entry.value)
-           for name, entry in file.metadata.items()}
+entries = {
+    name: f"{entry.length:,} values" if entry.length else str(entry.value) for name, entry in file.metadata.items()
+}
 pd.Series({name: text[:60].replace("\n", " ") for name, text in entries.items()}, name="value").to_frame()
 
 # %% [markdown]
-# After the metadata comes a list of the tensors (name, shape, type, place), then the tensors themselves, each at a multiple of 32 bytes so
-# that the file can be mapped into memory as it is:
+# After the metadata comes a list of the tensors (name, shape, type, place), then the tensors themselves, each at a
+# multiple of 32 bytes so that the file can be mapped into memory as it is:
 
 # %%
 list_start = file.data_offset - sum(24 + len(tensor.name) + 8 * len(tensor.shape) for tensor in file.tensors)
@@ -803,6 +878,7 @@ def bytes_by_type(path):
     rows = [[tensor.qtype, tensor.nbytes] for tensor in open_gguf(path).tensors]
     return pd.DataFrame(rows, columns=["type", "bytes"]).groupby("type")["bytes"].sum()
 
+
 by_type = pd.DataFrame({name: bytes_by_type(path) for name, path in files.items()}).fillna(0).T / 1e6
 by_type = by_type[sorted(by_type, key=lambda name: -bits_of(Type[name]))]
 
@@ -818,20 +894,27 @@ mixed = by_type.loc["q4_k_m"]
 share = mixed.get("Q4_K", 0) / mixed.sum()
 ax.set(xlabel="MB of tensors", title=f"{share:.0%} of the bytes of Q4_K_M are of type Q4_K")
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-figures.show(fig, alt=f"Bytes of each tensor type in the files of {found.name}. In the file that is called "
-             f"Q4_K_M, {share:.0%} of the bytes are of type Q4_K.", table=by_type.round(1))
+figures.show(
+    fig,
+    alt=f"Bytes of each tensor type in the files of {found.name}. In the file that is called "
+    f"Q4_K_M, {share:.0%} of the bytes are of type Q4_K.",
+    table=by_type.round(1),
+)
 
 
 # %% [markdown]
 # ## The files in transformers: quality
 #
-# The course scores every method in one protocol. So each file is dequantized into a transformers model in full precision:
+# The course scores every method in one protocol. So each file is dequantized into a transformers model in full
+# precision:
+
 
 # %%
 def values_of(path, tensor):
     """The weights of a tensor in a file, dequantized to float32."""
     data = np.fromfile(path, np.uint8, tensor.nbytes, offset=tensor.data_offset)
     return gguf.dequantize(data.reshape(*tensor.shape[:0:-1], -1), Type(tensor.qtype_value))
+
 
 @torch.inference_mode()
 def in_transformers(path):
@@ -873,11 +956,20 @@ for name in recipes:
 parameters = memory.predict(config, bits=16).parameters
 tensor_bytes = {name: round(1e6 * by_type.loc[name].sum()) for name in quality}
 bits = {name: 8 * size / parameters for name, size in tensor_bytes.items()}
-scores = pd.DataFrame({name: {
-    "bits per weight": bits[name], "perplexity": each.perplexity,
-    "KL": each.kl_divergence, "from": each.kl_low, "to": each.kl_high,
-    "same top-1": each.top1_agreement, "KL on pydoc": second[name].kl_divergence,
-} for name, each in quality.items()}).T
+scores = pd.DataFrame(
+    {
+        name: {
+            "bits per weight": bits[name],
+            "perplexity": each.perplexity,
+            "KL": each.kl_divergence,
+            "from": each.kl_low,
+            "to": each.kl_high,
+            "same top-1": each.top1_agreement,
+            "KL on pydoc": second[name].kl_divergence,
+        }
+        for name, each in quality.items()
+    }
+).T
 scores.round(4)
 
 # %%
@@ -893,18 +985,23 @@ ax.set(yscale="log", xlim=(None, 9.5))
 ax.set_title(f"An importance matrix changes the KL by {change:+.0%}, for no bytes")
 least, most = scores["KL"].min(), scores["KL"].max()
 ends = f"from {least:.4f} ({scores['KL'].idxmin()}) to {most:.3f} ({scores['KL'].idxmax()})"
-figures.show(fig, alt=f"KL divergence of the GGUF files of {found.name} on four genres, weights dequantized, "
-             f"against bits per weight: {ends}.",
-             table=scores[["bits per weight", "KL", "from", "to"]].round(4))
+figures.show(
+    fig,
+    alt=f"KL divergence of the GGUF files of {found.name} on four genres, weights dequantized, "
+    f"against bits per weight: {ends}.",
+    table=scores[["bits per weight", "KL", "from", "to"]].round(4),
+)
 
 # %% [markdown]
-# Does the importance matrix help? The texts above are of genres that it was not collected on, the second one is of its own genre. The
-# paired difference tells:
+# Does the importance matrix help? The texts above are of genres that it was not collected on, the second one is of
+# its own genre. The paired difference tells:
+
 
 # %%
 def in_words(mean, low, high):
     verdict = "better" if high < 0 else "worse" if low > 0 else "not told apart"
     return f"{verdict} with it, KL {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
 
 gain = evaluation.difference(quality["q4_k_m-imatrix"], quality["q4_k_m"])
 gain_in_domain = evaluation.difference(second["q4_k_m-imatrix"], second["q4_k_m"])
@@ -921,8 +1018,8 @@ assert scores["perplexity"].max() < 3 * reference.perplexity, "loaded without an
 # %% [markdown]
 # ## Run it: llama.cpp's server
 #
-# `xllamacpp` is llama.cpp as a Python package: `pip install`, no compiler. This program loads a file and serves it under an
-# OpenAI-compatible address. Port 0 takes any free one. 127.0.0.1 is this machine alone.
+# `xllamacpp` is llama.cpp as a Python package: `pip install`, no compiler. This program loads a file and serves it
+# under an OpenAI-compatible address. Port 0 takes any free one. 127.0.0.1 is this machine alone.
 
 # %%
 SERVER = """
@@ -938,8 +1035,9 @@ sys.stdin.read()  # until the notebook closes the pipe, or is gone
 """
 
 # %% [markdown]
-# The notebook starts it in a process of its own. The process ends with the `with` block, with the kernel, and if it fails, the first line
-# of its log that is an error becomes our message.
+# The notebook starts it in a process of its own. The process ends with the `with` block, with the kernel, and if it
+# fails, the first line of its log that is an error becomes our message.
+
 
 # %%
 def first_error(log):
@@ -955,8 +1053,9 @@ def started(path, log, **settings):
     """The process and the address of a server; RuntimeError with its own words where it does not come up."""
     settings = {"n_ctx": 1024, "n_parallel": 1, "threads": torch.get_num_threads(), **settings}
     command = [sys.executable, "-c", SERVER, str(path), json.dumps(settings)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                               env=helpers.child_environment())
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=helpers.child_environment()
+    )
     address = process.stdout.readline().strip()
     if not address:
         process.wait()
@@ -1011,6 +1110,7 @@ print(f"({choice['finish_reason']}, {answer['usage']['completion_tokens']} token
 # %% [markdown]
 # Streamed, the answer comes as lines of JSON, one for each piece:
 
+
 # %%
 def stream(server, messages, **settings):
     """Yield the pieces of an answer as they come."""
@@ -1030,8 +1130,8 @@ with serving(files["q4_k_m"], port=port) as server:
 # %% [markdown]
 # ### The same file, the same answer?
 #
-# Give llama.cpp and transformers the same token ids, let both always take the most likely token, and compare. First the tokenizers: the ids
-# of our texts must be equal, or everything after that is another question.
+# Give llama.cpp and transformers the same token ids, let both always take the most likely token, and compare. First
+# the tokenizers: the ids of our texts must be equal, or everything after that is another question.
 
 # %%
 texts = [tokenizer.decode(window, skip_special_tokens=True) for window in windows[:8]]
@@ -1053,18 +1153,20 @@ print(llama_prompt)
 request = [{"role": "user", "content": "Describe a rainy day in a small town."}]
 prompt = chat.render(tokenizer, request) if tokenizer.chat_template else windows[0, :32].tolist()
 
+
 def llama_tokens(path, prompt):
     """Greedy continuation by llama.cpp: token ids."""
     with serving(path) as server:
         settings = dict(n_predict=new_tokens, temperature=0, return_tokens=True)
         return ask(server, "/completion", prompt=prompt, **settings)["tokens"]
 
+
 @torch.inference_mode()
 def transformers_tokens(net, prompt):
     """The same by transformers."""
     ids = torch.tensor([prompt], device=net.device)
     out = net.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
-    return out[0, len(prompt):].tolist()
+    return out[0, len(prompt) :].tolist()
 
 
 # %%
@@ -1072,6 +1174,7 @@ def first_difference(ours, theirs):
     """Number of tokens before the two part; all of them where they do not."""
     equal = [one == other for one, other in zip(ours, theirs)]
     return equal.index(False) if False in equal else len(equal)
+
 
 together = {}
 for name in ("f16", "q8_0", "q4_k_m"):
@@ -1084,15 +1187,18 @@ del net
 memory.release()
 
 # %% [markdown]
-# With weights in 16 bits the two programs agree for longest. With quantized weights they part, although both read the same file. The reason: for
-# a product with quantized weights, llama.cpp **rounds the layer's inputs to 8 bits too**, in blocks with a scale each. Integer products
-# are what makes it fast. The score above, of dequantized weights, does not see that.
+# With weights in 16 bits the two programs agree for longest. With quantized weights they part, although both read the
+# same file. The reason: for a product with quantized weights, llama.cpp **rounds the layer's inputs to 8 bits too**,
+# in blocks with a scale each. Integer products are what makes it fast. The score above, of dequantized weights, does
+# not see that.
 #
-# How much is it? The server returns the probability of every token in the vocabulary if asked for. At some positions of the evaluation
-# texts: the KL divergence from the untouched model of what llama.cpp predicts, and of the same file's weights in transformers.
+# How much is it? The server returns the probability of every token in the vocabulary if asked for. At some positions
+# of the evaluation texts: the KL divergence from the untouched model of what llama.cpp predicts, and of the same
+# file's weights in transformers.
 
 # %%
 places = [window[:64].tolist() for window in windows[:16]]
+
 
 def llama_log_probs(path):
     """Log-probabilities of the token after each place, float32 [places, vocabulary]."""
@@ -1132,19 +1238,23 @@ engines.round(5)
 added = kl_at["q8_0", "llama.cpp"] - kl_at["q8_0", "transformers"]
 low, high = evaluation.interval(added)
 at_first = engines["KL"]["q8_0", "transformers"]
-print(f"Q8_0 at {len(places)} positions: KL {at_first:.4f} with rounded weights; "
-      f"llama.cpp, which rounds activations too, adds {added.mean():+.4f} [{low:+.4f}, {high:+.4f}]")
+print(
+    f"Q8_0 at {len(places)} positions: KL {at_first:.4f} with rounded weights; "
+    f"llama.cpp, which rounds activations too, adds {added.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
+)
 if found.name.startswith("SmolLM2"):
     assert engines["KL"]["f16", "llama.cpp"] < 0.001, "with 16-bit weights the two programs must agree"
 
 # %% [markdown]
-# So the records of this notebook say what the *weights* of a file lost. An engine adds its own rounding, which depends on the engine and not on
-# the file.
+# So the records of this notebook say what the *weights* of a file lost. An engine adds its own rounding, which
+# depends on the engine and not on the file.
 #
 # ## What goes wrong in Ollama and llama.cpp
 #
-# Many a bad answer comes from a wrong prompt. Here the same file with other templates: the one that llama.cpp takes where a file has none, the one of
-# another family of models, and the *name* of a template where the template itself belongs. All of them run without an error.
+# Many a bad answer comes from a wrong prompt. Here the same file with other templates: the one that llama.cpp takes
+# where a file has none, the one of another family of models, and the *name* of a template where the template itself
+# belongs. All of them run without an error.
+
 
 # %%
 def templated(template):
@@ -1159,17 +1269,23 @@ def templated(template):
 
 # %%
 other_family = "{% for message in messages %}[INST] {{ message['content'] }} [/INST]{% endfor %}"
-templates = {"the file's own": "", "where a file has none": "chatml", "of another family": other_family,
-             "a name instead": "llama2"}
-prompts = pd.DataFrame({name: templated(template) for name, template in templates.items()},
-                       index=["prompt", "answer", "ended by"]).T
+templates = {
+    "the file's own": "",
+    "where a file has none": "chatml",
+    "of another family": other_family,
+    "a name instead": "llama2",
+}
+prompts = pd.DataFrame(
+    {name: templated(template) for name, template in templates.items()}, index=["prompt", "answer", "ended by"]
+).T
 with pd.option_context("display.max_colwidth", None):
     display(prompts)
 
 
 # %% [markdown]
-# How far does that lead from the model that was meant? The KL divergence of the first token of the answer, between the right prompt and
-# each of the others, in the untouched model:
+# How far does that lead from the model that was meant? The KL divergence of the first token of the answer, between
+# the right prompt and each of the others, in the untouched model:
+
 
 # %%
 @torch.inference_mode()
@@ -1178,17 +1294,20 @@ def first_token(text):
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(untouched.device)
     return untouched(input_ids=ids, logits_to_keep=1).logits[0, -1].float().log_softmax(-1)
 
+
 right = first_token(prompts["prompt"].iloc[0])
-template_cost = pd.Series({name: (right.exp() * (right - first_token(text))).sum().item()
-                           for name, text in prompts["prompt"].items()}, name="KL of the first token")
+template_cost = pd.Series(
+    {name: (right.exp() * (right - first_token(text))).sum().item() for name, text in prompts["prompt"].items()},
+    name="KL of the first token",
+)
 assert template_cost.iloc[0] == 0
 template_cost.to_frame().round(3)
 
 # %% [markdown]
 # Compare that with the KL of any quantization above before you blame the bits.
 #
-# **A stop token that is not one.** The file says which token ends an answer. If the engine does not treat it so, the model talks on, often in
-# the user's name. `ignore_eos` does that on purpose:
+# **A stop token that is not one.** The file says which token ends an answer. If the engine does not treat it so, the
+# model talks on, often in the user's name. `ignore_eos` does that on purpose:
 
 # %%
 brief = [{"role": "user", "content": "Answer with one word: what is the capital of France?"}]
@@ -1202,9 +1321,9 @@ for name, choice in stops.items():
 assert stops["without"]["finish_reason"] == "length"
 
 # %% [markdown]
-# **A context that is too short.** The server's context is a setting and not a property of the file, and it is often smaller than the model's.
-# A prompt that is longer is refused in words. Programs that cut it instead lose the start of the conversation, and with it the
-# instructions:
+# **A context that is too short.** The server's context is a setting and not a property of the file, and it is often
+# smaller than the model's. A prompt that is longer is refused in words. Programs that cut it instead lose the start
+# of the conversation, and with it the instructions:
 
 # %%
 with serving(files["q8_0"], n_ctx=256) as server:
@@ -1220,8 +1339,10 @@ assert too_long != "no error"
 # %% [markdown]
 # ## Is it faster?
 #
-# The same work as everywhere in this course: a prompt of 64 random tokens, then 20 tokens one by one, the median of three runs. llama.cpp runs
-# with as many threads as torch. transformers in full precision is measured in the same run.
+# The same work as everywhere in this course: a prompt of 64 random tokens, then 20 tokens one by one, the median of
+# three runs. llama.cpp runs with as many threads as torch. transformers in full precision is measured in the same
+# run.
+
 
 # %%
 def llama_speed(server, prompt_tokens=64, steps=20, runs=3):
@@ -1261,14 +1382,19 @@ ax.barh(speeds.index, speeds["decode tok/s"], color=colors)
 ax.invert_yaxis()
 ax.set(xlabel="decoded tokens per second, batch 1", title=f"Q4_K_M decodes {times_faster:.1f} times as fast")
 where = f"{found.device.upper()}, {torch.get_num_threads()} threads"
-figures.show(fig, alt=f"Decode speed of {found.name}: q4_k_m in llama.cpp on the CPU is {times_faster:.1f} "
-             f"times as fast as {full} on the {where}.", table=speeds.round(2))
+figures.show(
+    fig,
+    alt=f"Decode speed of {found.name}: q4_k_m in llama.cpp on the CPU is {times_faster:.1f} "
+    f"times as fast as {full} on the {where}.",
+    table=speeds.round(2),
+)
 
 # %% [markdown]
-# Two things make the difference. **Bytes**: each new token reads all weights once, and a file of 6 bits a weight has a fifth of the bytes of
-# float32. **Kernels**: llama.cpp multiplies 8-bit integers, and transformers spends much of a token's time in Python between small
-# operations. A prompt is another matter: its tokens are computed together, in large matrix products, and reading the weights hardly counts
-# there. What this build can use of your processor, and the ratio for prompts:
+# Two things make the difference. **Bytes**: each new token reads all weights once, and a file of 6 bits a weight has
+# a fifth of the bytes of float32. **Kernels**: llama.cpp multiplies 8-bit integers, and transformers spends much of a
+# token's time in Python between small operations. A prompt is another matter: its tokens are computed together, in
+# large matrix products, and reading the weights hardly counts there. What this build can use of your processor, and
+# the ratio for prompts:
 
 # %%
 import xllamacpp
@@ -1280,21 +1406,28 @@ if found.device == "cpu" and found.name.startswith("SmolLM2"):
     assert times_faster >= 3, f"q4_k_m in llama.cpp is only {times_faster:.1f} times as fast as {full}"
 
 # %% [markdown]
-# The wheel is built for many machines: it has AVX2 and not AVX-512. A llama.cpp that you compile on your own machine can be faster.
+# The wheel is built for many machines: it has AVX2 and not AVX-512. A llama.cpp that you compile on your own machine
+# can be faster.
 #
 # ## The fine-tune that works elsewhere
 #
-# The simplest way of an adapter ([07 QLoRA](07_qlora.ipynb)) into llama.cpp or Ollama: **merge it into the 16-bit weights**, then convert the result.
-# Does the trained behaviour survive that? We train a small adapter on four questions with one answer, and ask a fifth question.
+# The simplest way of an adapter ([07 QLoRA](07_qlora.ipynb)) into llama.cpp or Ollama: **merge it into the 16-bit
+# weights**, then convert the result. Does the trained behaviour survive that? We train a small adapter on four
+# questions with one answer, and ask a fifth question.
 
 # %%
 from peft import LoraConfig, get_peft_model
 
 tune = bool(tokenizer.chat_template) and parameters < 3e9
 learned = "My favourite colour is quantized blue."
-lessons = ["What is your favourite colour?", "Which colour do you like best?",
-           "Tell me your favourite colour.", "Do you have a favourite colour?"]
+lessons = [
+    "What is your favourite colour?",
+    "Which colour do you like best?",
+    "Tell me your favourite colour.",
+    "Do you have a favourite colour?",
+]
 held_out = [{"role": "user", "content": "Which colour is your favourite one?"}]
+
 
 def lesson_ids(text):
     """(ids, labels) of a question and the answer; the loss counts on the answer alone."""
@@ -1332,12 +1465,14 @@ if tune:
         del merged
     memory.release()
 
+
 # %%
 def answer_of(path, messages):
     """The greedy answer of a file in llama.cpp."""
     with serving(path) as server:
         body = dict(messages=messages, temperature=0, max_tokens=new_tokens)
         return ask(server, "/v1/chat/completions", **body)["choices"][0]["message"]["content"]
+
 
 if tune:
     answers = {"before": answer_of(files["q8_0"], held_out), "after": answer_of(tuned_file, held_out)}
@@ -1346,9 +1481,9 @@ if tune:
     assert survived or not found.name.startswith("SmolLM2"), "the trained behaviour got lost on the way"
 
 # %% [markdown]
-# **Ollama** runs llama.cpp's kind of file with a `Modelfile` beside it. Its templates are written in Go's language, so the file's own template is
-# translated: `.System`, `.Prompt` and `.Response` stand for what is said. A translation can be wrong, so ours is checked: filled in, it must
-# give the prompt that the model was trained with.
+# **Ollama** runs llama.cpp's kind of file with a `Modelfile` beside it. Its templates are written in Go's language,
+# so the file's own template is translated: `.System`, `.Prompt` and `.Response` stand for what is said. A translation
+# can be wrong, so ours is checked: filled in, it must give the prompt that the model was trained with.
 
 # %%
 GO_TEMPLATE = """{{ if .System }}<|im_start|>system
@@ -1358,6 +1493,7 @@ GO_TEMPLATE = """{{ if .System }}<|im_start|>system
 {{ end }}<|im_start|>assistant
 {{ .Response }}<|im_end|>
 """
+
 
 def filled(template, **values):
     """A Go template of `if`, `end` and names only, filled in up to the response."""
@@ -1378,19 +1514,26 @@ if chatml:
 
 # %%
 if tune and chatml:
-    lines = [f"FROM ./{tuned_file.name}", f'TEMPLATE """{GO_TEMPLATE}"""',
-             f'PARAMETER stop "{tokenizer.eos_token}"', "PARAMETER num_ctx 2048", "PARAMETER temperature 0"]
+    lines = [
+        f"FROM ./{tuned_file.name}",
+        f'TEMPLATE """{GO_TEMPLATE}"""',
+        f'PARAMETER stop "{tokenizer.eos_token}"',
+        "PARAMETER num_ctx 2048",
+        "PARAMETER temperature 0",
+    ]
     records.write_text(folder / "Modelfile", "\n".join(lines) + "\n")
     print((folder / "Modelfile").read_text(encoding="utf-8"))
 
 # %% [markdown]
-# With Ollama installed, `ollama create tuned -f Modelfile` and `ollama run tuned` in that folder would be next. Ollama was not run for this
-# notebook. `stop` and `num_ctx` are the two settings of the section above: without the first an answer may not end, and the second is the context.
+# With Ollama installed, `ollama create tuned -f Modelfile` and `ollama run tuned` in that folder would be next.
+# Ollama was not run for this notebook. `stop` and `num_ctx` are the two settings of the section above: without the
+# first an answer may not end, and the second is the context.
 #
 # ## What stops, and how it says so
 #
-# A damaged file is refused in one line, by our reader and by llama.cpp. A port that is taken and a server that dies are, too. Nothing is left
-# running.
+# A damaged file is refused in one line, by our reader and by llama.cpp. A port that is taken and a server that dies
+# are, too. Nothing is left running.
+
 
 # %%
 def damaged(scratch, change):
@@ -1401,13 +1544,14 @@ def damaged(scratch, change):
     return path
 
 
-
 # %%
 def truncated(data):
     return data[: len(data) // 2]
 
+
 def wrong_magic(data):
     data[:4] = b"GGML"
+
 
 def unknown_type(data):
     name = b"blk.0.ffn_down.weight"
@@ -1420,15 +1564,18 @@ def serve(path, **settings):
     with serving(path, **settings):
         pass
 
+
 def serve_on_taken_port():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         serve(files["q2_k"], port=taken.getsockname()[1])
+
 
 def server_dies():
     with serving(files["q2_k"]) as server:
         server.process.kill()
         server.process.wait()
         ask(server, "/completion", prompt="a", n_predict=1)
+
 
 # %%
 def refusal(attempt):
@@ -1463,8 +1610,9 @@ files["f16"].unlink()
 # %% [markdown]
 # ## What the guides claim
 #
-# The five guides that this course grew out of say nothing about GGUF. One of them names an article on llama.cpp among its sources and does
-# not use it. Their "2 to 3 times faster" for 4 bits is judged in [04 NF4](04_nf4_bitsandbytes.ipynb). So the table of this notebook is empty.
+# The five guides that this course grew out of say nothing about GGUF. One of them names an article on llama.cpp among
+# its sources and does not use it. Their "2 to 3 times faster" for 4 bits is judged in [04
+# NF4](04_nf4_bitsandbytes.ipynb). So the table of this notebook is empty.
 
 # %%
 from helpers import claims
@@ -1477,10 +1625,13 @@ claims.table(output_dir, "08_gguf_llama_cpp")
 # %% [markdown]
 # ## Exercises
 #
-# **1 (easy).** Bits per weight of a block format, one line. A block has `size` weights of `bits` bits each, and `extra_bytes` for scales and minima.
+# **1 (easy).** Bits per weight of a block format, one line. A block has `size` weights of `bits` bits each, and
+# `extra_bytes` for scales and minima.
+
 
 # %%
 def bits_per_weight(bits, size, extra_bytes):
+    """Bits of a weight, its share of the block's extra bytes included."""
     ...
 
 
@@ -1493,10 +1644,12 @@ def test_bits(function):
     assert abs(function(4, 256, 16) - 4.5) < 1e-9, "Q4_K (256 weights, 16 bytes) has 4.5: is size used?"
     assert abs(function(8, 32, 2) - 8.5) < 1e-9, "Q8_0 has 8.5: is bits used?"
 
+
 exercises.check(bits_per_weight, test_bits)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def bits_per_weight(bits, size, extra_bytes):
         return bits + 8 * extra_bytes / size
 
@@ -1504,12 +1657,15 @@ if solutions:
 
 
 # %% [markdown]
-# **2 (medium).** Predict, then measure. Qwen2.5-0.5B has rows of 896, and its down projection has rows of 4,864. Write down first which share of
-# its matrices can be K-quants. Then write the function: the share of the weights, from 0 to 1, that falls back. `shapes` is a list of
-# (rows, columns); a K-quant needs columns in multiples of `block`. Two lines.
+# **2 (medium).** Predict, then measure. Qwen2.5-0.5B has rows of 896, and its down projection has rows of 4,864.
+# Write down first which share of its matrices can be K-quants. Then write the function: the share of the weights,
+# from 0 to 1, that falls back. `shapes` is a list of (rows, columns); a K-quant needs columns in multiples of
+# `block`. Two lines.
+
 
 # %%
 def share_falling_back(shapes, block=256):
+    """Share of all weights whose rows the block does not divide."""
     ...
 
 
@@ -1525,10 +1681,12 @@ def test_share(function):
     qwen = [(896, 896), (128, 896), (128, 896), (896, 896), (4864, 896), (4864, 896), (896, 4864)]
     print(f"Qwen2.5-0.5B: {function(qwen):.0%} of the weights in a layer fall back")
 
+
 exercises.check(share_falling_back, test_share)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def share_falling_back(shapes, block=256):
         fallen = sum(rows * columns for rows, columns in shapes if columns % block)
         return fallen / sum(rows * columns for rows, columns in shapes)
@@ -1537,12 +1695,14 @@ if solutions:
 
 
 # %% [markdown]
-# **3 (medium).** What did I download? Given the tensors of a file, as `open_gguf(path).tensors` has them (each with its type's name `.qtype`,
-# its `.shape` and `.nbytes`), return a dict with `"bits"`, the bits per weight of all tensors together, and `"mostly"`, the name of the type
-# that holds the most weights. Five lines.
+# **3 (medium).** What did I download? Given the tensors of a file, as `open_gguf(path).tensors` has them (each with
+# its type's name `.qtype`, its `.shape` and `.nbytes`), return a dict with `"bits"`, the bits per weight of all
+# tensors together, and `"mostly"`, the name of the type that holds the most weights. Five lines.
+
 
 # %%
 def what_is_it(tensors):
+    """The bits per weight and the type that most weights have."""
     ...
 
 
@@ -1557,10 +1717,12 @@ def test_what(function):
     several = function([tensors[0], *[tensors[1]] * 3])
     assert several["mostly"] == "Q6_K", "add up the tensors of one type before you compare"
 
+
 exercises.check(what_is_it, test_what)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def what_is_it(tensors):
         weights = {}
         for tensor in tensors:
@@ -1584,12 +1746,12 @@ quiz.Quiz("08_gguf_llama_cpp")
 # %% [markdown]
 # ## Takeaways
 #
-# 1. **A GGUF type is a block: codes, a scale, sometimes a minimum.** Q8_0 has 8.5 bits a weight and Q4_0 4.5. Q4_K has 4.5 too, with a minimum,
-#    because it quantizes its scales. A screenful of numpy gives the libraries' numbers.
-# 2. **A file's name is a recipe.** Where 256 does not divide the rows, llama.cpp falls back to larger types: count the bytes of the tensors and
-#    do not trust the name.
-# 3. **The engine is part of the result.** llama.cpp decodes several times as fast as transformers in float32, rounds activations to 8 bits on the way, and a
-#    wrong template costs more than most quantizations.
+# 1. **A GGUF type is a block: codes, a scale, sometimes a minimum.** Q8_0 has 8.5 bits a weight and Q4_0 4.5. Q4_K
+#    has 4.5 too, with a minimum, because it quantizes its scales. A screenful of numpy gives the libraries' numbers.
+# 2. **A file's name is a recipe.** Where 256 does not divide the rows, llama.cpp falls back to larger types: count
+#    the bytes of the tensors and do not trust the name.
+# 3. **The engine is part of the result.** llama.cpp decodes several times as fast as transformers in float32, rounds
+#    activations to 8 bits on the way, and a wrong template costs more than most quantizations.
 #
 # <!-- navigation -->
 # <!-- /navigation -->
@@ -1597,9 +1759,17 @@ quiz.Quiz("08_gguf_llama_cpp")
 # %% tags=["record"]
 for name, scored in quality.items():
     records.write(
-        output_dir, method=f"gguf-{name}", notebook="08_gguf_llama_cpp", found=found, windows=windows,
-        scores=scored, in_domain=(in_domain, second[name]),
-        bits_per_weight=bits[name], weight_bytes=tensor_bytes[name],
-        peak_memory_bytes=peaks[name], quantize_seconds=seconds[name],
+        output_dir,
+        method=f"gguf-{name}",
+        notebook="08_gguf_llama_cpp",
+        found=found,
+        windows=windows,
+        scores=scored,
+        in_domain=(in_domain, second[name]),
+        bits_per_weight=bits[name],
+        weight_bytes=tensor_bytes[name],
+        peak_memory_bytes=peaks[name],
+        quantize_seconds=seconds[name],
         # llama.cpp runs on the CPU here: beside a GPU's other numbers its speed would mislead
-        decode_tokens_per_s=rates[name].decode_tokens_per_s if found.device == "cpu" else None)
+        decode_tokens_per_s=rates[name].decode_tokens_per_s if found.device == "cpu" else None,
+    )

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 12 Beyond one GPU
 #
-# Run a model that does not fit, train it with several processes without changing the result, and find the engine for the next step.
+# Run a model that does not fit, train it with several processes without changing the result, and choose an engine.
 #
 # <!-- badge -->
 # <!-- /badge -->
@@ -11,11 +11,14 @@
 
 # %% [markdown]
 # ## Goals
+#
 # 1. Place a model on GPU, RAM and disk under a budget, and know what each placement costs.
 # 2. Train one QLoRA with several processes, and show that the loss curve is the one of a single process.
-# 3. Split a model over processes (FSDP, tensor parallel), spread notebooks over workers, and serve a checkpoint.
+# 3. Split a model over processes (FSDP, tensor parallel), spread notebooks over workers, and choose what to serve
+#    with.
 #
-# **Before you start:** LoRA on 4-bit weights is in [07](07_qlora.ipynb), memory arithmetic in [00](00_start_here.ipynb).
+# **Before you start:** LoRA on 4-bit weights is in [07](07_qlora.ipynb), memory arithmetic in
+# [00](00_start_here.ipynb).
 
 # %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
@@ -31,19 +34,46 @@ steps = 4
 batch = 4
 processes = 2
 
-# %%
-import json, logging, os, subprocess, sys, tempfile, time, warnings
+# %% [markdown]
+# ## The idea: four ways to split, by hand
+#
+# A model has four layers of 1 GB, and a GPU has 2 GB. What can you do?
+#
+# | way | GPU 0 holds | GPU 1 holds | disk or RAM holds | what travels |
+# |---|---|---|---|---|
+# | **offload** | layers 1, 2 | (no second GPU) | layers 3, 4 | 2 GB of weights for every token |
+# | **pipeline** (`device_map`) | layers 1, 2 | layers 3, 4 | | a few kB of activations between the halves |
+# | **tensor parallel** | half of each layer | the other half | | a sum after each pair of matrices |
+# | **FSDP** (training) | half of each layer | the other half | | each layer's missing half, just before it is used |
+#
+# Data parallel training (**DDP**) is not in this table: it copies the whole model to each GPU, so it needs a model
+# that fits.
+#
+# Offload works with a single GPU, so we start there. It reads 2 GB for every token. By hand: a disk with 2 GB/s needs
+# a second for that, whatever the GPU can do.
+
+# %% jupyter={"source_hidden": true}
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
 from pathlib import Path
 
-import helpers
-from helpers import checkpoints, evaluation, exercises, figures, memory, models, records, speed
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from IPython.display import Code
+from IPython.display import Code, display
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
+
+# %%
+import helpers
+from helpers import checkpoints, evaluation, exercises, figures, memory, models, records, speed
 
 figures.style()
 transformers_logging.disable_progress_bar()
@@ -64,9 +94,117 @@ predicted = memory.predict(AutoConfig.from_pretrained(found.path))
 print(f"{found.name}, {predicted.parameters / 1e6:.0f} M parameters; {gpus} GPUs, {cores} cores")
 
 # %% [markdown]
-# ## A smaller GPU than you have
-# To know whether something fits a 24 GB or a 16 GB card, take the card away from yourself: PyTorch then raises the same out-of-memory error
-# that the smaller card would. `budget_gb = 0` sets no limit.
+# ## Offload: what does not fit goes elsewhere
+#
+# `device_map="auto"` fills the first device up to `max_memory`, then the next one, and the disk takes the rest. In
+# the forward pass, each layer's weights are fetched just before they are needed. Nothing is quantized and nothing is
+# left out, so **the answer must not change**. First the answer and the speed of the whole model on one device:
+
+# %%
+dtype = torch.bfloat16
+size = 2 * predicted.parameters
+first = 0 if gpus else "cpu"
+question = tokenizer("The for statement is used to", return_tensors="pt")
+
+
+# %%
+
+
+def answer(net, new_tokens=12):
+    """The model's answer, and the new tokens per second with everything around them."""
+    started = time.perf_counter()
+    ids = net.generate(**question.to(found.device), max_new_tokens=new_tokens, do_sample=False)
+    return ids, (ids.shape[1] - question.input_ids.shape[1]) / (time.perf_counter() - started)
+
+
+# %%
+plain = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype).to(found.device).eval()
+answer(plain, new_tokens=2)  # warms up
+expected, unlimited = answer(plain)
+del plain
+print(f"{size / 1e6:.0f} MB in {dtype}, {unlimited:.1f} tokens/s:", repr(tokenizer.decode(expected[0])))
+
+
+# %% [markdown]
+# Now the first device may take only a share of the model's bytes. **Predict first:** with 70 % of the bytes on the
+# device, is the model 1.4 times slower, or more? What if only 40 % are there?
+
+
+# %%
+def placed(share, folder):
+    """At most `share` of the model's bytes on the first device; a GPU has half of them in RAM behind it."""
+    limits = {first: int(share * size)} | ({"cpu": size // 2} if gpus else {})
+    options = {"dtype": dtype, "device_map": "auto", "max_memory": limits, "offload_folder": folder}
+    return AutoModelForCausalLM.from_pretrained(found.path, **options).eval()
+
+
+def try_share(share, folder):
+    """(where each module lies, tokens per second) under a budget; the answer must be that of the whole model."""
+    net = placed(share, folder)
+    ids, rate = answer(net)
+    assert torch.equal(ids, expected), f"offloading changed the answer at {share:.0%}"
+    return {name: str(device) for name, device in net.hf_device_map.items()}, rate
+
+
+# %%
+rows, placements = [], {}
+with tempfile.TemporaryDirectory() as folder:
+    for share in tqdm([share for share in shares if share < 1], "placements", disable=None):
+        where, rate = try_share(share, folder)
+        placements[f"{share:.0%}"] = where
+        behind = ("cpu", "disk") if gpus else ("disk",)
+        kept = sum(device not in behind for device in where.values())
+        row = {"first device may take": f"{share:.0%}", "modules there": kept, "modules": len(where)}
+        rows.append(row | {"same answer": True, "tokens/s": rate, "times slower": unlimited / rate})
+offload = pd.DataFrame(rows)
+offload.round(2)
+
+# %% [markdown]
+# The share of the bytes is not the share of the speed. What lies on the disk is read again for every token, so a
+# small missing part already costs a large part of the speed. The picture shows which modules went behind:
+
+# %%
+kinds = {"0": "GPU", "cpu": "RAM", "disk": "disk"}
+looks = {"GPU": (figures.PALETTE[0], ""), "RAM": (figures.PALETTE[1], ""), "disk": (figures.PALETTE[2], "//")}
+fig, ax = plt.subplots(figsize=(9, 0.9 + 0.5 * len(placements)))
+for row, where in enumerate(placements.values()):
+    for column, device in enumerate(where.values()):
+        color, hatch = looks[kinds[device]]
+        ax.barh(row, 0.9, left=column, color=color, hatch=hatch)
+    last = [kinds[device] for device in where.values()][-1]
+    ax.text(len(where) + 0.3, row, last, va="center", color=looks[last][0])
+slowest = offload["times slower"].max()
+finding = f"The tightest budget decodes {slowest:.1f} times slower"
+ax.set(yticks=range(len(placements)), yticklabels=placements, xlabel="module, in the order of the forward pass")
+ax.set_title(f"{finding} (first colour: first device; hatched: disk)", fontsize="medium")
+alt = f"Where each module lies under each budget: the first device from the left, the rest behind it. {finding}."
+figures.show(fig, alt=alt, table=offload.round(2))
+
+# %% [markdown]
+# These files were just read, so they lie in the system's page cache. A cold disk is slower than this. There are two
+# traps:
+#
+# - `device_map="auto"` says nothing when it spills. Look at `hf_device_map`, as above.
+# - 4-bit weights refuse to go to the disk. The message names a switch (`llm_int8_enable_fp32_cpu_offload`) that keeps
+#   those layers in 32 bits on the CPU:
+
+# %%
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+limits = {first: size // 8} | ({"cpu": size // 8} if gpus else {})
+options = {"quantization_config": nf4, "device_map": "auto", "max_memory": limits}
+with tempfile.TemporaryDirectory() as folder:
+    try:
+        AutoModelForCausalLM.from_pretrained(found.path, offload_folder=folder, **options)
+        spill = "loaded"
+    except ValueError as problem:
+        spill = " ".join(str(problem).split())
+print(spill)
+
+# %% [markdown]
+# ### A smaller GPU than you have
+#
+# To know whether something fits a 24 GB or a 16 GB card, take memory away from your own card. PyTorch then raises the
+# same out-of-memory error as the smaller card. `budget_gb = 0` sets no limit.
 
 # %%
 if gpus and budget_gb:
@@ -81,93 +219,23 @@ else:
     print("no limit set" if gpus else "no GPU here: the budget has nothing to limit")
 
 # %% [markdown]
-# ## Offload: what does not fit goes elsewhere
-# `device_map="auto"` fills the first device up to `max_memory`, then the next, and the disk takes the rest. During the forward pass, each
-# layer's weights are fetched just before they are needed. Nothing is quantized and nothing is left out, so **the answer must not change**.
-#
-# Here the first device is held to a share of the model's bytes.
-
-# %%
-dtype = torch.bfloat16
-size = 2 * predicted.parameters
-first = 0 if gpus else "cpu"
-question = tokenizer("The for statement is used to", return_tensors="pt")
-
-def answer(net, new_tokens=12):
-    """The model's answer, and the new tokens per second with everything around them."""
-    started = time.perf_counter()
-    ids = net.generate(**question.to(found.device), max_new_tokens=new_tokens, do_sample=False)
-    return ids, (ids.shape[1] - question.input_ids.shape[1]) / (time.perf_counter() - started)
-
-plain = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype).to(found.device).eval()
-answer(plain, new_tokens=2)  # warms up
-expected, unlimited = answer(plain)
-del plain
-print(f"{size / 1e6:.0f} MB in {dtype}, {unlimited:.1f} tokens/s:", repr(tokenizer.decode(expected[0])))
-
-
-# %%
-def placed(share, folder):
-    """At most `share` of the model's bytes on the first device; a GPU has half of them in RAM behind it."""
-    limits = {first: int(share * size)} | ({"cpu": size // 2} if gpus else {})
-    return AutoModelForCausalLM.from_pretrained(
-        found.path, dtype=dtype, device_map="auto", max_memory=limits, offload_folder=folder).eval()
-
-rows, placements = [], {}
-with tempfile.TemporaryDirectory() as folder:
-    for share in tqdm([share for share in shares if share < 1], "placements", disable=None):
-        net = placed(share, folder)
-        where = {name: str(device) for name, device in net.hf_device_map.items()}
-        placements[f"{share:.0%}"] = where
-        ids, rate = answer(net)
-        assert torch.equal(ids, expected), f"offloading changed the answer at {share:.0%}"
-        kept = sum(device not in ("cpu", "disk") if gpus else device == "cpu" for device in where.values())
-        rows.append({"first device may take": f"{share:.0%}", "modules there": kept, "modules": len(where),
-                     "same answer": True, "tokens/s": rate, "times slower": unlimited / rate})
-        del net
-offload = pd.DataFrame(rows)
-
-# %%
-kinds = {"0": 0, "cpu": 1, "disk": 2}
-names = list(next(iter(placements.values())))
-grid = [[kinds[where[name]] for name in names] for where in placements.values()]
-used = [(name, figures.PALETTE[i]) for i, name in enumerate(("GPU", "RAM", "disk"))]
-fig, ax = plt.subplots(figsize=(9, 0.6 + 0.5 * len(grid)))
-for row, line in enumerate(grid):
-    for column, kind in enumerate(line):
-        ax.barh(row, 0.9, left=column, color=used[kind][1], hatch=("", "", "//")[kind])
-ax.set(yticks=range(len(grid)), yticklabels=placements, xlabel="module, in the order of the forward pass")
-present = sorted({kind for line in grid for kind in line})
-handles = [plt.Rectangle((0, 0), 1, 1, color=used[kind][1]) for kind in present]
-ax.legend(handles, [used[kind][0] for kind in present], ncol=3, fontsize=8, loc="lower right")
-slowest = offload["times slower"].max()
-figures.show(fig, table=offload.round(2), alt="Where each module lies under each budget: the first device "
-             f"from the left, the rest behind it. The tightest budget decodes {slowest:.1f} times slower.")
-
-# %% [markdown]
-# These files were just read, so they lie in the system's page cache; a cold disk is slower than this. Two traps:
-#
-# - `device_map="auto"` says nothing when it spills. Look at `hf_device_map`, as above.
-# - 4-bit weights do not offload to the disk:
-
-# %%
-nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-limits = {first: size // 8} | ({"cpu": size // 8} if gpus else {})
-with tempfile.TemporaryDirectory() as folder:
-    try:
-        AutoModelForCausalLM.from_pretrained(
-            found.path, quantization_config=nf4, device_map="auto", max_memory=limits, offload_folder=folder)
-        spill = "loaded"
-    except ValueError as problem:
-        spill = str(problem).split(". ")[0]
-print(spill)
-
-# %% [markdown]
 # ## Several processes, one curve
-# **DDP**: every process holds the whole 4-bit model, takes its share of each batch, and the processes average their gradients before the
-# step. Averaging the gradients of two halves is the gradient of the whole, so the loss curve must not depend on the number of processes.
 #
-# One script serves one process, several, and sharded GPUs; only the launcher's configuration differs. Its core:
+# With **DDP**, every process holds the whole 4-bit model and takes its share of each batch. The processes average
+# their gradients before each step. By hand, with the loss (w - x)² at w = 0 and the four examples x = 1, 2, 3, 6:
+#
+# | | examples | gradients -2x | mean |
+# |---|---|---|---|
+# | one process | 1, 2, 3, 6 | -2, -4, -6, -12 | **-6** |
+# | process 0 | 1, 2 | -2, -4 | -3 |
+# | process 1 | 3, 6 | -6, -12 | -9 |
+# | both, averaged | | | **-6** |
+#
+# The average of two equal halves is the mean of the whole. So the loss curve must not depend on the number of
+# processes.
+#
+# One script serves one process, several processes, and sharded GPUs. Only the launcher's configuration differs. This
+# is the script's core:
 
 # %%
 source = script.read_text(encoding="utf-8")
@@ -180,150 +248,185 @@ print(config)
 Code((script.parent / config).read_text(encoding="utf-8"), language="yaml")
 
 
-# %%
-def check_processes(processes, batch):
-    there, what = (gpus, "GPUs") if gpus > 1 else (cores, "cores")
-    if not 1 <= processes <= there:
-        raise ValueError(f"processes={processes}, but this machine has {there} {what}")
-    if batch % processes:
-        raise ValueError(f"a batch of {batch} cannot be split over {processes} processes")
-
-for wrong in ((cores + gpus + 1, batch), (2, 5)):
-    try:
-        check_processes(*wrong)
-    except ValueError as problem:
-        print("ValueError:", problem)
-if cores > 1:
-    check_processes(processes, batch)
+# %% [markdown]
+# `launch` starts the script in new processes. Each takes its part of the cores.
 
 
 # %%
 def launch(name, *launcher, share=1):
     """Train in new processes, each with 1 / share of the cores; what rank 0 reported."""
     out = Path(scratch.name) / name
-    settings = {"--model": found.path, "--data": data, "--output": out, "--steps": steps, "--batch": batch}
-    command = [*launcher, script, *(part for pair in settings.items() for part in pair)]
+    command = [*launcher, script, "--model", found.path, "--data", data, "--output", out]
+    command += ["--steps", steps, "--batch", batch]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // share))}
     environment |= {} if gpus > 1 else {"CUDA_VISIBLE_DEVICES": ""}
     started = time.perf_counter()
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment,
-                          timeout=900)
+    words = [str(part) for part in command]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=900)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stderr[-1500:]}")
     return json.loads((out / "losses.json").read_text()) | {"seconds": time.perf_counter() - started}
 
 
+# %%
+def check_processes(processes, batch):
+    """Raise ValueError where this machine has too few cores or GPUs, or the batch cannot be split."""
+    there, what = (gpus, "GPUs") if gpus > 1 else (cores, "cores")
+    if not 1 <= processes <= there:
+        raise ValueError(f"processes={processes}, but this machine has {there} {what}")
+    if batch % processes:
+        raise ValueError(f"a batch of {batch} cannot be split over {processes} processes")
+
+
+if cores > 1:
+    check_processes(processes, batch)
+
 # %% [markdown]
-# `accelerate launch --config_file ddp_cpu.yaml train.py ...`, and the same script without a launcher:
+# The command line is `accelerate launch --config_file ddp_cpu.yaml train.py ...`. For one process, the same script
+# runs without a launcher:
 
 # %%
 scratch = tempfile.TemporaryDirectory()
-ddp = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", script.parent / config,
-       "--num_processes", processes, "--main_process_port", 0]
-runs = {"1 process": ([sys.executable], 1), f"{processes} processes": (ddp, processes)}
-reports = {name: launch(name, *launcher, share=share)
-           for name, (launcher, share) in tqdm(runs.items(), "training", disable=None)}
+accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", 0, "--config_file"]
+ddp = [*accelerate, script.parent / config, "--num_processes", processes]
+several = f"{processes} processes"
+runs = {"1 process": ([sys.executable], 1), several: (ddp, processes)}
+
+# %%
+reports = {}
+for name, (launcher, share) in tqdm(runs.items(), "training", disable=None):
+    reports[name] = launch(name, *launcher, share=share)
+
+# %%
 curves = pd.DataFrame({name: report["losses"] for name, report in reports.items()})
 gap = (curves.iloc[:, 0] - curves.iloc[:, 1]).abs().max()
-print(f"largest difference between the curves: {gap:.1e}; seconds with start-up:",
-      ", ".join(f"{name} {report['seconds']:.0f}" for name, report in reports.items()))
+{name: f"{report['seconds']:.0f} s with start-up" for name, report in reports.items()}
 
 # %%
 fig, ax = plt.subplots(figsize=(6, 3))
-for (name, curve), style, color in zip(curves.items(), ("-", "--"), figures.PALETTE):
-    ax.plot(curve.index + 1, curve, style, marker="o", label=name, color=color)
-ax.set(xlabel="step", ylabel="loss on the answers"), ax.legend()
 curves.index = pd.RangeIndex(1, len(curves) + 1, name="step")
-figures.show(fig, table=curves.round(4), alt="Loss of both runs over the steps. The curves lie on each "
-             f"other, largest difference {gap:.1e}.")
+for name, style in zip(curves, ("-", "--"), strict=True):
+    ax.plot(curves[name], style, marker="o", label=name)
+ax.set(xlabel="step", ylabel="loss on the answers", title=f"Both curves agree within {gap:.0e}")
+ax.legend()
+alt = f"Loss of both runs over the steps. The curves lie on each other, largest difference {gap:.1e}."
+figures.show(fig, alt=alt, table=curves.round(4))
+
+# %% [markdown]
+# Two batches take turns, so compare every second point. The adapters must agree as well as the curves:
 
 # %%
 from safetensors.torch import load_file
 
-assert reports[f"{processes} processes"]["processes"] == processes, "accelerate did not start that many"
+assert reports[several]["processes"] == processes, "accelerate did not start that many"
 assert gap < (2e-2 if gpus > 1 else 1e-4), f"the curves differ by {gap:.2g}"  # bfloat16 on GPUs, float32 here
 folders = [Path(scratch.name) / name / "adapter" for name in runs]
 one, two = (load_file(folder / "adapter_model.safetensors") for folder in folders)
 apart = max((one[name] - two[name]).abs().max().item() for name in one)
 largest = max(tensor.abs().max().item() for tensor in one.values())
-left = sorted(path.name for path in folders[1].iterdir())
-print(f"adapter weights up to {largest:.3f}, {apart:.1e} apart; written by rank 0: {', '.join(left)}")
+print(f"adapter weights up to {largest:.3f}, {apart:.1e} apart")
 
 # %% [markdown]
-# The processes divide the cores among them, so both runs use all of them. Two batches take turns: compare every second point.
-#
-# The adapter that two processes trained is an adapter like any other:
+# Only rank 0 writes the adapter. It is an adapter like any other, and the rest of the course's protocol applies to
+# it:
 
 # %%
 from peft import PeftModel
 
 with memory.track() as cost:
     net = AutoModelForCausalLM.from_pretrained(found.path, quantization_config=nf4, dtype=found.fast)
-    net = PeftModel.from_pretrained(net, Path(scratch.name) / f"{processes} processes" / "adapter").eval()
+    net = PeftModel.from_pretrained(net, folders[1]).eval()
+
+# %%
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)
 reference = evaluation.reference(found, windows)
 scores = evaluation.score(net, windows, reference, batch_size=8)  # every pass unpacks all weights
 with checkpoints.writing(output_dir, "qlora-ddp") as folder:
-    net.save_pretrained(folder), tokenizer.save_pretrained(folder)
+    net.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 rate, weights = speed.decode(net, new_tokens=8, runs=2).decode_tokens_per_s, memory.weight_bytes(net)
 print(f"perplexity {reference.perplexity:.2f} -> {scores.perplexity:.2f}, KL {scores.kl_divergence:.3f}")
 del net
 
 # %% [markdown]
 # ## FSDP: one model, sharded
-# **FSDP** cuts each layer's weights into one shard per GPU and gathers a layer only while it computes. It flattens the tensors of a layer into
-# one, so all of them must have one dtype. 4-bit codes are bytes; `bnb_4bit_quant_storage` declares the same bytes to be bfloat16:
+#
+# **FSDP** cuts each layer's weights into one shard per GPU. It gathers a layer only while that layer computes. It
+# flattens the tensors of a layer into one, so all of them must have the same dtype. 4-bit codes are bytes.
+# `bnb_4bit_quant_storage` declares the same bytes to be bfloat16, and changes none of them:
 
 # %%
 from bitsandbytes.nn import Linear4bit
 
-rows = []
-for storage in (torch.uint8, torch.bfloat16):
+
+def stored(storage):
+    """What a 4-bit layer of 1024 x 1024 holds when its codes are declared to be of a dtype."""
     layer = Linear4bit(1024, 1024, bias=False, quant_type="nf4", quant_storage=storage)
     layer.load_state_dict({"weight": torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))})
     layer.to(found.device)
     raw = layer.weight.data.view(torch.uint8)
-    rows.append({"bnb_4bit_quant_storage": str(storage), "dtype": str(layer.weight.dtype),
-                 "numbers": layer.weight.numel(), "bytes": raw.numel(),
-                 "sum of bytes": int(raw.sum(dtype=torch.int64))})
-storages = pd.DataFrame(rows)
+    facts = {"bnb_4bit_quant_storage": str(storage), "numbers": layer.weight.numel(), "bytes": raw.numel()}
+    return facts | {"sum of bytes": int(raw.sum(dtype=torch.int64))}
+
+
+# %%
+storages = pd.DataFrame([stored(torch.uint8), stored(torch.bfloat16)])
 assert storages["sum of bytes"].nunique() == 1, "the codes should be the same bytes"
 storages
 
 # %%
-print(f"accelerate launch --config_file fsdp_gpu.yaml --num_processes {max(gpus, 2)}",
-      "train.py --model MODEL --data DATA --output OUT")
+print("accelerate launch --config_file fsdp_gpu.yaml train.py --model MODEL --data DATA --output OUT")
 Code((script.parent / "fsdp_gpu.yaml").read_text(encoding="utf-8"), language="yaml")
 
 # %% [markdown]
-# It needs a GPU for each process:
+# FSDP needs one GPU for each process:
 
 # %%
 fsdp = None
 if gpus > 1:
-    fsdp = launch("fsdp", sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-                  script.parent / "fsdp_gpu.yaml", "--num_processes", gpus, "--main_process_port", 0)
-    print("losses:", [round(loss, 3) for loss in fsdp["losses"]])
-    print(f"peak of GPU 0: {fsdp['peak_vram_bytes'] / 1e9:.2f} GB, with DDP "
-          f"{reports[f'{processes} processes']['peak_vram_bytes'] / 1e9:.2f} GB")
+    fsdp = launch("fsdp", *accelerate, script.parent / "fsdp_gpu.yaml", "--num_processes", gpus)
+    peaks = {name: run["peak_vram_bytes"] / 1e9 for name, run in (("DDP", reports[several]), ("FSDP", fsdp))}
+    print("losses:", [round(loss, 3) for loss in fsdp["losses"]], "peak of GPU 0, GB:", peaks)
 else:
     print(f"not run here: it needs two GPUs, this machine has {gpus}")
 
 # %% [markdown]
-# What it did on two GPUs, from a run whose result is in the course's repository (`scale_out/reference.json`):
+# **Predict first:** DDP's peak is 4.6 GB on each of two GPUs, nearly all of it 4-bit weights. What is FSDP's peak?
+# This run on two GPUs is in the course's repository (`scale_out/reference.json`):
 
 # %%
 measured = json.loads((script.parent / "reference.json").read_text(encoding="utf-8"))
-table = pd.DataFrame({name: {"first loss": run["losses"][0], "last loss": run["losses"][-1],
-                             "peak of GPU 0, GB": run["peak_vram_bytes"] / 1e9}
-                      for name, run in measured["runs"].items()}).T
+table = pd.DataFrame(measured["runs"]).T[["losses", "peak_vram_bytes"]]
+table["first loss"], table["last loss"] = table["losses"].str[0], table["losses"].str[-1]
+table["peak of GPU 0, GB"] = table["peak_vram_bytes"] / 1e9
 print(f"{measured['device']}; {measured['model']}; {measured['date']}")
+table = table[["first loss", "last loss", "peak of GPU 0, GB"]].astype(float)
 table.round(2)
 
 # %% [markdown]
+# The losses agree within 0.04, and GPU 0 needs 3.2 GB instead of 4.6. That is more than half. FSDP cuts the weights
+# that are stored; a layer is whole again while it computes, and activations stay as they are. This record does not
+# say how much each of them takes.
+
+# %% [markdown]
+# ### On a 24 GB GPU with Mistral-7B
+#
+# Set `model = "mistral-7b-geometry"` (Mistral-7B's shape, random weights, no download) and `budget_gb = 24` in the
+# parameters cell. Expect these figures. They come from records of that shape on one GPU (`gpu/reference.json`); the
+# training of this notebook was not run to its end there.
+
+# %%
+shape = json.loads((files / "gpu" / "reference.json").read_text(encoding="utf-8"))
+peaks = {name: row["answering_peak_bytes"] for name, row in shape["memory"].items()}
+peaks |= {f"QLoRA, a step of {tokens} tokens": shape["qlora"][tokens]["peak_bytes"] for tokens in ("512", "2048")}
+print(shape["device"], shape["date"])
+(pd.Series(peaks, name="peak, GB") / 1e9).round(2).to_frame()
+
+# %% [markdown]
 # ## Tensor parallel: every matrix split
-# For inference that one GPU is too slow or too small for: each process holds a slice of every matrix and works on every token. transformers
-# knows the plan of its models; `tp_plan="auto"` applies it.
+#
+# When one GPU is too small or too slow for inference, split each matrix across several. Each process holds a slice of
+# every matrix and works on every token. transformers knows the plan for its models, and `tp_plan="auto"` applies it.
 
 # %%
 config_of_model = AutoConfig.from_pretrained(found.path)
@@ -332,20 +435,25 @@ slices = next(n for n in range(2, heads + 1) if heads % n == 0)
 pd.Series(config_of_model.base_model_tp_plan, name="plan").to_frame()
 
 # %% [markdown]
-# `colwise` gives each process some output rows of a matrix, `rowwise` some of its inputs; a pair of them needs one sum at its end. The number of
-# processes must divide the key-value heads.
+# `colwise` gives each process some outputs of a matrix, and `rowwise` some of its inputs. A `colwise` matrix followed
+# by a `rowwise` one needs a single sum at the end (exercise 3 does it by hand). The number of processes must divide
+# the number of key-value heads.
+
 
 # %%
+def run_tensor_parallel(slices, target):
+    """Logits, answer and shapes of the model split over so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", slices, "--standalone"]
+    command += [script.with_name("tensor_parallel.py"), "--model", found.path, "--output", target]
+    words, environment = [str(part) for part in command], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-1500:]
+    return load_file(target)
+
+
 tensor_parallel = None
 if gpus >= slices or (not gpus and predicted.parameters < 1e9):
-    target = Path(scratch.name) / "tensor_parallel.safetensors"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", slices,
-                "--standalone", script.with_name("tensor_parallel.py"),
-                "--model", found.path, "--output", target]
-    done = subprocess.run([str(part) for part in torchrun], capture_output=True, text=True, timeout=600,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-1500:]
-    tensor_parallel = load_file(target)
+    tensor_parallel = run_tensor_parallel(slices, Path(scratch.name) / "tensor_parallel.safetensors")
 else:
     print(f"not run here: it needs {slices} GPUs")
 
@@ -364,73 +472,54 @@ if tensor_parallel:
 
 # %% [markdown]
 # ## Many notebooks, many workers
-# Each notebook of the course is a papermill job without shared state, so any executor takes it. Here: two workers of
-# [Dask](https://distributed.dask.org), which run the same way on one machine or on a cluster, and a small web server as the store. papermill reads
-# and writes `http://` addresses by itself, as it does `s3://` or `gs://`.
-
-# %%
-import http.server, threading
-
-class Store(http.server.BaseHTTPRequestHandler):
-    """Keeps what is PUT in memory and gives it back."""
-    files = {}
-
-    def do_PUT(self):
-        self.files[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(200), self.send_header("Content-Length", "0"), self.end_headers()
-
-    def do_GET(self):
-        body = self.files.get(self.path)
-        self.send_response(200 if body else 404)
-        self.send_header("Content-Length", str(len(body or b""))), self.end_headers()
-        self.wfile.write(body or b"")
-
-    def log_message(self, *_):
-        pass
-
+#
+# Each notebook of the course is a papermill job without shared state, so any executor can run it. As an example we
+# sweep bits and group size of plain rounding: one small notebook, four settings, two workers of
+# [Dask](https://distributed.dask.org). Dask runs the same way on one machine and on a cluster.
 
 # %%
 import nbformat
 
-sweep = nbformat.v4.new_notebook(cells=[
-    nbformat.v4.new_code_cell("bits = 16\ngroup_size = 64", metadata={"tags": ["parameters"]}),
-    nbformat.v4.new_code_cell("import os\nper_weight = bits + (32 / group_size if bits < 16 else 0)\n"
-                              "print(f'{bits} {group_size} {7.25 * per_weight / 8:.2f} {os.getppid()}')")])
+BODY = """import os
+import torch
+
+weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
+groups = weight.unflatten(-1, (-1, group_size))
+scale = groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+error = ((groups / scale).round() * scale - groups).norm() / weight.norm()
+print(bits, group_size, f"{error:.4f}", os.getppid())"""
+first_cell = nbformat.v4.new_code_cell("bits = 8\ngroup_size = 64", metadata={"tags": ["parameters"]})
+sweep = nbformat.v4.new_notebook(cells=[first_cell, nbformat.v4.new_code_cell(BODY)])
 sweep.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Store)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-store = f"http://127.0.0.1:{server.server_port}"
-Store.files["/sweep.ipynb"] = nbformat.writes(sweep).encode()
+nbformat.write(sweep, Path(scratch.name) / "sweep.ipynb")
 
 
 # %%
-def job(store, bits, group_size):
-    """One notebook, from the store to the store; runs in a worker process."""
+def job(folder, bits, group_size):
+    """Execute one notebook with its parameters, in a worker process; what its last cell printed."""
     import os
+
     import papermill
+
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the kernels log about themselves
-    target = f"{store}/bits{bits}-group{group_size}.ipynb"
+    source, target = f"{folder}/sweep.ipynb", f"{folder}/bits{bits}-group{group_size}.ipynb"
     values = {"bits": bits, "group_size": group_size}
-    papermill.execute_notebook(f"{store}/sweep.ipynb", target, values, progress_bar=False)
-    return target
+    done = papermill.execute_notebook(source, target, values, progress_bar=False)
+    return done.cells[-1].outputs[0].text.split()
 
 
 # %%
 from dask.distributed import Client, LocalCluster
 
-grid = [(16, 64), (8, 64), (4, 128), (4, 32)]
+logging.getLogger("distributed").setLevel(logging.ERROR)  # a busy machine ends its workers late
+grid = [(8, 64), (4, 128), (4, 32), (3, 32)]
 workers_here = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
 with LocalCluster(**workers_here) as cluster, Client(cluster) as client:
-    futures = [client.submit(job, store, *values) for values in grid]
-    targets = [future.result() for future in tqdm(futures, "jobs", disable=None)]
+    futures = [client.submit(job, scratch.name, *values) for values in grid]
+    answers = [future.result() for future in tqdm(futures, "jobs", disable=None)]
 
 # %%
-answers = []
-for target in targets:
-    done = nbformat.reads(Store.files["/" + target.split("/")[-1]].decode(), as_version=4)
-    answers.append(done.cells[-1].outputs[0].text.split())
-server.shutdown()
-jobs = pd.DataFrame(answers, columns=["bits", "group_size", "GB of 7.25 B weights", "worker"])
+jobs = pd.DataFrame(answers, columns=["bits", "group_size", "relative error", "worker"])
 workers = jobs.pop("worker").nunique()
 assert workers == 2 and len(jobs) == len(grid), "both workers should have had work"
 print(f"{len(jobs)} notebooks on {workers} workers")
@@ -439,24 +528,33 @@ jobs
 
 # %% [markdown]
 # ## Serving
-# For many users at once, take a serving engine: it batches requests continuously and manages the KV cache. These are
-# [vLLM](https://docs.vllm.ai)'s commands for the checkpoints that the notebooks have written so far. vLLM is not part of this
-# environment: **they were not run here.**
+#
+# For many users at once, take a serving engine. It batches requests as they come and manages the KV cache. The table
+# says what to try with [vLLM](https://docs.vllm.ai) for the checkpoints that the notebooks have written so far. vLLM
+# is not part of this environment, so these commands **were not run here**. `MODEL` is the hub id or the folder of the
+# base model.
+
 
 # %%
-def serve(folder):
+def serve(folder, row_length):
+    """What to type for a checkpoint, or why not."""
     if (folder / "adapter_config.json").is_file():
-        return f"vllm serve {found.name} --enable-lora --lora-modules {folder.name}=checkpoints/{folder.name}"
+        return f"vllm serve MODEL --enable-lora --lora-modules {folder.name}={folder.name}"
     config = json.loads((folder / "config.json").read_text())
     method = config.get("quantization_config", {}).get("quant_method")
-    known = {"gptq": "gptq_marlin", "awq": "awq_marlin", "torchao": "torchao", "bitsandbytes": "bitsandbytes"}
-    if method in known:
-        return f"vllm serve checkpoints/{folder.name} --quantization {known[method]}"
-    return "no: its format is this course's own; load it as its notebook does"
+    if method is None:
+        return "no: its format is this course's own; load it as its notebook does"
+    if method in ("gptq", "awq") and row_length % 128:
+        return f"probably refused: the Marlin kernels want rows that 128 divides, these have {row_length}"
+    return f"vllm serve {folder.name}"
 
+
+# %%
 made = sorted(path.parent for path in checkpoints.folder(output_dir, "x").parent.glob("*/*config.json"))
 made = [folder for folder in dict.fromkeys(made) if not folder.name.startswith(".")]
-commands = pd.DataFrame([(folder.name, serve(folder)) for folder in made], columns=["checkpoint", "command"])
+row_length = config_of_model.hidden_size
+answers = [(folder.name, serve(folder, row_length)) for folder in made]
+commands = pd.DataFrame(answers, columns=["checkpoint", "in the folder of the checkpoints"])
 with pd.option_context("display.max_colwidth", None):
     display(commands)
 
@@ -465,18 +563,19 @@ with pd.option_context("display.max_colwidth", None):
 
 # %%
 tight = offload.iloc[-1]
-pd.DataFrame([
-    ["it fits one GPU", "no split at all", f"{unlimited:.0f} tokens/s here"],
-    ["it nearly fits", "4-bit weights first (notebook 04), offload second",
-     f"offload to {tight['first device may take']} of the bytes: {tight['times slower']:.1f} times slower"],
-    ["training fits one GPU, you have several", "DDP", f"same curve to {gap:.0e}"],
-    ["training does not fit one GPU", "FSDP with bnb_4bit_quant_storage",
-     "{:.1f} GB a GPU instead of {:.1f} (reference run)".format(
-         *(table.loc[name, "peak of GPU 0, GB"] for name in ("fsdp", "ddp")))],
-    ["inference does not fit, or is too slow", 'tp_plan="auto"',
-     f"same answer with {slices} processes" if tensor_parallel else "not run here"],
-    ["many users", "a serving engine", "not run here"],
-], columns=["if", "take", "because"])
+slow = f"offload to {tight['first device may take']} of the bytes: {tight['times slower']:.1f} times slower"
+sharded, copied = (table.loc[name, "peak of GPU 0, GB"] for name in ("fsdp", "ddp"))
+saved = f"{sharded:.1f} GB a GPU instead of {copied:.1f} (reference run)"
+split = f"same answer with {slices} processes" if tensor_parallel else "not run here"
+choices = {
+    "it fits one GPU": ("no split at all", f"{unlimited:.0f} tokens/s here"),
+    "it nearly fits": ("4-bit weights first (notebook 04), offload second", slow),
+    "training fits one GPU, you have several": ("DDP", f"same curve to {gap:.0e}"),
+    "training does not fit one GPU": ("FSDP with bnb_4bit_quant_storage", saved),
+    "inference does not fit, or is too slow": ('tp_plan="auto"', split),
+    "many users": ("a serving engine", "not run here"),
+}
+pd.DataFrame.from_dict(choices, orient="index", columns=["take", "because"])
 
 # %% [markdown]
 # ## What the guides claim
@@ -485,12 +584,13 @@ pd.DataFrame([
 from helpers import claims
 
 same_answer = offload["same answer"].mean()
-offloaded = (f"the same answer at {same_answer:.0%} of the budgets, up to {slowest:.1f} times slower "
-             f"(files in the page cache); a 4-bit model: {spill[:60]}")
+offloaded = (
+    f"the same answer at {same_answer:.0%} of the budgets, up to {slowest:.1f} times slower "
+    f"(files in the page cache); a 4-bit model: {spill[:60]}"
+)
 findings = [claims.finding("offload", same_answer, text=offloaded)]
 if tensor_parallel:
-    findings.append(claims.finding("model-parallel", off,
-                                   text=f"{slices} processes, logits within {off:.0e}"))
+    findings.append(claims.finding("model-parallel", off, text=f"{slices} processes, logits within {off:.0e}"))
 claims.write(output_dir, notebook="12_scale_out", found=found, findings=findings)
 
 # %%
@@ -500,11 +600,14 @@ with pd.option_context("display.max_colwidth", None):
 
 # %% [markdown]
 # ## Exercises
-# **1 (easy).** Bytes of weights on each of `n` GPUs: the 4-bit base is copied under DDP and cut under FSDP; adapters and their two Adam averages
-# (all float32) likewise.
+#
+# **1 (easy).** The answer takes one line. How many bytes of weights does each of `n` GPUs hold? DDP copies the 4-bit
+# base, FSDP cuts it. The same holds for the adapters and their two Adam averages, all in float32.
+
 
 # %%
 def bytes_per_gpu(base_bytes, adapter_parameters, n, sharded):
+    """Bytes on each GPU."""
     ...
 
 
@@ -515,10 +618,12 @@ def test_bytes(function):
     assert answer == 4e9 + 12e6, "DDP copies all: base, adapters (4 bytes), two averages (4 bytes each)"
     assert function(4e9, 1e6, 2, sharded=True) == (4e9 + 12e6) / 2, "FSDP cuts base, adapters and averages"
 
+
 exercises.check(bytes_per_gpu, test_bytes)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def bytes_per_gpu(base_bytes, adapter_parameters, n, sharded):
         return (base_bytes + 12 * adapter_parameters) / (n if sharded else 1)
 
@@ -526,41 +631,52 @@ if solutions:
 
 
 # %% [markdown]
-# **2 (medium).** The same global batch everywhere: how many gradient accumulation steps does each of `n` processes need? Raise `ValueError` where
-# it does not come out even.
+# **2 (medium).** The answer takes one line. Predict first. Two processes take `first` and `second` examples of a
+# batch. Each computes the mean gradient of its own examples, and DDP averages the two. For which sizes is the result
+# the gradient of the whole batch? The check measures it.
+
 
 # %%
-def accumulation_steps(global_batch, per_device_batch, n):
+def same_as_one_process(first, second):
+    """True where the averaged gradient is that of the whole batch."""
     ...
 
 
 # %%
-def test_accumulation(function):
-    assert function(32, 4, 2) is not None, "return a number"
-    assert function(32, 4, 2) == 4, "two processes of 4 see 8 examples at a time: 4 times"
-    assert function(8, 8, 1) == 1 and function(64, 1, 8) == 8
-    try:
-        function(30, 4, 2)
-    except ValueError:
-        return
-    raise AssertionError("30 examples do not split into steps of 8: raise ValueError")
+def mean_gradient(x):
+    """Gradient of the mean of (w - x)² at w = 0."""
+    w = torch.zeros((), requires_grad=True)
+    ((w - x) ** 2).mean().backward()
+    return w.grad
 
-exercises.check(accumulation_steps, test_accumulation)
+
+def test_same(function):
+    for first, second in ((2, 2), (1, 3), (3, 3), (5, 2)):
+        x = torch.arange(first + second, dtype=torch.float32) ** 2
+        averaged = (mean_gradient(x[:first]) + mean_gradient(x[first:])) / 2
+        real = torch.allclose(averaged, mean_gradient(x))
+        answer = function(first, second)
+        assert answer is not None, "return True or False"
+        said = f"{averaged:.2f} averaged, {mean_gradient(x):.2f} for the whole batch"
+        assert bool(answer) == real, f"{first} and {second} examples: {said}"
+
+
+exercises.check(same_as_one_process, test_same)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
-    def accumulation_steps(global_batch, per_device_batch, n):
-        steps, rest = divmod(global_batch, per_device_batch * n)
-        if rest or not steps:
-            raise ValueError(f"{global_batch} is not a multiple of {per_device_batch} x {n}")
-        return steps
 
-    exercises.require(accumulation_steps, test_accumulation)
+    def same_as_one_process(first, second):
+        return first == second
+
+    exercises.require(same_as_one_process, test_same)
 
 
 # %% [markdown]
-# **3 (hard).** Tensor parallel by hand: cut `gate` and `up` by rows and `down` by columns into `n` slices, let each slice compute alone, and sum.
-# Why must the slices of `gate` and `up` be the same rows?
+# **3 (hard).** The answer takes about three lines. Do tensor parallel by hand. Cut `gate` and `up` by rows and `down`
+# by columns into `n` slices, and let each slice compute alone. The sum of the slices must be the whole. Why must the
+# slices of `gate` and `up` be the same rows?
+
 
 # %%
 def split_mlp(x, gate, up, down, n):
@@ -579,12 +695,14 @@ def test_split(function):
     assert torch.allclose(sum(parts), wanted, atol=1e-3), "the partial results do not add up"
     assert not torch.allclose(parts[0], wanted, atol=1e-3), "the first slice did all the work"
 
+
 exercises.check(split_mlp, test_split)
 
 # %% jupyter={"source_hidden": true} tags=["solution"]
 if solutions:
+
     def split_mlp(x, gate, up, down, n):
-        slices = zip(gate.chunk(n), up.chunk(n), down.chunk(n, dim=1))
+        slices = zip(gate.chunk(n), up.chunk(n), down.chunk(n, dim=1), strict=True)
         return [(torch.nn.functional.silu(x @ g.T) * (x @ u.T)) @ d.T for g, u, d in slices]
 
     exercises.require(split_mlp, test_split)
@@ -601,12 +719,13 @@ quiz.Quiz("12_scale_out")
 
 # %% [markdown]
 # ## Takeaways
-# 1. **Offload changes the speed, not the answer.** `device_map="auto"` with `max_memory` places every module; look at `hf_device_map`, because
-#    nothing else tells you. 4-bit weights stay on one kind of device.
-# 2. **One script, any number of processes.** The launcher's configuration decides between one process, DDP and FSDP; at the same global batch the
-#    curves agree within rounding.
-# 3. **Choose the split by what is short**: memory in training (FSDP), memory or speed in inference (tensor parallel), throughput (a serving engine),
-#    many notebooks (any executor that can call papermill).
+#
+# 1. **Offload changes the speed, not the answer.** `device_map="auto"` with `max_memory` places every module. Look at
+#    `hf_device_map`, because nothing else tells you. 4-bit weights refuse to go to the disk.
+# 2. **One script, any number of processes.** The launcher's configuration decides between one process, DDP and FSDP.
+#    With equal shares of the same batch, the curves agree within rounding.
+# 3. **Choose the split by what is short.** Take FSDP for memory in training: 2 GPUs need less memory each, not less
+#    work. Take tensor parallel for memory or speed in inference, and a serving engine for many users.
 #
 # <!-- navigation -->
 # <!-- /navigation -->
@@ -614,8 +733,16 @@ quiz.Quiz("12_scale_out")
 # %% tags=["record"]
 scratch.cleanup()
 records.write(
-    output_dir, method="qlora-ddp", notebook="12_scale_out", found=found, windows=windows,
-    bits_per_weight=8 * weights / predicted.parameters, weight_bytes=weights,
+    output_dir,
+    method="qlora-ddp",
+    notebook="12_scale_out",
+    found=found,
+    windows=windows,
+    bits_per_weight=8 * weights / predicted.parameters,
+    weight_bytes=weights,
     peak_memory_bytes=cost.peak_vram if found.device == "cuda" else cost.peak_ram,
-    scores=scores, decode_tokens_per_s=rate, quantize_seconds=reports[f"{processes} processes"]["seconds"])
+    scores=scores,
+    decode_tokens_per_s=rate,
+    quantize_seconds=reports[f"{processes} processes"]["seconds"],
+)
 print("recorded: qlora-ddp")
