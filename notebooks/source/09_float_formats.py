@@ -14,9 +14,11 @@
 #
 # 1. Cast to E4M3, E5M2, E2M1, MXFP4 and NVFP4 in a few lines, and get the same bits as torch, torchao and gguf.
 # 2. Round activations too, and say with numbers why a float survives an outlier that breaks an integer.
-# 3. Rank FP4 and INT4 at equal bits with error bars, write checkpoints for other programs, and know which GPU runs which format.
+# 3. Rank FP4 and INT4 at equal bits with error bars, write checkpoints for other programs, and know which GPU runs
+#    which format.
 #
-# **Before you start:** [01 PTQ](01_ptq_dynamic_int8.ipynb) for scales and outliers, [04 NF4](04_nf4_bitsandbytes.ipynb) for blocks.
+# **Before you start:** [01 PTQ](01_ptq_dynamic_int8.ipynb) for scales and outliers, [04 NF4](04_nf4_bitsandbytes.ipynb)
+# for blocks.
 
 # %% tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
@@ -42,6 +44,7 @@ import gguf
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from IPython.display import display
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -61,11 +64,13 @@ print(f"{found.name} on the {found.device.upper()}, {found.origin}")
 # %% [markdown]
 # ## The idea: where the levels lie
 #
-# A float has a sign, an exponent and a mantissa. **E2M1** is the 4-bit float: two bits of exponent, one of mantissa. Its values are 0,
-# 0.5, 1, 1.5, 2, 3, 4 and 6, and the same with a minus. Up to 2 the step is 0.5. It doubles at 2 and again at 4. An integer has one step.
+# A float has a sign, an exponent and a mantissa. **E2M1** is the 4-bit float: two bits of exponent, one of mantissa.
+# Its values are 0, 0.5, 1, 1.5, 2, 3, 4 and 6, and the same with a minus. Up to 2 the step is 0.5. It doubles at 2 and
+# again at 4. An integer has one step.
 #
-# Both get a **block scale**: a few neighbours share one number that they are multiplied with, so that the largest of them meets the largest
-# level. Eight weights by hand. Their largest magnitude is 0.6, so the scale of E2M1 is 0.6 / 6 = 0.1 and the scale of INT4 is 0.6 / 7:
+# Both get a **block scale**: a few neighbours share one number that they are multiplied with, so that the largest of
+# them meets the largest level. Eight weights by hand. Their largest magnitude is 0.6, so the scale of E2M1 is 0.6 / 6 =
+# 0.1 and the scale of INT4 is 0.6 / 7:
 
 # %%
 e2m1_levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -90,8 +95,9 @@ for name, dtype in (("E4M3", torch.float8_e4m3fn), ("E5M2", torch.float8_e5m2)):
 by_hand.round(4)
 
 # %% [markdown]
-# INT4 turns the two smallest weights into 0 and is close for the others. E2M1 is finer near 0 and coarse near 0.6. **E4M3** and **E5M2** are the
-# 8-bit floats. They need no block scale for these weights: E4M3 reaches from 0.002 to 448, E5M2 from 0.000015 to 57,344. The 4-bit levels:
+# INT4 turns the two smallest weights into 0 and is close for the others. E2M1 is finer near 0 and coarse near 0.6.
+# **E4M3** and **E5M2** are the 8-bit floats. They need no block scale for these weights: E4M3 reaches from 0.002 to
+# 448, E5M2 from 0.000015 to 57,344. The 4-bit levels:
 
 # %%
 fig, axes = plt.subplots(3, 1, figsize=(7, 3), sharex=True, layout="constrained")
@@ -104,12 +110,13 @@ steps = {name: (levels / levels.max()).diff() for name, levels in LEVELS.items()
 spacing = pd.DataFrame({name: {"smallest step": step.min().item(), "largest step": step.max().item()}
                         for name, step in steps.items()}).T  # fmt: skip
 figures.show(fig, alt=f"Number lines of E2M1, INT4 and NF4, scaled to 1. The steps of E2M1 grow from "
-             f"{spacing['smallest step']['E2M1']:.3f} to {spacing['largest step']['E2M1']:.3f}; those of INT4 "
-             f"are all {spacing['smallest step']['INT4']:.3f}.", table=spacing.round(3))  # fmt: skip
+             f"{spacing['smallest step']['E2M1']:.3f} to {spacing['largest step']['E2M1']:.3f}; those of "
+             f"INT4 are all {spacing['smallest step']['INT4']:.3f}.", table=spacing.round(3))  # fmt: skip
 
 # %% [markdown]
-# A float's step grows with its value, so its **relative** error stays the same over its whole range. An integer's step is fixed, so a small
-# value beside a large one loses everything. The largest relative error of a value, with the scale set so that the largest value is 448:
+# A float's step grows with its value, so its **relative** error stays the same over its whole range. An integer's step
+# is fixed, so a small value beside a large one loses everything. The largest relative error of a value, with the scale
+# set so that the largest value is 448:
 
 # %%
 values = torch.logspace(-3, 2.65, 4000)
@@ -129,17 +136,17 @@ for name, color in zip(errors, figures.PALETTE, strict=False):
     ax.plot(values, errors[name].rolling(80, min_periods=1).max(), color=color)
     ax.annotate(name, (values[-1], errors[name].iloc[-80:].max()), xytext=(4, -3), textcoords="offset points")
 ax.set(xscale="log", yscale="log", xlabel="value (the largest is 448)", ylabel="largest relative error")
-ax.set_title("An 8-bit integer loses small values, an 8-bit float does not")
+ax.set_title("An integer loses small values long before a float does")
 figures.show(fig, alt=f"Largest relative error against the value. Between 1 and 10 INT8 is off by up to "
              f"{worst['INT8']['1 to 10']:.0%}, E4M3 by {worst['E4M3']['1 to 10']:.0%} and E5M2 by "
              f"{worst['E5M2']['1 to 10']:.0%}.", table=worst.round(3))  # fmt: skip
 
-
 # %% [markdown]
 # ## From scratch: the casts
 #
-# A kind of float is four numbers: how many bits the exponent and the mantissa have, the largest value, and the code for what is above it.
-# E5M2 has an infinity there. E2M1 stays at 6. E4M3 has no infinity: this torch stays at 448, and an older one gives NaN. So we ask it.
+# A kind of float is four numbers: how many bits the exponent and the mantissa have, the largest value, and the code for
+# what is above it. E5M2 has an infinity there. E2M1 stays at 6. E4M3 has no infinity: this torch stays at 448, and an
+# older one gives NaN. So we ask it.
 
 
 # %%
@@ -156,13 +163,14 @@ class Kind(NamedTuple):
         return 2 - 2 ** (self.exponent_bits - 1)
 
 
+# %%
 at_the_top = torch.tensor(1e4).to(torch.float8_e4m3fn).view(torch.uint8).item()
 E4M3, E5M2, E2M1 = Kind(4, 3, 448.0, at_the_top), Kind(5, 2, 57344.0, 0x7C), Kind(2, 1, 6.0, 7)
 
-
 # %% [markdown]
-# To cast, find the exponent and round to a multiple of the step that belongs to it. Halfway cases go to the **even** multiple. Counted in steps,
-# the code comes out by itself: when the rounding reaches the next power of two, the code carries over to the next exponent.
+# To cast, find the exponent and round to a multiple of the step that belongs to it. Halfway cases go to the **even**
+# multiple. Counted in steps, the code comes out by itself: when the rounding reaches the next power of two, the code
+# carries over to the next exponent.
 
 
 # %%
@@ -194,37 +202,47 @@ def decode(codes, kind):
 
 
 # %% [markdown]
-# Does it equal torch bit for bit? There are only 65,536 float16 numbers and as many bfloat16 numbers, so we cast **all of them**, with the
-# infinities and NaN. Backwards we try all 256 codes. E2M1 has no NaN, and torchao's cast is its judge on every bfloat16 that is a number.
+# Does it equal torch bit for bit? There are only 65,536 float16 numbers and as many bfloat16 numbers, so we cast **all
+# of them**, with the infinities and NaN. Backwards we try all 256 codes. E2M1 has no NaN, and torchao's cast is its
+# judge on every bfloat16 that is a number.
 
 # %%
-from torchao.prototype.mx_formats.kernels import f32_to_f4_unpacked
+from torchao.prototype.mx_formats.kernels import f4_unpacked_to_f32, f32_to_f4_unpacked
 
 every = torch.arange(-(2**15), 2**15, dtype=torch.int32).short()
-codes256 = torch.arange(256, dtype=torch.uint8)
-TORCH = {"E4M3": (E4M3, torch.float8_e4m3fn), "E5M2": (E5M2, torch.float8_e5m2)}
-
-
-def against_torch(kind, dtype):
-    """How many codes and values differ from torch's, by kind of input."""
-    rows = {}
-    for name, source in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
-        theirs = every.view(source).to(dtype).view(torch.uint8)
-        rows[name] = (encode(every.view(source), kind) != theirs).sum().item()
-    values = codes256.view(dtype).float()
-    same = decode(codes256, kind).isclose(values, rtol=0, atol=0, equal_nan=True)
-    return rows | {"256 codes": (~same).sum().item()}
+CASTS = {
+    "E4M3, torch": (E4M3, lambda x: x.to(torch.float8_e4m3fn).view(torch.uint8)),
+    "E5M2, torch": (E5M2, lambda x: x.to(torch.float8_e5m2).view(torch.uint8)),
+    "E2M1, torchao": (E2M1, lambda x: f32_to_f4_unpacked(x.float())),
+}
 
 
 # %%
-differences = pd.DataFrame({name: against_torch(*pair) for name, pair in TORCH.items()}).T
-numbers = every.view(torch.bfloat16).float()
-numbers = numbers[~numbers.isnan()]
-e2m1_differences = (encode(numbers, E2M1) != f32_to_f4_unpacked(numbers)).sum().item()
-differences.loc["E2M1, against torchao", "bfloat16"] = e2m1_differences
-assert differences.fillna(0).eq(0).all(axis=None), "another code than the library's"
-differences
+def differing(kind, cast):
+    """How many of all 16-bit numbers get another code than the library's."""
+    rows = {}
+    for name, source in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+        x = every.view(source)
+        x = x[~x.isnan()] if kind is E2M1 else x
+        rows[name] = (encode(x, kind) != cast(x)).sum().item()
+    return rows
 
+
+# %%
+differences = pd.DataFrame({name: differing(*pair) for name, pair in CASTS.items()}).T
+
+# %%
+codes = torch.arange(256, dtype=torch.uint8)
+decoders = {
+    "E4M3, torch": (E4M3, codes, codes.view(torch.float8_e4m3fn).float()),
+    "E5M2, torch": (E5M2, codes, codes.view(torch.float8_e5m2).float()),
+    "E2M1, torchao": (E2M1, codes[:16], f4_unpacked_to_f32(codes[:16])),
+}
+for name, (kind, each, values) in decoders.items():
+    same = decode(each, kind).isclose(values, rtol=0, atol=0, equal_nan=True)
+    differences.loc[name, "codes read back"] = (~same).sum().item()
+assert not differences.any(axis=None), "another code than the library's"
+differences.astype(int)
 
 # %% [markdown]
 # ## Block scales: MXFP8, MXFP4 and NVFP4
@@ -235,8 +253,9 @@ differences
 # | MXFP4 | E2M1 | 32 | E8M0 | 4.25 |
 # | NVFP4 | E2M1 | 16 | E4M3, 8 bits, and one float32 for the whole tensor | 4.5 |
 #
-# **MX** is an open standard of several makers ([OCP Microscaling Formats](https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf)).
-# Its scale can only be 1, 2, 4 and so on, so it rarely fits. If the largest magnitude of a block is 7.9, the scale 1 cuts it to 6, and the
+# **MX** is an open standard of several makers ([OCP Microscaling
+# Formats](https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf)). Its scale can only
+# be 1, 2, 4 and so on, so it rarely fits. If the largest magnitude of a block is 7.9, the scale 1 cuts it to 6, and the
 # scale 2 makes every step twice as large. Four rules for the exponent are in use:
 
 
@@ -263,6 +282,7 @@ def blocks_of(weight, size):
     return weight.float().reshape(-1, size)
 
 
+# %%
 def mx(weight, kind=E2M1, rule="floor"):
     """-> codes uint8 [n, 32] and exponents of the scales, uint8 [n, 1] with 127 added."""
     blocks = blocks_of(weight, 32)
@@ -272,8 +292,8 @@ def mx(weight, kind=E2M1, rule="floor"):
 
 
 # %% [markdown]
-# **NVFP4** spends its 8 bits on a scale that fits more closely: E4M3 has 3 bits of mantissa. E4M3 ends at 448, so one float32 for the whole
-# tensor brings the scales of all blocks into its range.
+# **NVFP4** spends its 8 bits on a scale that fits more closely: E4M3 has 3 bits of mantissa. E4M3 ends at 448, so one
+# float32 for the whole tensor brings the scales of all blocks into its range.
 
 
 # %%
@@ -287,6 +307,7 @@ def nvfp4(weight):
     return encode(blocks * (1 / tensor_scale / scales.float()), E2M1), scales, tensor_scale
 
 
+# %%
 def pack(codes):
     """4-bit codes -> bytes [n]: the first of two in the low half."""
     pairs = codes.reshape(-1, 2)
@@ -308,6 +329,7 @@ def linear_layers(net):
     return {name: module for name, module in kept.items() if module is not head}
 
 
+# %%
 def fresh(dtype=found.fast):
     """The untouched model."""
     return AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype).to(found.device).eval()
@@ -336,11 +358,12 @@ def against_torchao(kind, dtype, rule):
     return (different + (exponents.flatten() != scales.view(torch.uint8).flatten()).sum()).item()
 
 
-judged = pd.DataFrame(
-    {name: {rule: against_torchao(*pair, rule) for rule in RULES} for name, pair in ELEMENTS.items()}
-)
+# %%
+judged = pd.DataFrame(index=RULES)
+for name, pair in ELEMENTS.items():
+    judged[name] = [against_torchao(*pair, rule) for rule in RULES]
 assert not judged.any(axis=None), "other codes or scales than torchao's"
-judged
+judged.astype(int)
 
 # %%
 codes, scales, tensor_scale = nvfp4(weight)
@@ -351,8 +374,9 @@ print(f"NVFP4: {codes.numel():,} codes and {scales.numel():,} scales, {different
 assert different == 0
 
 # %% [markdown]
-# `gguf` has MXFP4 too, because the open gpt-oss models come in it. Its scales are the same. Two codes differ, and both are known: it rounds a
-# halfway case **down**, not to even, and it knows no negative zero. (It decodes NVFP4 and does not encode it.)
+# `gguf` has MXFP4 too, because the open gpt-oss models come in it. Its scales are the same. Two codes differ, and both
+# are known: it rounds a halfway case **down**, not to even, and it knows no negative zero. (It decodes NVFP4 and does
+# not encode it.)
 
 # %%
 their_bytes = torch.from_numpy(gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType.MXFP4)).reshape(-1, 17)
@@ -370,8 +394,9 @@ assert not (other & ~negative_zero & ~halfway).any()
 # %% [markdown]
 # ### What a rule costs
 #
-# The relative error of this weight, restored. **Search** tries two powers of two for each block, and takes the one with the smaller squared
-# error. For NVFP4 it tries five scales: a scale 1.5 times as large puts the largest weight on level 4, where the levels are closer.
+# The relative error of this weight, restored. **Search** tries two powers of two for each block, and takes the one with
+# the smaller squared error. For NVFP4 it tries five scales: a scale 1.5 times as large puts the largest weight on level
+# 4, where the levels are closer.
 
 
 # %%
@@ -393,10 +418,13 @@ def to_e2m1(values):
     return ((values / step).round() * step).clamp(-6, 6)
 
 
+# %%
 def to_int4(values):
     return values.round().clamp(-7, 7)
 
 
+numbers = every.view(torch.bfloat16).float()
+numbers = numbers[~numbers.isnan()]
 assert torch.equal(to_e2m1(numbers), decode(encode(numbers, E2M1), E2M1))
 
 
@@ -446,9 +474,9 @@ pd.Series(rule_errors, name="relative error").to_frame().round(4)
 # %% [markdown]
 # ## Activations: why a float survives an outlier
 #
-# Weights alone save memory. To save arithmetic too, the **inputs** of each layer are rounded as well: W8A8. A scale per layer that was fixed
-# beforehand is *static*; one computed for each token as it comes is *dynamic*. Here is the layer whose inputs have the largest outlier,
-# compared with their median, on calibration text:
+# Weights alone save memory. To save arithmetic too, the **inputs** of each layer are rounded as well: W8A8. A scale per
+# layer that was fixed beforehand is *static*; one computed for each token as it comes is *dynamic*. Here is the layer
+# whose inputs have the largest outlier, compared with their median, on calibration text:
 
 
 # %%
@@ -491,6 +519,7 @@ def eight_bits(values, number, scale):
     return scaled.to(torch.float8_e4m3fn).to(values.dtype) * scale
 
 
+# %%
 LARGEST = {"INT8": 127, "E4M3": 448}
 
 
@@ -500,7 +529,8 @@ def per_token(x, number):
 
 
 # %% [markdown]
-# One static scale for this layer. Its inputs are sorted by size into ten equal groups, and each group's error is compared with its own size:
+# One static scale for this layer. Its inputs are sorted by size into ten equal groups, and each group's error is
+# compared with its own size:
 
 # %%
 inputs = activation.flatten()
@@ -523,11 +553,11 @@ figures.show(fig, alt=f"Relative error of the inputs of {outlier}, by size. INT8
              f"{lost['INT8'].iloc[4]:.0%} of the middle group and E4M3 {lost['E4M3'].iloc[4]:.0%}.",
              table=lost.round(3))  # fmt: skip
 
-
 # %% [markdown]
-# The whole model: weights with one scale an output row, inputs rounded in front of each layer. This is an **emulation**: the rounded numbers
-# are multiplied in the model's own type. A GPU multiplies the codes and applies both scales to the sum. The products are the same numbers;
-# only the order of the sums differs. The first 2 windows of each genre are enough to tell these apart:
+# The whole model: weights with one scale an output row, inputs rounded in front of each layer. This is an
+# **emulation**: the rounded numbers are multiplied in the model's own type. A GPU multiplies the codes and applies both
+# scales to the sum. The products are the same numbers; only the order of the sums differs. The first 2 windows of each
+# genre are enough to tell these apart:
 
 
 # %%
@@ -539,6 +569,7 @@ def change_weights(net, change):
     return net
 
 
+# %%
 def per_row(number):
     return lambda weight: per_token(weight, number)
 
@@ -580,9 +611,7 @@ activations.round(4)
 kl = activations["KL"]
 static_ratio = kl["INT8, one scale a layer"] / kl["E4M3, one scale a layer"]
 dynamic_ratio = kl["INT8, one scale a token"] / kl["E4M3, one scale a token"]
-print(
-    f"KL of INT8 over KL of FP8: {static_ratio:,.1f} with one scale a layer, {dynamic_ratio:.2f} with one a token"
-)
+print(f"KL of INT8 over FP8: {static_ratio:,.1f} with a scale a layer, {dynamic_ratio:.2f} with one a token")
 assert static_ratio > 1, "a float should survive the outlier better"
 
 # %% [markdown]
@@ -597,7 +626,8 @@ assert static_ratio > 1, "a float should survive the outlier better"
 # | `mxfp4`, `nvfp4` | as above, weights only, no search | 4.25, 4.5 |
 # | `int4-g64`, `int4-g32` | levels -7 to 7, groups of 64 or 32, a float16 scale each | 4.25, 4.5 |
 #
-# Beside them stand the same formats with a search of scales, and INT4 levels in NVFP4's own blocks: then the levels alone differ.
+# Beside them stand the same formats with a search of scales, and INT4 levels in NVFP4's own blocks: then the levels
+# alone differ.
 
 # %%
 FOUR_BITS = {
@@ -612,7 +642,6 @@ FOUR_BITS = {
     "int4, NVFP4's blocks": (4.5, lambda weight: restore(weight, 16, to_int4, 7, e4m3_scale)),
 }
 RECORDED = ("mxfp4", "int4-g64", "nvfp4", "int4-g32")
-
 
 # %%
 quality, second, held_back, seconds = {}, {}, {}, {}
@@ -656,7 +685,6 @@ table = pd.DataFrame({
 table["KL, pydoc"] = pd.Series({name: scores.kl_divergence for name, scores in second.items()})
 table.sort_values(["bits", "KL"]).round(4)
 
-
 # %% [markdown]
 # An order holds only if the interval of the **difference on the same windows** leaves zero out:
 
@@ -669,13 +697,14 @@ def compared(first, second):
     return words, mean, low, high
 
 
+# %%
 PAIRS = [("int4-g64", "mxfp4"), ("int4-g64, search", "mxfp4, search"),
          ("int4-g32", "nvfp4"), ("int4-g32, search", "nvfp4, search"),
          ("int4, NVFP4's blocks", "nvfp4"), ("int4, NVFP4's blocks", "int4-g32"),
          ("mxfp4", "mxfp4, search"), ("nvfp4", "nvfp4, search"), ("mxfp4", "nvfp4")]  # fmt: skip
 verdicts = pd.DataFrame({f"{first} minus {other}": compared(first, other) for first, other in PAIRS}).T
 verdicts.columns = ["who", "difference of KL", "from", "to"]
-verdicts
+verdicts.infer_objects().round(4)
 
 # %%
 shown = [name for name in table.sort_values("KL", ascending=False).index if name in FOUR_BITS]
@@ -689,8 +718,8 @@ ax.set(yticks=range(len(shown)), yticklabels=[f"{name} ({bits_of[name]})" for na
 ax.set(xlabel="KL divergence from the untouched model (left is better)")
 ax.set_title("Four bits: levels, blocks and scales all count")
 worst_name, best_name = shown[0], shown[-1]
-figures.show(fig, alt=f"KL divergence of nine 4-bit formats of {found.name}, with intervals. {best_name} is the "
-             f"closest with {quality[best_name].kl_divergence:.3f}, {worst_name} the farthest with "
+figures.show(fig, alt=f"KL divergence of nine 4-bit formats of {found.name}, with intervals. {best_name} is "
+             f"the closest with {quality[best_name].kl_divergence:.3f}, {worst_name} the farthest with "
              f"{quality[worst_name].kl_divergence:.3f}.",
              table=table.loc[shown, ["bits", "KL", "from", "to"]].round(3))  # fmt: skip
 
@@ -707,8 +736,8 @@ assert quality["fp8-weight-only"].kl_high < least_of_four_bits, "8 bits lose mor
 # %% [markdown]
 # ## The libraries
 #
-# **torchao** quantizes in place. Weights alone in FP8 run on a CPU. W8A8 wants a GPU of compute capability 8.9 or newer, and says so here.
-# The codes of its weights are ours:
+# **torchao** quantizes in place. Weights alone in FP8 run on a CPU. W8A8 wants a GPU of compute capability 8.9 or
+# newer, and says so here. The codes of its weights are ours:
 
 # %%
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, quantize_
@@ -720,6 +749,7 @@ def one_layer():
     return torch.nn.Sequential(layer)
 
 
+# %%
 def outcome(attempt):
     """The first line of what an attempt says."""
     try:
@@ -739,8 +769,8 @@ print(f"Float8WeightOnlyConfig: {different} of {weight.numel():,} codes differ f
 assert different == 0
 
 # %% [markdown]
-# **transformers** can quantize to FP8 while it loads (`FineGrainedFP8Config`, one scale for 128 x 128 weights), and to NVFP4 (`NVFP4Config`). What
-# these say on this machine:
+# **transformers** can quantize to FP8 while it loads (`FineGrainedFP8Config`, one scale for 128 x 128 weights), and to
+# NVFP4 (`NVFP4Config`). What these say on this machine:
 
 # %%
 from transformers import FineGrainedFP8Config, NVFP4Config
@@ -751,6 +781,7 @@ def load_with(config):
     return AutoModelForCausalLM.from_pretrained(found.path, quantization_config=config, device_map=place)
 
 
+# %%
 said = {
     "torchao, Float8DynamicActivationFloat8WeightConfig": outcome(
         lambda: quantize_(one_layer().to(found.device), Float8DynamicActivationFloat8WeightConfig())),
@@ -763,8 +794,9 @@ with pd.option_context("display.max_colwidth", None):
 # %% [markdown]
 # ### A checkpoint for everybody: compressed-tensors
 #
-# vLLM and transformers read FP8, MXFP4 and NVFP4 from checkpoints in the **compressed-tensors** format. Its usual writer is llm-compressor, which
-# wants other versions of transformers than this course. In an environment of its own it takes three lines (not run here):
+# vLLM and transformers read FP8, MXFP4 and NVFP4 from checkpoints in the **compressed-tensors** format. Its usual
+# writer is llm-compressor, which wants other versions of transformers than this course. In an environment of its own it
+# takes three lines (not run here):
 #
 # ```python
 # # python -m venv llmc && llmc/bin/pip install llmcompressor
@@ -774,8 +806,8 @@ with pd.option_context("display.max_colwidth", None):
 #         recipe=QuantizationModifier(targets="Linear", scheme="NVFP4A16", ignore=["lm_head"]))
 # ```
 #
-# The format is plain, so we write it ourselves: per layer, the codes and scales under fixed names, and a `quantization_config` with a
-# scheme. A16 in a scheme's name means that the inputs stay in 16 bits.
+# The format is plain, so we write it ourselves: per layer, the codes and scales under fixed names, and a
+# `quantization_config` with a scheme. A16 in a scheme's name means that the inputs stay in 16 bits.
 
 # %%
 from compressed_tensors.quantization import preset_name_to_scheme
@@ -833,14 +865,16 @@ def write_checkpoint(net, method):
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+# %%
 weight_bytes = {method: write_checkpoint(net, method) for method in SCHEMES}
 weight_bytes["fp8-weight-only"] = weight_bytes["fp8"]
 {method: f"{size / 1e6:.1f} MB" for method, size in weight_bytes.items()}
 
 # %% [markdown]
-# A new process loads each folder with transformers alone. On a CPU transformers unpacks the weights at the first call, and for `fp8` it rounds
-# the inputs of each layer as we did. The logits must equal those of our own restored weights. (FP4 is unpacked to bfloat16, whatever
-# dtype is asked for: with `dtype=torch.float32` the first product stops with an error. So FP4 is loaded in bfloat16.)
+# A new process loads each folder with transformers alone. On a CPU transformers unpacks the weights at the first call,
+# and for `fp8` it rounds the inputs of each layer as we did. The logits must equal those of our own restored weights.
+# (FP4 is unpacked to bfloat16, whatever dtype is asked for: with `dtype=torch.float32` the first product stops with an
+# error. So FP4 is loaded in bfloat16.)
 
 # %%
 RELOAD = """
@@ -896,12 +930,14 @@ print("largest difference of a logit: " + ", ".join(f"{method} {gap:.2g}" for me
 assert max(gaps.values()) < 1e-3, "the file predicts something else than the weights in memory"
 
 # %% [markdown]
-# vLLM takes the same folders (`vllm serve build/checkpoints/nvfp4`, on a GPU; not run here) and picks a kernel by the card.
+# vLLM takes the same folders (`vllm serve build/checkpoints/nvfp4`, on a GPU; not run here) and picks a kernel by the
+# card.
 #
 # ## Which card does what
 #
-# *Native* means that the tensor cores multiply the format. *Marlin* and *Triton* are kernels that restore the weights to 16 bits inside the
-# product: the memory is saved, the arithmetic is not. Nothing in this table was run for this notebook; each row names its source.
+# *Native* means that the tensor cores multiply the format. *Marlin* and *Triton* are kernels that restore the weights
+# to 16 bits inside the product: the memory is saved, the arithmetic is not. Nothing in this table was run for this
+# notebook; each row names its source.
 #
 # | capability | cards, for example | FP8, W8A8 | FP8 weights | MXFP8 | MXFP4 | NVFP4 | source |
 # |---|---|---|---|---|---|---|---|
@@ -925,6 +961,7 @@ def on_this_card(capability):
     return {name: "native" if capability >= least else emulated for name, least in NATIVE_FROM.items()}
 
 
+# %%
 if torch.cuda.is_available():
     print(torch.cuda.get_device_name(), on_this_card(torch.cuda.get_device_capability()))
 else:
@@ -933,8 +970,9 @@ else:
 # %% [markdown]
 # ## What the guides claim
 #
-# The five guides that this course grew out of know integers and NF4. They say nothing about FP8, MXFP4 or NVFP4, so this table is empty.
-# What [04 NF4](04_nf4_bitsandbytes.ipynb) calls FP4 is another format: bitsandbytes' own sixteen levels.
+# The five guides that this course grew out of know integers and NF4. They say nothing about FP8, MXFP4 or NVFP4, so
+# this table is empty. What [04 NF4](04_nf4_bitsandbytes.ipynb) calls FP4 is another format: bitsandbytes' own sixteen
+# levels.
 
 # %%
 from helpers import claims
@@ -943,12 +981,11 @@ findings = []
 claims.write(output_dir, notebook="09_float_formats", found=found, findings=findings)
 claims.table(output_dir, "09_float_formats")
 
-
 # %% [markdown]
 # ## Exercises
 #
-# **1 (easy).** Decode a nibble. `code` is a whole number from 0 to 15: a sign bit, two bits of exponent, one of mantissa. Return its value in
-# E2M1, without a table. Four lines.
+# **1 (easy).** Decode a nibble. `code` is a whole number from 0 to 15: a sign bit, two bits of exponent, one of
+# mantissa. Return its value in E2M1, without a table. Four lines.
 
 
 # %%
@@ -981,8 +1018,8 @@ if solutions:
 
 
 # %% [markdown]
-# **2 (medium).** Choose a scale. Return the whole number `e` for which the scale `2**e` gives the block `block` the smallest squared error in
-# E2M1. `to_e2m1(values)` rounds. Try the exponents from -12 to 12. Three lines.
+# **2 (medium).** Choose a scale. Return the whole number `e` for which the scale `2**e` gives the block `block` the
+# smallest squared error in E2M1. `to_e2m1(values)` rounds. Try the exponents from -12 to 12. Three lines.
 
 
 # %%
@@ -1014,8 +1051,9 @@ if solutions:
 
 
 # %% [markdown]
-# **3 (medium).** Predict, then measure. Write down the order of `"mxfp4"`, `"nvfp4"`, `"int4-g64"` and `"int4-g32"` before you look at the table
-# again, the smallest KL first. What decides: the bits, the block, the scale or the levels? One line: return the list.
+# **3 (medium).** Predict, then measure. Write down the order of `"mxfp4"`, `"nvfp4"`, `"int4-g64"` and `"int4-g32"`
+# before you look at the table again, the smallest KL first. What decides: the bits, the block, the scale or the levels?
+# One line: return the list.
 
 
 # %%
@@ -1056,9 +1094,12 @@ quiz.Quiz("09_float_formats")
 # %% [markdown]
 # ## Takeaways
 #
-# 1. **A small float is an exponent, a mantissa and a rounding rule.** Fifteen lines give the codes of torch, torchao and gguf.
-# 2. **A float keeps its relative error.** FP8 takes an outlier in its stride where INT8 with one scale breaks. With a scale for each token both work.
-# 3. **At four bits the block and its scale matter as much as the levels.** Compare at equal bits, with intervals, and ask which kernel your card has.
+# 1. **A small float is an exponent, a mantissa and a rounding rule.** Fifteen lines give the codes of torch, torchao
+#    and gguf.
+# 2. **A float keeps its relative error.** FP8 takes an outlier in its stride where INT8 with one scale breaks. With a
+#    scale for each token both work.
+# 3. **At four bits the block and its scale matter as much as the levels.** Compare at equal bits, with intervals, and
+#    ask which kernel your card has.
 #
 # <!-- navigation -->
 # <!-- /navigation -->
