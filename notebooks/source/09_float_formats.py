@@ -989,7 +989,9 @@ claims.table(output_dir, "09_float_formats")
 
 
 # %%
-def nibble(code): ...
+def nibble(code):
+    """The value of a 4-bit code."""
+    ...
 
 
 # %%
@@ -1023,7 +1025,9 @@ if solutions:
 
 
 # %%
-def best_exponent(block): ...
+def best_exponent(block):
+    """The exponent of the best scale of a block."""
+    ...
 
 
 # %%
@@ -1057,7 +1061,9 @@ if solutions:
 
 
 # %%
-def predicted_order(): ...
+def predicted_order():
+    """The four formats, smallest KL first."""
+    ...
 
 
 # %%
