@@ -1,4 +1,4 @@
-"""Notebook 09's casts and block formats against torch, torchao, gguf and compressed-tensors: every bit, over all inputs or many.
+"""Notebook 09's casts and block formats against torch, torchao, gguf and compressed-tensors, bit for bit.
 
 The functions are cut out of the notebook's source; nothing of them needs a model.
 """
@@ -20,10 +20,10 @@ from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_mx  
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale  # noqa: E402
 
 KEPT = {"at_the_top", "E4M3, E5M2, E2M1", "SEARCHED", "LARGEST", "NATIVE_FROM"}
-FUNCTIONS = {
-    "encode", "decode", "exponent_of", "blocks_of", "mx", "nvfp4", "pack", "restore_mx", "restore_nvfp4", "to_e2m1", "to_int4",
-    "power_of_two", "half_precision", "e4m3_scale", "restore", "eight_bits", "per_token", "packed", "restored_from", "on_this_card",
-}  # fmt: skip
+FUNCTIONS = set(
+    "encode decode exponent_of blocks_of mx nvfp4 pack restore_mx restore_nvfp4 to_e2m1 to_int4 power_of_two "
+    "half_precision e4m3_scale restore eight_bits per_token int4_with_zero_point packed restored_from on_this_card".split()
+)
 DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2}
 RULES = ("floor", "ceil", "even", "rceil")
 BITS16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).short()
@@ -66,7 +66,8 @@ def test_all_256_codes_are_decoded_as_torch_decodes_them(nb, name):
     codes = torch.arange(256, dtype=torch.uint8)
     mine, theirs = nb.decode(codes, getattr(nb, name)), codes.view(DTYPES[name]).float()
     assert torch.equal(mine.isnan(), theirs.isnan())
-    assert torch.equal(mine[~mine.isnan()].view(torch.int32), theirs[~mine.isnan()].view(torch.int32)), "zeros keep their sign"
+    numbers = ~mine.isnan()
+    assert torch.equal(mine[numbers].view(torch.int32), theirs[numbers].view(torch.int32)), "zeros keep their sign"
 
 
 @both
@@ -89,7 +90,7 @@ def test_any_float32_is_cast_as_torch_casts_it(nb, name, pattern):
 
 @both
 def test_ties_their_neighbours_and_what_overflows(nb, name):
-    """The midpoints between all neighbouring values, one float32 below and above each, the limits and the special values."""
+    """All midpoints, one float32 below and above each, the limits and the special values."""
     values = nb.decode(torch.arange(128, dtype=torch.uint8), getattr(nb, name))
     values = values[values.isfinite()].double()
     middles = ((values[1:] + values[:-1]) / 2).float()
@@ -110,7 +111,8 @@ def test_e2m1_is_torchaos_on_every_bfloat16_and_float16(nb):
         assert torch.equal(nb.to_e2m1(values), f4_unpacked_to_f32(codes))
     every = torch.arange(16, dtype=torch.uint8)
     assert torch.equal(nb.decode(every, nb.E2M1), f4_unpacked_to_f32(every))
-    assert nb.encode(torch.tensor([torch.inf, -torch.inf, 0.25, 0.75, 1.25, 2.5, 5.0, -0.0]), nb.E2M1).tolist() == [7, 15, 0, 2, 2, 4, 6, 8]
+    ends_and_ties = torch.tensor([torch.inf, -torch.inf, 0.25, 0.75, 1.25, 2.5, 5.0, -0.0])
+    assert nb.encode(ends_and_ties, nb.E2M1).tolist() == [7, 15, 0, 2, 2, 4, 6, 8]
 
 
 @given(st.integers(-(2**31), 2**31 - 1))
@@ -125,7 +127,7 @@ def test_any_float32_is_cast_to_e2m1_as_torchao_casts_it(nb, pattern):
 
 @st.composite
 def weights(draw):
-    """float32 [4, 128]: normal, with outliers, rows of zeros, constant rows, multiples of halves (ties), and of any size within 2**-90 to 2**90."""
+    """float32 [4, 128]: normal, with an outlier, a row of zeros or of one value, ties, scaled by 2**-90 to 2**70."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     x = torch.randn(4, 128, generator=generator)
     if draw(st.booleans()):
@@ -145,9 +147,10 @@ def test_mx_is_torchaos_code_for_code(nb, weight, rule, element):
     assert torch.equal(exponents.flatten(), bits(scales))
     nonzero = (exponents > 0).expand_as(codes)
     mine = torch.where(nonzero, codes, 0)
-    theirs = (bits(data) if element != "E2M1" else torch.stack([bits(data) & 15, bits(data) >> 4], 1)).view_as(codes)
+    halves = torch.stack([bits(data) & 15, bits(data) >> 4], 1)
+    theirs = (halves if element == "E2M1" else bits(data)).view_as(codes)
     assert torch.equal(mine, torch.where(nonzero, theirs, 0))
-    assert not (codes & 0x7F if element != "E2M1" else codes & 7)[~nonzero].any(), "a block of zeros has other codes than zeros"
+    assert not (codes & (7 if element == "E2M1" else 0x7F))[~nonzero].any(), "a block of zeros has other codes"
 
 
 @given(weights().filter(lambda weight: weight.abs().max() > 0))
@@ -167,14 +170,17 @@ def test_mxfp4_is_ggufs_but_for_halfway_cases_and_negative_zeros(nb, weight):
     theirs = torch.cat([data[:, 1:] & 15, data[:, 1:] >> 4], 1)
     scaled = torch.ldexp(weight.reshape(-1, 32), 127 - exponents.int()).abs()
     ties = torch.isin(scaled, torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]))
-    assert torch.equal(theirs[nonzero][~ties[nonzero]], torch.where(codes == 8, 0, codes)[nonzero][~ties[nonzero]])
+    plain = ~ties & nonzero[:, None]
+    assert torch.equal(theirs[plain], torch.where(codes == 8, 0, codes)[plain])
 
 
 def test_gguf_decodes_our_mxfp4(nb):
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
     codes, exponents = nb.mx(weight)
     data = torch.cat([exponents, codes[:, :16] | codes[:, 16:] << 4], 1).numpy()
-    assert np.array_equal(gguf.dequantize(data, gguf.GGMLQuantizationType.MXFP4).reshape(8, 256), nb.restore_mx(weight).numpy())
+    assert np.array_equal(
+        gguf.dequantize(data, gguf.GGMLQuantizationType.MXFP4).reshape(8, 256), nb.restore_mx(weight).numpy()
+    )
 
 
 @pytest.mark.parametrize(("method", "preset"), [("nvfp4", "NVFP4A16"), ("mxfp4", "MXFP4A16")])
@@ -205,6 +211,12 @@ def test_a_search_never_makes_a_block_worse(nb, weight):
         scaled = weight / weight.abs().max().clamp(min=1e-30)  # float16 scales reach down to 6e-8
         weight = torch.where(scaled.isfinite(), scaled, 0)
         assert (error(size, *arguments, nb.SEARCHED) <= error(size, *arguments)).all()
+
+
+def test_a_zero_point_reaches_from_the_smallest_to_the_largest(nb):
+    weight = torch.linspace(-1, 2, 32).reshape(1, 32)
+    restored = nb.int4_with_zero_point(weight)
+    assert len(restored.unique()) == 16 and torch.allclose(restored[0, [0, -1]], weight[0, [0, -1]], atol=1e-3)
 
 
 def test_integers_round_to_the_even_one_and_stay_in_range(nb):

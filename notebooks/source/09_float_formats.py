@@ -997,12 +997,12 @@ assert max(gaps.values()) < 1e-3, "the file predicts something else than the wei
 # | capability | cards, for example | FP8, W8A8 | FP8 weights | MXFP8 | MXFP4 | NVFP4 | source |
 # |---|---|---|---|---|---|---|---|
 # | 7.5 | T4, RTX 20 | no | Marlin | no | Triton, Marlin | Marlin | [FP8][vllm-fp8], [FP4][marlin], [Triton][hf] |
-# | 8.0 | A100 | no | Marlin | no | Triton, Marlin | Marlin | [matrix][te], [FP8][vllm-fp8], [FP4][marlin], [Triton][hf] |
-# | 8.6 | A10, RTX 30 | no | Marlin | no | Triton, Marlin | Marlin | [matrix][te], [FP8][vllm-fp8], [FP4][marlin], [Triton][hf] |
+# | 8.0 | A100 | no | Marlin | no | Triton, Marlin | Marlin | [FP8][vllm-fp8], [FP4][marlin], [Triton][hf] |
+# | 8.6 | A10, RTX 30 | no | Marlin | no | Triton, Marlin | Marlin | [FP8][vllm-fp8], [FP4][marlin], [Triton][hf] |
 # | 8.9 | L4, RTX 40 | native | native | no | Triton, Marlin | Marlin | [matrix][te], [FP4][marlin], [Triton][hf] |
 # | 9.0 | H100, H200 | native | native | no | Triton, Marlin | Marlin | [matrix][te], [FP4][marlin], [Triton][hf] |
 # | 10.0 | B200 | native | native | native | native | native | [matrix][te], [instructions][cutlass] |
-# | 12.0 | RTX 50, RTX PRO 6000 | native | native | in part | native ([vLLM 0.13: Marlin][sm120]) | native | [matrix][te] |
+# | 12.0 | RTX 50 | native | native | in part | native ([vLLM 0.13: Marlin][sm120]) | native | [matrix][te] |
 #
 # [vllm-fp8]: https://docs.vllm.ai/en/v0.32.0/features/quantization/llm_compressor/fp8/
 # [marlin]: https://github.com/vllm-project/vllm/blob/main/vllm/model_executor/layers/quantization/utils/marlin_utils_fp4.py
