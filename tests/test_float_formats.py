@@ -21,8 +21,9 @@ from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_am
 
 KEPT = {"at_the_top", "E4M3, E5M2, E2M1", "SEARCHED", "LARGEST", "NATIVE_FROM"}
 FUNCTIONS = set(
-    "encode decode exponent_of blocks_of mx nvfp4 pack restore_mx restore_nvfp4 to_e2m1 to_int4 power_of_two "
-    "half_precision e4m3_scale restore eight_bits per_token int4_with_zero_point packed restored_from on_this_card".split()
+    "encode decode exponent_of blocks_of mx nvfp4 pack restore_mx restore_nvfp4 to_e2m1 to_int4 "
+    "power_of_two half_precision e4m3_scale restore eight_bits per_token int4_with_zero_point packed "
+    "restored_from on_this_card".split()
 )
 DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2}
 RULES = ("floor", "ceil", "even", "rceil")
