@@ -108,6 +108,14 @@ def for_11():
     return {"shown": shown, "alone": {"nf4": 0.33, "cache": 0.06}, "both": 0.4}
 
 
+def for_09():
+    """Four formats scored on eight windows, nvfp4 first and mxfp4 last."""
+    import numpy
+
+    kl = {"nvfp4": 0.2, "int4-g32": 0.25, "int4-g64": 0.3, "mxfp4": 0.4}
+    return {"quality": {name: types.SimpleNamespace(kl_divergence=mean, kl_by_window=mean + numpy.linspace(0, 0.01, 8)) for name, mean in kl.items()}}
+
+
 def for_13():
     texts = {
         "bad-token": "Traceback (most recent call last):\nA: x\n\nThe above exception\n\nTraceback (most recent call last):\nh.HTTPError: 401 Client: no\n",
@@ -427,6 +435,35 @@ CASES = {
             "add up the tensors",
         "lambda tensors: {'bits': sum(t.nbytes for t in tensors) / sum(math.prod(t.shape) for t in tensors), 'mostly': 'Q4_K'}": "times 8",
         "lambda tensors: {'bits': 7.25, 'mostly': max(tensors, key=lambda t: t.nbytes / math.prod(t.shape)).qtype}": "Q4_K holds",
+    }),
+    ("09", "nibble"): (dict, [
+        "lambda code: (-1) ** (code >> 3) * (code & 1) / 2 if not code & 6 else (-1) ** (code >> 3) * (2 + (code & 1)) * 2.0 ** ((code >> 1 & 3) - 2)",
+        "def nibble(code):\n    sign, rest = divmod(code, 8)\n    field, mantissa = divmod(rest, 2)\n"
+        "    size = 0.5 * mantissa if field == 0 else (1 + 0.5 * mantissa) * 2 ** (field - 1)\n    return -size if sign else size",
+    ], {
+        "lambda code: None": "return a number",
+        "lambda code: code - 16 if code > 7 else code": "is 1",
+        "lambda code: (1 + (code & 1) / 2) * 2.0 ** ((code >> 1 & 3) - 1)": "no hidden 1",
+        "lambda code: (1 + (code & 1) / 2) * 2.0 ** ((code >> 1 & 3) - 1) if code & 6 else (code & 1) / 2": "sign",
+    }),
+    ("09", "best_exponent"): (dict, [
+        "def best_exponent(block):\n    best = None\n    for e in range(-12, 13):\n        error = ((to_e2m1(block / 2**e) * 2**e - block) ** 2).mean()\n"
+        "        if best is None or error < best[0]:\n            best = error, e\n    return best[1]",
+        "lambda block: min(range(-12, 13), key=lambda e: float(((to_e2m1(block * 2.0**-e) * 2.0**e - block) ** 2).sum()))",
+    ], {
+        "lambda block: None": "return a whole number",
+        "lambda block: 0": "an eighth",
+        "lambda block: int(torch.floor(torch.log2(block.abs().max()))) - 2": "is worth a larger|cutting",
+        "lambda block: int(torch.ceil(torch.log2(block.abs().max() / 6)))": "cutting 6.6",
+    }),
+    ("09", "predicted_order"): (for_09, [
+        "lambda: ['nvfp4', 'int4-g32', 'int4-g64', 'mxfp4']",
+        "def predicted_order():\n    return sorted(quality, key=lambda name: quality[name].kl_divergence)",
+    ], {
+        "lambda: None": "four names",
+        "lambda: ['nvfp4', 'int4-g32', 'mxfp4']": "once",
+        "lambda: ['mxfp4', 'nvfp4', 'int4-g64', 'int4-g32']": "nvfp4 is closer than mxfp4",
+        "lambda: ['nvfp4', 'int4-g64', 'int4-g32', 'mxfp4']": "int4-g32 is closer than int4-g64",
     }),
     ("11", "tokens_that_fit"): (dict, [
         "lambda free, layers, heads, dim, bits=16: int(free // (2 * layers * heads * dim * bits / 8))",

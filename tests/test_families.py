@@ -17,9 +17,11 @@ NOTEBOOKS = {
     "06_awq": {},
     "07_qlora": {"steps": 4},
     "08_gguf_llama_cpp": {"calibration_tokens": 1024},
+    "09_float_formats": {},
 }
 # (family, notebook): the words it refuses with
 REFUSALS = {(family, "08_gguf_llama_cpp"): "this notebook writes llama, mistral, qwen2 models" for family in ("qwen3", "gemma3_text", "phi3", "falcon")}
+REFUSALS["falcon", "09_float_formats"] = "FalconLinear: compressed-tensors loads plain Linear layers only"
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
