@@ -50,7 +50,9 @@ def test_rotations_are_orthogonal_and_flat(nb, size):
     unit = torch.zeros(len(some), size, dtype=torch.float64)
     unit[torch.arange(len(some)), some] = 1
     assert turn.shape == (size, size)
-    assert torch.allclose(turn[some] @ turn.T, unit, atol=1e-10) and torch.allclose((turn.T[some]) @ turn, unit, atol=1e-10)
+    assert torch.allclose(turn[some] @ turn.T, unit, atol=1e-10) and torch.allclose(
+        (turn.T[some]) @ turn, unit, atol=1e-10
+    )
     assert turn.abs().max() <= 2**0.5 / size**0.5 + 1e-12, "an entry that large spreads no outlier"
 
 
@@ -69,7 +71,9 @@ def tiny(kind, tied):
     if kind == "qwen2":
         net = Qwen2ForCausalLM(Qwen2Config(**sizes))
     else:
-        net = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=kind == "llama with biases", mlp_bias=kind == "llama with biases"))
+        net = LlamaForCausalLM(
+            LlamaConfig(**sizes, attention_bias=kind == "llama with biases", mlp_bias=kind == "llama with biases")
+        )
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if "norm" in name:
@@ -113,8 +117,14 @@ def test_without_the_fold_it_is_another_function(nb, monkeypatch):
 @pytest.mark.parametrize("kind", ["normal", "zeros", "one value", "an outlier", "positive", "tiny"])
 def test_hqq_lowers_its_objective_at_every_step_and_keeps_to_its_levels(nb, kind, bits):
     weight = torch.randn(64, 128, generator=torch.manual_seed(0))
-    weight = {"normal": weight, "zeros": 0 * weight, "one value": 0 * weight + 0.3, "positive": weight.abs() + 1, "tiny": weight * 1e-4,
-              "an outlier": torch.where(torch.arange(128) % 64 == 7, 50, weight)}[kind]  # fmt: skip
+    weight = {
+        "normal": weight,
+        "zeros": 0 * weight,
+        "one value": 0 * weight + 0.3,
+        "positive": weight.abs() + 1,
+        "tiny": weight * 1e-4,
+        "an outlier": torch.where(torch.arange(128) % 64 == 7, 50, weight),
+    }[kind]
     values = []
     nb["hqq_grid"](weight.unflatten(-1, (-1, 64)), bits, steps=25, objective=values)
     assert len(values) == 25
@@ -169,13 +179,16 @@ def brute_force(options, budget):
 @pytest.mark.parametrize("seed", range(20))
 def test_the_knapsack_is_exact(nb, seed):
     generator = torch.manual_seed(seed)
-    options = [{bits: (torch.rand(1, generator=generator).item() * 4**-bits, bits * int(torch.randint(1, 9, (1,), generator=generator)))
-                for bits in (2, 3, 4)} for _ in range(6)]  # fmt: skip
+    costs = torch.rand(6, 3, generator=generator, dtype=torch.float64)
+    sizes = torch.randint(1, 40, (6, 3), generator=generator)
+    options = [dict(zip((2, 3, 4), zip(a, b))) for a, b in zip(costs.tolist(), sizes.tolist())]
     least, most = (sum(pick(size for _, size in unit.values()) for unit in options) for pick in (min, max))
     for budget in (least, (least + most) // 2, most):
         chosen = nb["knapsack"](options, budget)
         assert sum(unit[choice][1] for unit, choice in zip(options, chosen)) <= budget
-        assert sum(unit[choice][0] for unit, choice in zip(options, chosen)) == pytest.approx(brute_force(options, budget))
+        assert sum(unit[choice][0] for unit, choice in zip(options, chosen)) == pytest.approx(
+            brute_force(options, budget)
+        )
     with pytest.raises(ValueError, match="nothing fits"):
         nb["knapsack"](options, least - 1)
 

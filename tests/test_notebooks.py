@@ -237,6 +237,17 @@ def check_gguf(bound, least_bits, most_bits):
     return check
 
 
+def check_below_four(bound, least_bits, most_bits):
+    """Simulated weights below four bits: `bits_per_weight` counts embeddings and head, which stay in 16 bits."""
+
+    def check(record, ratio):
+        assert 0 < record["kl_low"] <= record["kl_divergence"] <= record["kl_high"] and record["kl_divergence"] <= bound
+        assert least_bits < record["bits_per_weight"] < most_bits
+        assert record["decode_tokens_per_s"] is None, "no kernel ran"
+
+    return check
+
+
 CHECKS = {
     "fp32": check_fp32,
     "bf16": check_bf16,
