@@ -471,7 +471,7 @@ one_layer.round(4)
 
 
 # %%
-@torch.inference_mode()
+@torch.no_grad()
 def own_text(net, samples, length, seed=0):
     """Token ids that the model samples from its first token on, int64 [samples, length]."""
     start = tokenizer.bos_token_id or net.config.bos_token_id
@@ -520,7 +520,7 @@ def reads_with(name):
 
 
 # %%
-@torch.inference_mode()
+@torch.no_grad()
 def hessians(base, windows):
     """{layer: X Xᵀ / tokens, float32 [columns, columns]} of the layers that read an input first."""
     sums, tokens = {}, windows.numel()
@@ -757,7 +757,7 @@ for bits in (4, 3, 2) if full else (3,):
 #
 # `auto-round` tunes a decoder layer at a time on the layer's own outputs. Its default is 200 steps of 8 samples, and it
 # wants hundreds of samples. This run makes `autoround_iters` steps, so that it ends within minutes on a CPU; the
-# setting that a GPU would take stands in the comment. The call as you would write it:
+# package's default stands in the comment. The call as you would write it:
 
 
 # %%
