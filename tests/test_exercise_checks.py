@@ -449,6 +449,10 @@ CASES = {
         "    left, done = weight.clone(), []\n    for at in range(weight.shape[1]):\n        s, z = scale[:, at // group_size, 0], zero[:, at // group_size, 0]\n"
         "        done.append(s * (codes_of(left[:, at], s, z, bits) - z))\n"
         "        left = left - ((left[:, at] - done[-1]) / factor[at, at])[:, None] * factor[at]\n    return torch.stack(done, 1)",
+        "def gptq_on_hqq(weight, bits, factor, group_size=64):\n    scale, zero = hqq_grid(weight.unflatten(-1, (-1, group_size)), bits)\n"
+        "    scale, zero = (x.expand(-1, -1, group_size).flatten(1) for x in (scale, zero))\n    W, Q = weight.clone(), torch.zeros_like(weight)\n"
+        "    for i in range(W.shape[1]):\n        Q[:, i] = scale[:, i] * (codes_of(W[:, i], scale[:, i], zero[:, i], bits) - zero[:, i])\n"
+        "        W[:, i:] -= torch.outer((W[:, i] - Q[:, i]) / factor[i, i], factor[i, i:])\n    return Q",
     ], {
         "lambda weight, bits, factor, group_size=64: None": "weight's shape",
         "lambda weight, bits, factor, group_size=64: weight.clone()": "4 levels",

@@ -755,9 +755,9 @@ for bits in (4, 3, 2) if full else (3,):
 # %% [markdown]
 # ### AutoRound, the package
 #
-# `auto-round` tunes a decoder layer at a time on the layer's own outputs. Its default is 200 steps of 8 samples, and it
-# wants hundreds of samples. This run makes `autoround_iters` steps, so that it ends within minutes on a CPU; the
-# package's default stands in the comment. The call as you would write it:
+# `auto-round` tunes one decoder layer at a time on the layer's own outputs. Its defaults are 200 steps and 128 samples of
+# 2,048 tokens. This run makes `autoround_iters` steps on the text above, so that it ends within minutes on a CPU. The call
+# as you would write it:
 
 
 # %%
@@ -1329,9 +1329,14 @@ quiz.Quiz("10_below_four_bits")
 # %% [markdown]
 # ## Takeaways
 #
-# 1. **TAKEAWAY1**
-# 2. **TAKEAWAY2**
-# 3. **TAKEAWAY3**
+# 1. **A rotation spreads outliers and costs nothing where it can be folded.** The residual stream of this model had one
+#    channel 24 times the root mean square; rotated, the largest is 1.7 times. The INT8 model that the usual call ruins
+#    (KL 1.90 on four windows) comes back to 1.29 with the residual stream rotated, and to 0.26 with the inputs of `down`
+#    rotated as well.
+# 2. **The grid is worth as much as the rounding.** HQQ needs no data: at 2 bits its fitted grid cuts the error of a weight
+#    from 0.49 to 0.40, for 0.22 more bits a weight. GPTQ and AutoRound move the weights further away and the output closer.
+# 3. **Count the scales, compare at equal bytes, and ask who decodes it.** 3 bits in groups of 64 are 3.3 bits, 3.5 with
+#    HQQ's zero point. What is measured here is quality; speed needs a kernel for exactly that format.
 #
 # <!-- navigation -->
 # <!-- /navigation -->
