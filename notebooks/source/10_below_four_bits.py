@@ -909,7 +909,7 @@ def facts(row):
 
 
 # %%
-table = pd.DataFrame({row: facts(row) for row in quality}).T
+table = pd.DataFrame.from_dict({row: facts(row) for row in quality}, orient="index")
 table.round(3)
 
 
@@ -1161,11 +1161,12 @@ from auto_round.inference.backend import BackendInfos
 
 def kernels(bits, device):
     """Kernels that auto-round may choose for asymmetric integer weights of this width on a device."""
-    return sorted(
-        name
-        for name, info in BackendInfos.items()
-        if bits in info.bits and device in info.device and False in info.sym and "int" in info.data_type
-    )
+    fits = []
+    for name, info in BackendInfos.items():
+        integers = "int" in (info.data_type or ())  # None: simulated, as here
+        if integers and bits in info.bits and device in info.device and False in info.sym:
+            fits.append(name)
+    return sorted(fits)
 
 
 # %%
@@ -1179,8 +1180,8 @@ with pd.option_context("display.max_colwidth", None):
 # | format | who decodes it | run in this course |
 # |---|---|---|
 # | 4 bits in groups | fused kernels: Marlin, Machete, ExLlamaV2 | yes: [05](05_gptq.ipynb), [06](06_awq.ipynb) |
-# | 3 bits in groups | kernels that restore the weight and then multiply | quality only |
-# | 2 bits in groups | as 3 bits, with a few more kernels: 2 divides 8 | quality only |
+# | 3 bits in groups | CPU: restored weights, then a product; CUDA: the few above | quality only |
+# | 2 bits in groups | more kernels than 3 bits: four codes fill a byte | quality only |
 # | HQQ with a fitted zero point | its own kernels: integer formats cannot hold that zero point | quality only |
 # | residual stream rotated | any engine: it is folded into ordinary weights | the fold, yes |
 # | inputs of `down` rotated at run time | engines with a Hadamard kernel | quality only |
