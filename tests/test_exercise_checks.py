@@ -102,6 +102,15 @@ def for_03():
     return {"units": units, "layer_bytes": layer_bytes, "rest": 100, "measured": measured, "plans": {"int8, attention bf16 (guide)": guide}}
 
 
+def for_10():
+    """A weight, and the Hessian of inputs that hang together."""
+    import torch
+
+    weight = weights()
+    inputs = torch.randn(512, weight.shape[1], generator=torch.manual_seed(1)).cumsum(1)
+    return {"torch": torch, "weight": weight, "group_size": 64, "hessian": inputs.T @ inputs / 512}
+
+
 def for_11():
     sizes = {"fp32": (500, 0.0), "bf16": (250, 0.001), "int8": (260, 0.03), "nf4": (110, 0.3), "awq": (115, 0.13), "worse": (115, 0.2)}
     shown = {name: {"weight_bytes": size, "kl_divergence": kl} for name, (size, kl) in sizes.items()}
@@ -436,6 +445,7 @@ CASES = {
         "lambda tensors: {'bits': sum(t.nbytes for t in tensors) / sum(math.prod(t.shape) for t in tensors), 'mostly': 'Q4_K'}": "times 8",
         "lambda tensors: {'bits': 7.25, 'mostly': max(tensors, key=lambda t: t.nbytes / math.prod(t.shape)).qtype}": "Q4_K holds",
     }),
+<<<<<<< HEAD
     ("09", "nibble"): (dict, [
         "lambda code: (-1) ** (code >> 3) * (code & 1) / 2 if not code & 6 else (-1) ** (code >> 3) * (2 + (code & 1)) * 2.0 ** ((code >> 1 & 3) - 2)",
         "def nibble(code):\n    sign, rest = divmod(code, 8)\n    field, mantissa = divmod(rest, 2)\n"
@@ -464,6 +474,47 @@ CASES = {
         "lambda: ['nvfp4', 'int4-g32', 'mxfp4']": "once",
         "lambda: ['mxfp4', 'nvfp4', 'int4-g64', 'int4-g32']": "nvfp4 is closer than mxfp4",
         "lambda: ['nvfp4', 'int4-g64', 'int4-g32', 'mxfp4']": "int4-g32 is closer than int4-g64",
+=======
+    ("10", "bits_with_scales"): (dict, [
+        "lambda bits, group_size: bits + (16 + bits) / group_size",
+        "def bits_with_scales(bits, group_size):\n    codes = bits * group_size\n    return (codes + 16 + bits) / group_size",
+    ], {
+        "lambda bits, group_size: bits": "are missing",
+        "lambda bits, group_size: bits + 16 / group_size": "the zero point is missing",
+        "lambda bits, group_size: 3 + 19 / group_size": "both arguments used",
+        "lambda bits, group_size: bits + 32 / group_size": "3.297",
+        "lambda bits, group_size: None": "return a number",
+    }),
+    ("10", "fast_hadamard"): (dict, [
+        "def fast_hadamard(vector):\n    x, step = vector.clone(), 1\n    while step < len(x):\n        for start in range(0, len(x), 2 * step):\n"
+        "            a, b = x[start : start + step].clone(), x[start + step : start + 2 * step].clone()\n"
+        "            x[start : start + step], x[start + step : start + 2 * step] = a + b, a - b\n        step *= 2\n    return x / len(x) ** 0.5",
+        "def fast_hadamard(vector):\n    x = vector.view(-1, 1)\n    while x.shape[0] > 1:\n"
+        "        x = torch.cat([x[0::2] + x[1::2], x[0::2] - x[1::2]], 1)\n    return x.flatten() / len(vector) ** 0.5",
+    ], {
+        "lambda vector: None": "return a vector",
+        "lambda vector: vector": "order of the entries",
+        "lambda vector: hadamard(64) @ vector * 8": "the length changed",
+        "lambda vector: vector.mul_(1)": "order of the entries",
+        "lambda vector: vector.neg_()": "was changed",
+        "lambda vector: vector.flip(0)": "order of the entries",
+        "lambda vector: vector.roll(1)": "done twice",
+    }),
+    ("10", "gptq_on_hqq"): (for_10, [
+        "def gptq_on_hqq(weight, bits, factor, group_size=64):\n    scale, zero = hqq_grid(weight.unflatten(-1, (-1, group_size)), bits)\n"
+        "    left, done = weight.clone(), []\n    for at in range(weight.shape[1]):\n        s, z = scale[:, at // group_size, 0], zero[:, at // group_size, 0]\n"
+        "        done.append(s * (codes_of(left[:, at], s, z, bits) - z))\n"
+        "        left = left - ((left[:, at] - done[-1]) / factor[at, at])[:, None] * factor[at]\n    return torch.stack(done, 1)",
+        "def gptq_on_hqq(weight, bits, factor, group_size=64):\n    scale, zero = hqq_grid(weight.unflatten(-1, (-1, group_size)), bits)\n"
+        "    scale, zero = (x.expand(-1, -1, group_size).flatten(1) for x in (scale, zero))\n    W, Q = weight.clone(), torch.zeros_like(weight)\n"
+        "    for i in range(W.shape[1]):\n        Q[:, i] = scale[:, i] * (codes_of(W[:, i], scale[:, i], zero[:, i], bits) - zero[:, i])\n"
+        "        W[:, i:] -= torch.outer((W[:, i] - Q[:, i]) / factor[i, i], factor[i, i:])\n    return Q",
+    ], {
+        "lambda weight, bits, factor, group_size=64: None": "weight's shape",
+        "lambda weight, bits, factor, group_size=64: weight.clone()": "4 levels",
+        "lambda weight, bits, factor, group_size=64: hqq(weight, bits, group_size)": "pass errors on",
+        "lambda weight, bits, factor, group_size=64: weight.mul_(0)": "was changed",
+>>>>>>> ten
     }),
     ("11", "tokens_that_fit"): (dict, [
         "lambda free, layers, heads, dim, bits=16: int(free // (2 * layers * heads * dim * bits / 8))",

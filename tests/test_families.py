@@ -17,11 +17,20 @@ NOTEBOOKS = {
     "06_awq": {},
     "07_qlora": {"steps": 4},
     "08_gguf_llama_cpp": {"calibration_tokens": 1024},
+<<<<<<< HEAD
     "09_float_formats": {},
 }
 # (family, notebook): the words it refuses with
 REFUSALS = {(family, "08_gguf_llama_cpp"): "this notebook writes llama, mistral, qwen2 models" for family in ("qwen3", "gemma3_text", "phi3", "falcon")}
 REFUSALS["falcon", "09_float_formats"] = "FalconLinear: compressed-tensors loads plain Linear layers only"
+=======
+    "10_below_four_bits": {"calibration_samples": 8, "calibration_length": 32, "autoround_iters": 2},
+}
+# (family, notebook): the words it refuses with
+ELSEWHERE = ("qwen3", "gemma3_text", "phi3", "falcon")
+REFUSALS = {(family, "08_gguf_llama_cpp"): "this notebook writes llama, mistral, qwen2 models" for family in ELSEWHERE}
+REFUSALS |= {(family, "10_below_four_bits"): "this notebook rotates llama, mistral and qwen2 models" for family in ELSEWHERE}
+>>>>>>> ten
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
