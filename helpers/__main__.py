@@ -16,19 +16,31 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
 
     doctor = commands.add_parser("doctor", help="can this machine run the course?")
-    doctor.add_argument("--json", action="store_true", help="for bug reports and CI; exit codes: 0 runs, 1 cannot, 2 wrong call, 3 small model only")
+    doctor.add_argument(
+        "--json",
+        action="store_true",
+        help="for bug reports and CI; exit codes: 0 runs, 1 cannot, 2 wrong call, 3 small model only",
+    )
     doctor.add_argument("--model", default="auto", help=MODEL_HELP)
     doctor.add_argument("--only", nargs="+", metavar="NN", help="beginnings of notebook names, e.g. 00 04")
 
-    explain = commands.add_parser("explain", help="what does this traceback mean? (exit code 0: known, 1: unknown, 2: nothing to read)")
-    explain.add_argument("file", nargs="?", metavar="FILE", help="a text with the traceback; without it, or with -, standard input")
+    explain = commands.add_parser(
+        "explain", help="what does this traceback mean? (exit code 0: known, 1: unknown, 2: nothing to read)"
+    )
+    explain.add_argument(
+        "file", nargs="?", metavar="FILE", help="a text with the traceback; without it, or with -, standard input"
+    )
 
     chat = commands.add_parser("chat", help="talk to a model in the terminal")
     chat.add_argument("--model", default="auto", help=MODEL_HELP)
     chat.add_argument("--once", metavar="TEXT", help="one question, one answer, then exit")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--max-new-tokens", type=int, default=128)
-    chat.add_argument("--sample", action="store_true", help="draw answers as the model's generation config says, instead of the likeliest tokens")
+    chat.add_argument(
+        "--sample",
+        action="store_true",
+        help="draw answers as the model's generation config says, instead of the likeliest tokens",
+    )
     chat.add_argument("--temperature", type=float, help="draw with this temperature (0: the likeliest tokens)")
     chat.add_argument("--top-p", type=float, help="draw from the likeliest tokens that make up this share")
     chat.add_argument("--seed", type=int, help="repeat the same draws")
@@ -43,16 +55,23 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--output", default="build", help="build folder")
     run.add_argument("--timeout", type=int, default=1800, help="seconds one cell may take")
     run.add_argument("-p", "--parameter", action="append", metavar="NAME=VALUE", help="parameter for every notebook")
-    run.add_argument("--cap", metavar="SIZE", help='GPU memory that notebooks may take, e.g. 24GB: tries a smaller card')
+    run.add_argument(
+        "--cap", metavar="SIZE", help="GPU memory that notebooks may take, e.g. 24GB: tries a smaller card"
+    )
     run.add_argument("--in-place", action="store_true", help="store outputs and cost cards in notebooks/ (for authors)")
 
     book = commands.add_parser("book", help="build a static site of the executed notebooks")
     book.add_argument("--output", default="build", help="build folder")
 
-    reference = commands.add_parser("reference", help="store this build's records and the claims' verdicts in notebooks/data (for authors)")
+    reference = commands.add_parser(
+        "reference", help="store this build's records and the claims' verdicts in notebooks/data (for authors)"
+    )
     reference.add_argument("--output", default="build", help="build folder")
 
-    commands.add_parser("notebooks", help="turn notebooks/source/*.py into notebooks, keeping the outputs of unchanged cells (for authors)")
+    commands.add_parser(
+        "notebooks",
+        help="turn notebooks/source/*.py into notebooks, keeping the outputs of unchanged cells (for authors)",
+    )
 
     commands.add_parser("links", help="regenerate badges, cost cards, bootstrap cells and navigation")
 
@@ -62,7 +81,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except (RuntimeError, ValueError, OSError) as error:  # what our own modules raise carries its remedy: no traceback needed
+    except (
+        RuntimeError,
+        ValueError,
+        OSError,
+    ) as error:  # what our own modules raise carries its remedy: no traceback needed
         from helpers import redact
 
         print(f"error: {redact.redact(str(error))}", file=sys.stderr)
@@ -75,8 +98,18 @@ def _doctor(arguments):
     except ModuleNotFoundError as error:  # the doctor is asked before anything is installed, too
         command = "python -m pip install -r requirements.txt"
         checks = [{"component": "packages", "verdict": "bad", "found": f"missing: {error.name}", "remedy": command}]
-        answer = {"verdict": "bad", "exit_code": 1, "sentence": "Not ready: packages.", "checks": checks, "notebooks": []}
-        print(json.dumps(answer, indent=2) if arguments.json else f"[bad ] packages  missing: {error.name}\n       -> {command}")
+        answer = {
+            "verdict": "bad",
+            "exit_code": 1,
+            "sentence": "Not ready: packages.",
+            "checks": checks,
+            "notebooks": [],
+        }
+        print(
+            json.dumps(answer, indent=2)
+            if arguments.json
+            else f"[bad ] packages  missing: {error.name}\n       -> {command}"
+        )
         return 1
     return doctor.main(arguments.json, arguments.model, arguments.only)
 

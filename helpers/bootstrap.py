@@ -9,7 +9,18 @@ from importlib import metadata
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
-BASE = ("transformers", "accelerate", "psutil", "filelock", "platformdirs", "gguf", "pandas", "matplotlib", "ipywidgets", "nbformat")
+BASE = (
+    "transformers",
+    "accelerate",
+    "psutil",
+    "filelock",
+    "platformdirs",
+    "gguf",
+    "pandas",
+    "matplotlib",
+    "ipywidgets",
+    "nbformat",
+)
 # Hosted notebooks bring packages along. One that is older than this is replaced by the pinned version; anything else stays.
 OLDEST = {
     "transformers": "5",  # chat templates and quantization arguments changed with major 5
@@ -63,9 +74,15 @@ def require(*packages: str) -> None:
     again each time until the restart. A package that nobody has imported yet needs none.
     """
     if importlib.util.find_spec("torch") is None:
-        raise ImportError("torch is not installed here. In the course's folder, run `make run`, or `pip install -r requirements.txt`.")
+        raise ImportError(
+            "torch is not installed here. In the course's folder, run `make run`, or `pip install -r requirements.txt`."
+        )
     needed = dict.fromkeys((*BASE, *packages))
-    wanted = [f"{name}=={pins()[name]}" if name in pins() else name for name in needed if version(name) is None or _too_old(name)]
+    wanted = [
+        f"{name}=={pins()[name]}" if name in pins() else name
+        for name in needed
+        if version(name) is None or _too_old(name)
+    ]
     if wanted:
         before = _installed()
         _install(wanted)
@@ -83,11 +100,15 @@ def _install(wanted):
     print("Installing", ", ".join(wanted), "(once per runtime) ...")
     for holding in (("torch", "numpy"), ("torch",)):
         held = [f"{name}=={version(name)}" for name in holding if version(name)]
-        done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted, *held], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--quiet", *wanted, *held], capture_output=True, text=True
+        )
         if done.returncode == 0:
             importlib.invalidate_caches()
             return
-    raise ImportError(f"pip could not install {', '.join(wanted)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    raise ImportError(
+        f"pip could not install {', '.join(wanted)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    )
 
 
 def version(name):

@@ -43,7 +43,3 @@ def save_own_format(folder, tensors: dict, config, loader: str, metadata: dict[s
     words = {"model_type": f"quantized in a format of its own: load it with {loader}"}
     (folder / "config.json").write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
     return (folder / "quantized.safetensors").stat().st_size
-
-
-
-

@@ -21,7 +21,10 @@ def _first_gpu() -> Iterator[tuple]:
     try:
         first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
         by_name = first.startswith(("GPU-", "MIG-"))
-        yield pynvml, pynvml.nvmlDeviceGetHandleByUUID(first) if by_name else pynvml.nvmlDeviceGetHandleByIndex(int(first))
+        yield (
+            pynvml,
+            pynvml.nvmlDeviceGetHandleByUUID(first) if by_name else pynvml.nvmlDeviceGetHandleByIndex(int(first)),
+        )
     except (pynvml.NVMLError, ValueError):
         yield None, None
     finally:

@@ -70,7 +70,9 @@ def difference(first, second):
     An interval that holds zero means that these windows do not tell the two apart.
     """
     if first.kl_by_window.shape != second.kl_by_window.shape:
-        raise ValueError(f"a paired difference needs the same windows: {len(first.kl_by_window)} and {len(second.kl_by_window)} were scored")
+        raise ValueError(
+            f"a paired difference needs the same windows: {len(first.kl_by_window)} and {len(second.kl_by_window)} were scored"
+        )
     gaps = first.kl_by_window - second.kl_by_window
     return (float(gaps.mean()), *interval(gaps))
 
@@ -145,7 +147,9 @@ def windows(tokenizer, split="evaluation", tokens=8192, context=256, source="cou
         raise ValueError(f"context must be at least 2 tokens (one to predict the next from), got {context}")
     if source == "course":
         if tokens < context * len(GENRES):
-            raise ValueError(f"tokens={tokens} is less than one window of context={context} for each of {', '.join(GENRES)}")
+            raise ValueError(
+                f"tokens={tokens} is less than one window of context={context} for each of {', '.join(GENRES)}"
+            )
         parts = [windows(tokenizer, split, tokens // len(GENRES), context, genre) for genre in GENRES]
         return torch.stack(parts, 1).flatten(0, 1)
     if tokens < context:
@@ -173,7 +177,10 @@ def _dialogue_ids(tokenizer, split):
         rows = [tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"] for messages in conversations]
         return torch.tensor([token for row in rows for token in row])
     # A base model has no template: then roles are names before a colon.
-    lines = ["\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages) for messages in conversations]
+    lines = [
+        "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+        for messages in conversations
+    ]
     return _ids(tokenizer, "\n\n".join(lines))
 
 
@@ -218,7 +225,9 @@ def reference(found, windows, batch_size=8, model=None):
             _write_reference(found, windows, batch_size, scratch, model)
     folder.touch()
     facts = json.loads((folder / "facts.json").read_text())
-    return Reference(folder / "log_probs.f16", numpy.load(folder / "top1.npy"), facts["vocabulary"], facts["perplexity"])
+    return Reference(
+        folder / "log_probs.f16", numpy.load(folder / "top1.npy"), facts["vocabulary"], facts["perplexity"]
+    )
 
 
 def _write_reference(found, windows, batch_size, folder, model: Any):
@@ -254,7 +263,11 @@ def _positions(model, windows, batch_size):
             first = (start + row) * length
             for left in range(0, length, size):
                 right = min(left + size, length)
-                yield batch[row, left + 1 : right + 1, None], slice(first + left, first + right), logits[row, left:right]
+                yield (
+                    batch[row, left + 1 : right + 1, None],
+                    slice(first + left, first + right),
+                    logits[row, left:right],
+                )
 
 
 def _topic_split(topic):
@@ -269,13 +282,24 @@ def _wikitext(split):
     try:
         return "\n\n".join(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)["text"])
     except Exception as error:
-        raise models.HubUnreachable(f'wikitext-2 cannot be fetched ({type(error).__name__}). Use source="pydoc", which is always there.') from error
+        raise models.HubUnreachable(
+            f'wikitext-2 cannot be fetched ({type(error).__name__}). Use source="pydoc", which is always there.'
+        ) from error
 
 
 def _fingerprint(found, windows):
     """Changes with the model's weights, the windows, the dtype, the device and torch."""
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(found.path).glob("*.safetensors"))
-    facts = [str(Path(found.path).resolve()), files, str(found.dtype), found.device, torch.__version__, list(windows.shape)]
+    files = sorted(
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(found.path).glob("*.safetensors")
+    )
+    facts = [
+        str(Path(found.path).resolve()),
+        files,
+        str(found.dtype),
+        found.device,
+        torch.__version__,
+        list(windows.shape),
+    ]
     digest = hashlib.sha256(json.dumps(facts).encode() + windows.cpu().numpy().tobytes())
     return f"{found.name}-{digest.hexdigest()[:16]}"
 
@@ -284,6 +308,8 @@ def _prune(folder, keep):
     """Leave the `keep` most recently used baselines: each is close to a gigabyte."""
     import shutil
 
-    kept = sorted((path for path in folder.glob("[!.]*") if path.is_dir()), key=lambda path: path.stat().st_mtime, reverse=True)
+    kept = sorted(
+        (path for path in folder.glob("[!.]*") if path.is_dir()), key=lambda path: path.stat().st_mtime, reverse=True
+    )
     for path in kept[keep:]:
         shutil.rmtree(path, ignore_errors=True)

@@ -58,5 +58,7 @@ def _is_stub(function):
         return False
     if not tree.body or not isinstance(tree.body[0], ast.FunctionDef):  # a lambda, say
         return False
-    body = [node for node in tree.body[0].body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+    body = [
+        node for node in tree.body[0].body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    ]
     return not body

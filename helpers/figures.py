@@ -40,7 +40,11 @@ def show(fig, alt, table=None):
         raise ValueError("a figure needs alternative text: say in a sentence what it shows")
     png = to_png(fig)
     plt.close(fig)  # or the inline backend shows it a second time
-    display({"image/png": base64.b64encode(png).decode(), "text/plain": alt}, metadata={"image/png": {"alt": alt}, "alt": alt}, raw=True)
+    display(
+        {"image/png": base64.b64encode(png).decode(), "text/plain": alt},
+        metadata={"image/png": {"alt": alt}, "alt": alt},
+        raw=True,
+    )
     display(Markdown(f"*{alt}*"))
     if table is not None:
         display(table)

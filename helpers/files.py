@@ -11,7 +11,6 @@ COURSE = Path(__file__).resolve().parent.parent
 NOTEBOOKS = COURSE / "notebooks"
 
 
-
 def notebooks() -> list[Path]:
     """The course's notebooks in reading order."""
     return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
@@ -30,7 +29,9 @@ def folder(output_dir: Path | str = "build") -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         advice = "choose another with output_dir= or --output"
-        raise type(error)(error.errno, f"the output folder cannot be made ({error.strerror}); {advice}", str(path)) from error
+        raise type(error)(
+            error.errno, f"the output folder cannot be made ({error.strerror}); {advice}", str(path)
+        ) from error
     return path
 
 
@@ -53,8 +54,6 @@ def size(folder: Path | str) -> int:
     """Bytes of all files in a folder; 0 where there is none."""
     folder = Path(folder)
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
-
-
 
 
 @contextmanager

@@ -112,7 +112,9 @@ def _columns(tensor):
     *stack, full_height, full_width = tensor.get_shape()
     column = (full_width - min(width, full_width)) // 2
     part = slice(column, column + width)
-    pieces = [tensor[(*place, slice(start, start + height), part)] for place, start in _places(stack, full_height, height)]
+    pieces = [
+        tensor[(*place, slice(start, start + height), part)] for place, start in _places(stack, full_height, height)
+    ]
     return torch.cat([piece.mT for piece in pieces]).float()
 
 
@@ -121,7 +123,11 @@ def _places(stack, height, rows):
     steps = [number / (SLABS - 1) for number in range(SLABS)]
     # Blocks start at multiples of their size, and so do the pieces.
     last = max(0, height - rows) // rows * rows
-    return list(dict.fromkeys((tuple(round(step * (size - 1)) for size in stack), round(step * last / rows) * rows) for step in steps))
+    return list(
+        dict.fromkeys(
+            (tuple(round(step * (size - 1)) for size in stack), round(step * last / rows) * rows) for step in steps
+        )
+    )
 
 
 def _distinct_on_grid(sample, size):

@@ -176,7 +176,9 @@ def weight_bytes(model):
         add(tensor)
     packed = 0
     for module in model.modules():
-        if callable(getattr(module, "_weight_bias", None)) and not isinstance(getattr(module, "weight", None), type(None)):
+        if callable(getattr(module, "_weight_bias", None)) and not isinstance(
+            getattr(module, "weight", None), type(None)
+        ):
             weight, bias = module._weight_bias()
             packed += weight.numel() * weight.element_size() + (0 if bias is None else bias.nbytes)
             if "channel" in str(weight.qscheme()):
@@ -187,8 +189,6 @@ def weight_bytes(model):
 def cache_bytes(past_key_values):
     """Bytes of a transformers KV cache."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in past_key_values.layers if layer.keys is not None)
-
-
 
 
 def cuda():

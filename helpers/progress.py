@@ -28,7 +28,10 @@ def read():
     except ValueError as error:
         raise ProgressError(f"{FILE} is not valid JSON ({error}); delete it to start again") from error
     whole = isinstance(done, dict) and all(
-        isinstance(entry, dict) and set(entry) <= set(KINDS) and all(isinstance(items, list) for items in entry.values()) for entry in done.values()
+        isinstance(entry, dict)
+        and set(entry) <= set(KINDS)
+        and all(isinstance(items, list) for items in entry.values())
+        for entry in done.values()
     )
     if not whole:
         raise ProgressError(f"{FILE} does not hold a reader's progress; delete it to start again")
@@ -70,7 +73,9 @@ def exercises():
     for file in files.notebooks():
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
         sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-        found[file.stem] = {name: source for source in sources for name in re.findall(r"^exercises\.check\((\w+),", source, re.M)}
+        found[file.stem] = {
+            name: source for source in sources for name in re.findall(r"^exercises\.check\((\w+),", source, re.M)
+        }
     return found
 
 

@@ -46,7 +46,8 @@ class Quiz:
 
     def __repr__(self):
         return "\n".join(
-            f"{number}. {question['question']}\n" + "\n".join(f"   - {choice['text']}" for choice in question["choices"])
+            f"{number}. {question['question']}\n"
+            + "\n".join(f"   - {choice['text']}" for choice in question["choices"])
             for number, question in enumerate(self.questions, 1)
         )
 

@@ -26,16 +26,27 @@ QUALITY = ("perplexity", "kl_divergence", "kl_low", "kl_high", "top1_agreement")
 IN_DOMAIN = ("text", "tokens", "perplexity", "kl_divergence", "top1_agreement")
 PROTOCOL = ("eval_tokens", "eval_context", "eval_text")
 FIELDS = ("method", "notebook", "model", "device", "versions", *PROTOCOL, *NUMBERS, "in_domain")
-PACKAGES = ("torch", "torchao", "transformers", "bitsandbytes", "peft", "gptqmodel", "autoawq", "auto-gptq", "libgguf", "xllamacpp")
+PACKAGES = (
+    "torch",
+    "torchao",
+    "transformers",
+    "bitsandbytes",
+    "peft",
+    "gptqmodel",
+    "autoawq",
+    "auto-gptq",
+    "libgguf",
+    "xllamacpp",
+)
 
 
 class RecordError(ValueError):
     """A record is not what DESIGN's contract allows; the message names the field."""
 
 
-
-
-def write(output_dir, *, method, notebook, found, windows=None, eval_text="course", scores=None, in_domain=None, **numbers):
+def write(
+    output_dir, *, method, notebook, found, windows=None, eval_text="course", scores=None, in_domain=None, **numbers
+):
     """Write `records/<method>.json` under the build folder, atomically, and return the record.
 
     found      the `models.Found` that was measured
@@ -73,7 +84,11 @@ def write(output_dir, *, method, notebook, found, windows=None, eval_text="cours
 
 
 def _in_domain(windows, scores):
-    return {"text": "pydoc", "tokens": windows.numel(), **{name: _plain(getattr(scores, name)) for name in IN_DOMAIN[2:]}}
+    return {
+        "text": "pydoc",
+        "tokens": windows.numel(),
+        **{name: _plain(getattr(scores, name)) for name in IN_DOMAIN[2:]},
+    }
 
 
 def read(output_dir: Path | str = "build") -> dict[str, dict]:
@@ -83,7 +98,9 @@ def read(output_dir: Path | str = "build") -> dict[str, dict]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise RecordError(f"{path.name} is not valid JSON ({error}); delete it and run its notebook again") from error
+            raise RecordError(
+                f"{path.name} is not valid JSON ({error}); delete it and run its notebook again"
+            ) from error
         check(record)
         found[record["method"]] = record
     return found
@@ -95,9 +112,18 @@ def check(record):
         raise RecordError(f"a record is a JSON object, not {type(record).__name__}")
     unknown, missing = sorted(record.keys() - set(FIELDS)), sorted(set(FIELDS) - record.keys())
     if unknown or missing:
-        raise RecordError(f"{record.get('method')}: " + "; ".join(f"{word} fields: {', '.join(names)}" for word, names in (("unknown", unknown), ("missing", missing)) if names))
+        raise RecordError(
+            f"{record.get('method')}: "
+            + "; ".join(
+                f"{word} fields: {', '.join(names)}"
+                for word, names in (("unknown", unknown), ("missing", missing))
+                if names
+            )
+        )
     if not isinstance(record["method"], str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", record["method"]):
-        raise RecordError(f"method must be lower-case letters, digits, dots, hyphens and underscores, not {record['method']!r}")
+        raise RecordError(
+            f"method must be lower-case letters, digits, dots, hyphens and underscores, not {record['method']!r}"
+        )
     for name in ("notebook", "model", "device"):
         if not isinstance(record[name], str) or not record[name]:
             raise RecordError(f"{record['method']}: {name} must be a non-empty text")
@@ -111,15 +137,15 @@ def check(record):
             raise RecordError(f"{record['method']}: {name} must be a number or null, not {value!r}")
         if not math.isfinite(value):
             raise RecordError(f"{record['method']}: {name} is {value}; a measurement that failed is not a record")
-        if value < 0 and not (name in ("kl_divergence", "kl_low", "kl_high") and value > -1e-4):  # rounding noise around zero
+        if value < 0 and not (
+            name in ("kl_divergence", "kl_low", "kl_high") and value > -1e-4
+        ):  # rounding noise around zero
             raise RecordError(f"{record['method']}: {name} is negative ({value})")
     second = record["in_domain"]
     if second is not None and (not isinstance(second, dict) or set(second) != set(IN_DOMAIN)):
         raise RecordError(f"{record['method']}: in_domain must hold {', '.join(IN_DOMAIN)}, not {second!r}")
     if record["top1_agreement"] is not None and record["top1_agreement"] > 1:
         raise RecordError(f"{record['method']}: top1_agreement is a share, at most 1, not {record['top1_agreement']}")
-
-
 
 
 def versions():

@@ -39,7 +39,9 @@ def redact(text, values=None):
     return _redacted(text, tuple(known() if values is None else values))
 
 
-@functools.lru_cache(maxsize=2**15)  # a notebook is written after each of its cells, and most of its lines are those of before
+@functools.lru_cache(
+    maxsize=2**15
+)  # a notebook is written after each of its cells, and most of its lines are those of before
 def _redacted(text, values):
     for value in values:
         text = text.replace(value, SECRET)

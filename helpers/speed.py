@@ -27,7 +27,9 @@ class Speed:
 
 
 @torch.inference_mode()
-def decode(model: torch.nn.Module, prompt_tokens: int = 64, new_tokens: int = 20, batch: int = 1, runs: int = 3) -> Speed:
+def decode(
+    model: torch.nn.Module, prompt_tokens: int = 64, new_tokens: int = 20, batch: int = 1, runs: int = 3
+) -> Speed:
     """Time greedy decoding with a KV cache: one forward pass over the prompt, then `new_tokens` single-token passes.
 
     The prompt is random token ids (speed does not depend on them), the same in each run. One untimed run warms up caches and

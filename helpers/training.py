@@ -47,7 +47,9 @@ def check_gradients(model):
         return len(trainable)
     kinds = {"have no gradient": missing, "have a zero gradient": zero, "have a gradient with NaN or infinity": broken}
     found = [f"{len(names)} {kind} (first: {', '.join(names[:3])})" for kind, names in kinds.items() if names]
-    raise GradientError(f"Of {len(trainable)} trainable tensors, {'; '.join(found)}. Likely cause: {_cause(model, len(trainable), missing, zero)}")
+    raise GradientError(
+        f"Of {len(trainable)} trainable tensors, {'; '.join(found)}. Likely cause: {_cause(model, len(trainable), missing, zero)}"
+    )
 
 
 def gradient_check():
@@ -121,13 +123,21 @@ def read_pairs(path):
         except ValueError as error:
             problems.append(f"{path.name}, line {number}: not valid JSON ({error})")
             continue
-        absent = [key for key in ("question", "answer") if not isinstance(pair, dict) or not isinstance(pair.get(key), str) or not pair[key].strip()]
+        absent = [
+            key
+            for key in ("question", "answer")
+            if not isinstance(pair, dict) or not isinstance(pair.get(key), str) or not pair[key].strip()
+        ]
         if absent:
             problems.append(f"{path.name}, line {number}: no text under {' and '.join(map(repr, absent))}")
         else:
             pairs.append(pair)
     if not pairs:
-        raise ValueError(f"{path.name} holds no question/answer pair" + (f"; the first problem: {problems[0]}" if problems else "") + ".")
+        raise ValueError(
+            f"{path.name} holds no question/answer pair"
+            + (f"; the first problem: {problems[0]}" if problems else "")
+            + "."
+        )
     return pairs, problems
 
 
@@ -140,13 +150,25 @@ def check_targets(model, target_modules):
 
     names = [name for name, _ in model.named_modules()]
     if isinstance(target_modules, str):
-        missing = [] if target_modules == "all-linear" or any(re.fullmatch(target_modules, name) for name in names) else [target_modules]
+        missing = (
+            []
+            if target_modules == "all-linear" or any(re.fullmatch(target_modules, name) for name in names)
+            else [target_modules]
+        )
     else:
-        missing = [target for target in target_modules if not any(name == target or name.endswith(f".{target}") for name in names)]
+        missing = [
+            target
+            for target in target_modules
+            if not any(name == target or name.endswith(f".{target}") for name in names)
+        ]
     if missing or not target_modules:
-        linear = sorted({name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
+        linear = sorted(
+            {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        )
         asked = ", ".join(map(repr, missing)) or "an empty list"
-        raise ValueError(f"target_modules: nothing in this model is called {asked}. Its Linear layers are {', '.join(linear)}.")
+        raise ValueError(
+            f"target_modules: nothing in this model is called {asked}. Its Linear layers are {', '.join(linear)}."
+        )
     return target_modules
 
 
@@ -182,10 +204,14 @@ def check_adapter(folder, model, name):
         with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
             shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
     except (OSError, ValueError, SafetensorError) as error:
-        raise AdapterError(f"{folder.name} holds no complete adapter ({error}). Save it again with save_pretrained.") from error
+        raise AdapterError(
+            f"{folder.name} holds no complete adapter ({error}). Save it again with save_pretrained."
+        ) from error
     base = config.get("base_model_name_or_path")
     if base and Path(base).name != Path(name).name:
-        raise AdapterError(f"This adapter was trained on {Path(base).name}, not on {name}: its matrices are corrections to other weights.")
+        raise AdapterError(
+            f"This adapter was trained on {Path(base).name}, not on {name}: its matrices are corrections to other weights."
+        )
     modules = dict(model.named_modules())
     for key, shape in shapes.items():
         path, _, matrix = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
@@ -196,4 +222,6 @@ def check_adapter(folder, model, name):
             raise AdapterError(f"This adapter is for another model: there is no {path} in {name}.")
         wanted, here = shape[-1 if matrix == "lora_A" else 0], getattr(modules[path], size)
         if wanted != here:
-            raise AdapterError(f"This adapter is for another model: its {path} has {size}={wanted}, that of {name} has {here}.")
+            raise AdapterError(
+                f"This adapter is for another model: its {path} has {size}={wanted}, that of {name} has {here}."
+            )

@@ -70,7 +70,9 @@ class Monitor:
             self.refresh()
 
     def __repr__(self):
-        return ", ".join(f"{name} {used / 1e9:.2f} of {total / 1e9:.1f} GB" for name, (used, total) in self.read().items())
+        return ", ".join(
+            f"{name} {used / 1e9:.2f} of {total / 1e9:.1f} GB" for name, (used, total) in self.read().items()
+        )
 
     def _repr_mimebundle_(self, **_):
         return {"text/plain": repr(self)} if headless() else {**view(self.widget), "text/plain": repr(self)}
@@ -84,7 +86,9 @@ class ChatBox:
 
         self.session = session
         self.log = ipywidgets.HTML()
-        self.entry = ipywidgets.Text(placeholder="Ask something and press Enter", description="You:", layout={"width": "70%"})
+        self.entry = ipywidgets.Text(
+            placeholder="Ask something and press Enter", description="You:", layout={"width": "70%"}
+        )
         self.send_button = ipywidgets.Button(description="Send", tooltip="Send the message")
         self.stop_button = ipywidgets.Button(description="Stop", tooltip="Stop the running answer", disabled=True)
         self.send_button.on_click(lambda _: self._submit())
@@ -104,7 +108,9 @@ class ChatBox:
                 pieces.append(piece)
                 self._show([*shown, {"role": "assistant", "content": "".join(pieces)}])
             kept = self.session.turns != shown[:-1]  # not so if the model was cut off while thinking
-            note = "The answer was cut off: session.resume() goes on." if getattr(self.session, "cut_off", False) else None
+            note = (
+                "The answer was cut off: session.resume() goes on." if getattr(self.session, "cut_off", False) else None
+            )
             self._show(None if kept else [*shown, {"role": "assistant", "content": "".join(pieces)}], note)
         except chat.ChatError as error:
             self._show(shown, note=str(error))
@@ -122,7 +128,10 @@ class ChatBox:
         self.log.value = transcript_html(turns) + (f"<p role='alert'>{html.escape(note)}</p>" if note else "")
 
     def __repr__(self):
-        return "\n".join(f"{turn['role']}: {chat.text_of(turn.get('content') or '')}" for turn in self.session.turns) or "(chat box: open the notebook in Jupyter to use it)"
+        return (
+            "\n".join(f"{turn['role']}: {chat.text_of(turn.get('content') or '')}" for turn in self.session.turns)
+            or "(chat box: open the notebook in Jupyter to use it)"
+        )
 
     def _repr_mimebundle_(self, **_):
         static = {"text/html": transcript_html(self.session.turns), "text/plain": repr(self)}
@@ -131,5 +140,8 @@ class ChatBox:
 
 def transcript_html(turns):
     """Turns as HTML paragraphs with everything escaped."""
-    rows = (f"<p><b>{html.escape(turn['role'])}:</b> {html.escape(chat.text_of(turn.get('content') or ''))}</p>" for turn in turns)
+    rows = (
+        f"<p><b>{html.escape(turn['role'])}:</b> {html.escape(chat.text_of(turn.get('content') or ''))}</p>"
+        for turn in turns
+    )
     return f"<div role='log' aria-live='polite' style='white-space: pre-wrap'>{''.join(rows)}</div>"

@@ -50,7 +50,11 @@ def main():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, as notebook 01 says
         int8 = quantize_dynamic(int8, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
-    quantize_(int8_torchao, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda module, name: "layers" in name and name.endswith("proj"))
+    quantize_(
+        int8_torchao,
+        Int8DynamicActivationInt8WeightConfig(),
+        filter_fn=lambda module, name: "layers" in name and name.endswith("proj"),
+    )
     variants = {"fp32": model, "int8, torch dynamic": int8, "int8, torchao dynamic": int8_torchao}
     rates = {name: speed.decode(variant) for name, variant in variants.items()}
     rates["bf16"] = speed.decode(model.bfloat16())

@@ -33,7 +33,9 @@ def browser_path():
 
 def without_browser(why=""):
     """Skip a test that needs a browser on a reader's machine; fail it in CI, where one is installed."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Chromium: install your system's package, or set COURSE_BROWSER {why}")
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(
+        f"no Chromium: install your system's package, or set COURSE_BROWSER {why}"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +70,13 @@ def base(tmp_path_factory):
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")
-    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
     return folder
 
@@ -86,7 +94,13 @@ def committed():
     from helpers.publishing import reference
 
     found = [each for each in reference.read() if each.model.startswith("SmolLM2-135M-Instruct ")]
-    return found[0] if found else pytest.fail("no results of the default model come with the course: run all notebooks, then `python -m helpers reference`")
+    return (
+        found[0]
+        if found
+        else pytest.fail(
+            "no results of the default model come with the course: run all notebooks, then `python -m helpers reference`"
+        )
+    )
 
 
 @pytest.fixture(scope="session")

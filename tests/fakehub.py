@@ -19,7 +19,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif hub.mode == "garbage":
             self.answer(200, b"<html>a captive portal</html>")
         elif hub.mode in ("wrong", "expired") and token:
-            said = "Invalid credentials in Authorization header" if hub.mode == "wrong" else f'User Access Token "{token}" is expired'
+            said = (
+                "Invalid credentials in Authorization header"
+                if hub.mode == "wrong"
+                else f'User Access Token "{token}" is expired'
+            )
             self.answer(401, b"{}", {"X-Error-Message": said})
         elif path.endswith("/auth-check"):
             gated = hub.mode in ("gated", "expired", "wrong")
@@ -27,7 +31,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif "/resolve/" in path:
             self.file(path.rpartition("/")[2])
         elif "/tree/" in path:
-            self.answer(200, json.dumps([self.entry(name) | {"type": "file", "path": name} for name in hub.files]).encode())
+            self.answer(
+                200, json.dumps([self.entry(name) | {"type": "file", "path": name} for name in hub.files]).encode()
+            )
         else:
             siblings = [self.entry(name) | {"rfilename": name} for name in hub.files]
             self.answer(200, json.dumps({"id": "owner/name", "sha": SHA, "siblings": siblings}).encode())
@@ -37,7 +43,12 @@ class _Handler(BaseHTTPRequestHandler):
     def entry(self, name):
         content = self.server.files[name]
         digest = hashlib.sha256(content).hexdigest()
-        return {"size": len(content), "oid": digest[:40], "blobId": digest[:40], "lfs": {"oid": digest, "sha256": digest, "size": len(content), "pointerSize": 100}}
+        return {
+            "size": len(content),
+            "oid": digest[:40],
+            "blobId": digest[:40],
+            "lfs": {"oid": digest, "sha256": digest, "size": len(content), "pointerSize": 100},
+        }
 
     def file(self, name):
         content = self.server.files.get(name)
@@ -49,7 +60,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, status, body, headers=None, cut=False):
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **(headers or {})}.items():
+        for name, value in {
+            "Content-Length": str(len(body)),
+            "Content-Type": "application/json",
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -81,7 +96,15 @@ def use(monkeypatch, address, home):
     """Point huggingface_hub, imported already, at this address and at an empty home of its own."""
     from huggingface_hub import constants
 
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+    for name in (
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "HF_HUB_OFFLINE",
+        "HTTP_PROXY",
+        "http_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")

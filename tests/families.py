@@ -14,14 +14,44 @@ def config(family):
     ends = dict(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     vocabulary = dict(vocab_size=49152)
     made = {
-        "llama": lambda: hf.LlamaConfig(**SIZES, **ends, **vocabulary, intermediate_size=128, num_key_value_heads=2, tie_word_embeddings=True),
-        "qwen2": lambda: hf.Qwen2Config(
-            **SIZES, **vocabulary, intermediate_size=128, num_key_value_heads=2, tie_word_embeddings=False, bos_token_id=None, eos_token_id=2, pad_token_id=2
+        "llama": lambda: hf.LlamaConfig(
+            **SIZES, **ends, **vocabulary, intermediate_size=128, num_key_value_heads=2, tie_word_embeddings=True
         ),
-        "qwen3": lambda: hf.Qwen3Config(**SIZES, **ends, vocab_size=49280, intermediate_size=192, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
-        "gemma3_text": lambda: hf.Gemma3TextConfig(**SIZES, **ends, **vocabulary, intermediate_size=128, num_key_value_heads=1, head_dim=32, sliding_window=64),
-        "phi3": lambda: hf.Phi3Config(**SIZES, **ends, **vocabulary, intermediate_size=128, num_key_value_heads=2, tie_word_embeddings=False),
-        "falcon": lambda: hf.FalconConfig(**SIZES, **ends, **vocabulary, multi_query=True, parallel_attn=True, new_decoder_architecture=False, alibi=False, bias=False),
+        "qwen2": lambda: hf.Qwen2Config(
+            **SIZES,
+            **vocabulary,
+            intermediate_size=128,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=2,
+            pad_token_id=2,
+        ),
+        "qwen3": lambda: hf.Qwen3Config(
+            **SIZES,
+            **ends,
+            vocab_size=49280,
+            intermediate_size=192,
+            num_key_value_heads=2,
+            head_dim=32,
+            tie_word_embeddings=True,
+        ),
+        "gemma3_text": lambda: hf.Gemma3TextConfig(
+            **SIZES, **ends, **vocabulary, intermediate_size=128, num_key_value_heads=1, head_dim=32, sliding_window=64
+        ),
+        "phi3": lambda: hf.Phi3Config(
+            **SIZES, **ends, **vocabulary, intermediate_size=128, num_key_value_heads=2, tie_word_embeddings=False
+        ),
+        "falcon": lambda: hf.FalconConfig(
+            **SIZES,
+            **ends,
+            **vocabulary,
+            multi_query=True,
+            parallel_attn=True,
+            new_decoder_architecture=False,
+            alibi=False,
+            bias=False,
+        ),
     }
     return made[family]()
 

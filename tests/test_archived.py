@@ -50,7 +50,11 @@ def enable(monkeypatch):
 
     def enable(package, without=None):
         with monkeypatch.context() as patched:
-            patched.setitem(archived.repair.PATCHES, package, [patch for patch in archived.repair.PATCHES[package] if patch.__name__ != without])
+            patched.setitem(
+                archived.repair.PATCHES,
+                package,
+                [patch for patch in archived.repair.PATCHES[package] if patch.__name__ != without],
+            )
             repairs.append(archived.enable(package))
         return repairs[-1]
 
@@ -63,7 +67,9 @@ def quantized(folder, ids):
     """The guide's lines of auto-gptq."""
     from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
 
-    model = AutoGPTQForCausalLM.from_pretrained(folder, quantize_config=BaseQuantizeConfig(bits=4, group_size=32, desc_act=False))
+    model = AutoGPTQForCausalLM.from_pretrained(
+        folder, quantize_config=BaseQuantizeConfig(bits=4, group_size=32, desc_act=False)
+    )
     model.quantize([{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids])
     return model
 
@@ -117,8 +123,13 @@ def test_says_what_it_changed_and_puts_everything_back(package, capfd):
     before = {name: attributes(name) for name in TOUCHED[package]}
     with archived.enable(package) as repair:
         assert archived.enable(package) is repair, "enabling twice must not patch twice"
-        needed = [patch.__name__ for patch in (archived.auto_gptq.PATCHES if package == "auto-gptq" else archived.autoawq.PATCHES)]
-        assert [name for name, _, _ in repair.applied] == [name for name in needed if name != "runs_without_cuda" or not torch.cuda.is_available()]
+        needed = [
+            patch.__name__
+            for patch in (archived.auto_gptq.PATCHES if package == "auto-gptq" else archived.autoawq.PATCHES)
+        ]
+        assert [name for name, _, _ in repair.applied] == [
+            name for name in needed if name != "runs_without_cuda" or not torch.cuda.is_available()
+        ]
         assert all(assumed.endswith(".") and now.endswith(".") for _, assumed, now in repair.applied)
         assert {name: attributes(name) for name in TOUCHED[package]} != before
     for name, old in before.items():
@@ -132,7 +143,9 @@ def test_says_what_it_changed_and_puts_everything_back(package, capfd):
 def test_another_version_or_none_is_refused_by_name(package, monkeypatch):
     wanted = archived.VERSIONS[package]
     monkeypatch.setattr(archived.repair.metadata, "version", lambda name: "0.7.0")
-    with pytest.raises(archived.ArchivedError, match=f"{package} 0.7.0 is installed, but its repair was written for {wanted}"):
+    with pytest.raises(
+        archived.ArchivedError, match=f"{package} 0.7.0 is installed, but its repair was written for {wanted}"
+    ):
         archived.enable(package)
 
     def missing(name):
@@ -150,7 +163,9 @@ def test_an_unknown_package_is_refused():
 
 def test_a_patch_that_fails_leaves_nothing_behind(monkeypatch):
     hub = attributes("transformers.utils.hub")
-    monkeypatch.setitem(archived.repair.PATCHES, "auto-gptq", [archived.auto_gptq.hub_functions, patching.patch('', '')(lambda: 1 / 0)])
+    monkeypatch.setitem(
+        archived.repair.PATCHES, "auto-gptq", [archived.auto_gptq.hub_functions, patching.patch("", "")(lambda: 1 / 0)]
+    )
     with pytest.raises(ZeroDivisionError):
         archived.enable("auto-gptq")
     assert attributes("transformers.utils.hub") == hub and not archived.repair._active
@@ -163,7 +178,10 @@ def test_a_patch_that_fails_leaves_nothing_behind(monkeypatch):
     "name, message",
     [
         ("no_init_weights", "cannot import name 'no_init_weights' from 'transformers.modeling_utils'"),
-        ("hub_functions", "cannot import name '(CommitOperationAdd|create_commit|create_repo)' from 'transformers.utils.hub'"),
+        (
+            "hub_functions",
+            "cannot import name '(CommitOperationAdd|create_commit|create_repo)' from 'transformers.utils.hub'",
+        ),
         ("peft_model_mapping", "cannot import name 'PEFT_TYPE_TO_MODEL_MAPPING' from 'peft.peft_model'"),
     ],
 )
@@ -171,12 +189,18 @@ def test_does_not_import_without(name, message, monkeypatch):
     for module in [module for module in sys.modules if module.split(".")[0] == "auto_gptq"]:
         monkeypatch.delitem(sys.modules, module)
     imported = set(sys.modules)
-    monkeypatch.setitem(archived.repair.PATCHES, "auto-gptq", [patch for patch in archived.auto_gptq.PATCHES[:3] if patch.__name__ != name])
+    monkeypatch.setitem(
+        archived.repair.PATCHES,
+        "auto-gptq",
+        [patch for patch in archived.auto_gptq.PATCHES[:3] if patch.__name__ != name],
+    )
     try:
         with archived.enable("auto-gptq"), archived.patching.quiet(), pytest.raises(ImportError, match=message):
             importlib.import_module("auto_gptq")
     finally:  # a half imported package must not stay
-        for module in [module for module in sys.modules if module.split(".")[0] == "auto_gptq" and module not in imported]:
+        for module in [
+            module for module in sys.modules if module.split(".")[0] == "auto_gptq" and module not in imported
+        ]:
             del sys.modules[module]
 
 
@@ -199,7 +223,9 @@ def test_auto_gptq_quantizes_saves_reloads_and_generates(tiny, ids, enable, tmp_
     loaded = AutoGPTQForCausalLM.from_quantized(str(tmp_path))
     with torch.inference_mode():
         again = loaded(input_ids=ids.to(loaded.device)).logits.to(expected)
-    assert (again - expected).norm() / expected.norm() < 0.01, "float16 rounding, differently ordered on CUDA, and no more"
+    assert (again - expected).norm() / expected.norm() < 0.01, (
+        "float16 rounding, differently ordered on CUDA, and no more"
+    )
     assert loaded.generate(input_ids=ids[:1, :8].to(loaded.device), max_new_tokens=4).shape == (1, 12)
     assert torch.nn.init.normal_ is normal
 

@@ -40,16 +40,28 @@ def test_all_links_lead_somewhere(site, soups):
 def test_without_an_address_nothing_leads_to_one(soups):
     assert not pages.is_public(), "the course has an address now: this test and the next change places"
     for name, soup in soups.items():
-        assert [link["href"] for link in soup("a", href=True) if "YOUR_ACCOUNT" in link["href"] or "colab.research" in link["href"]] == [], name
+        assert [
+            link["href"]
+            for link in soup("a", href=True)
+            if "YOUR_ACCOUNT" in link["href"] or "colab.research" in link["href"]
+        ] == [], name
 
 
 def test_with_an_address_links_lead_to_files_in_the_repository_and_to_colab(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "repository", lambda: "https://github.com/someone/course")
     monkeypatch.setattr(pages, "paths", lambda paths=pages.paths(): paths[:2])
     site.build(tmp_path)
-    soups = {name: bs4.BeautifulSoup((tmp_path / "site" / f"{name}.html").read_text(encoding="utf-8"), "html.parser") for name in NAMES[:2]}
+    soups = {
+        name: bs4.BeautifulSoup((tmp_path / "site" / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
+        for name in NAMES[:2]
+    }
     blob = "https://github.com/someone/course/blob/main/"
-    files = {link["href"].removeprefix(blob) for soup in soups.values() for link in soup("a", href=True) if link["href"].startswith(blob)}
+    files = {
+        link["href"].removeprefix(blob)
+        for soup in soups.values()
+        for link in soup("a", href=True)
+        if link["href"].startswith(blob)
+    }
     assert {f"notebooks/{name}.ipynb" for name in NAMES[:2]} <= files
     assert [name for name in files if not (pages.ROOT / name.partition("#")[0]).exists()] == []
     for name, soup in soups.items():
@@ -62,7 +74,9 @@ def test_nothing_is_fetched_from_elsewhere_and_no_notebook_brings_a_script(soups
         loaded = [element.get("src") or element.get("href") for element in soup(["script", "img", "link", "iframe"])]
         assert [address for address in loaded if re.match(r"(https?:)?//", address)] == [], name
         assert [script.get("src") for script in soup("script")] == ["book.js"] and not soup("style"), name
-        assert [element.name for element in soup(True) if any(attribute.startswith("on") for attribute in element.attrs)] == [], name
+        assert [
+            element.name for element in soup(True) if any(attribute.startswith("on") for attribute in element.attrs)
+        ] == [], name
 
 
 def test_parts_that_every_page_has(soups):
@@ -73,7 +87,9 @@ def test_parts_that_every_page_has(soups):
         assert len(soup("h1")) == 1 and soup.find("main") and soup.find("label", attrs={"for": "query"}), name
         ids = [element["id"] for element in soup(id=True)]
         assert len(ids) == len(set(ids)), f"{name}: an id stands twice"
-        assert [picture["src"][:30] for picture in soup("img") if len(picture.get("alt", "")) < 30] == [], f"{name}: no alternative text"
+        assert [picture["src"][:30] for picture in soup("img") if len(picture.get("alt", "")) < 30] == [], (
+            f"{name}: no alternative text"
+        )
 
 
 def test_previous_and_next_lead_through_all_notebooks_and_back(soups):
@@ -87,8 +103,12 @@ def test_previous_and_next_lead_through_all_notebooks_and_back(soups):
 
 def test_solutions_are_folded(soups):
     for path in pages.paths():
-        folded = [block for block in soups[f"{path.stem}.html"]("details", class_="fold") if block.summary.text == "Solution"]
-        assert len(folded) == len(pages.tagged(nbformat.read(path, 4), "solution")) and not any(block.has_attr("open") for block in folded)
+        folded = [
+            block for block in soups[f"{path.stem}.html"]("details", class_="fold") if block.summary.text == "Solution"
+        ]
+        assert len(folded) == len(pages.tagged(nbformat.read(path, 4), "solution")) and not any(
+            block.has_attr("open") for block in folded
+        )
 
 
 def test_search_index_knows_every_section(site, soups):
@@ -108,7 +128,11 @@ def test_no_formula_is_left_as_tex(soups):
 
 
 def test_a_widget_without_a_static_twin_leaves_no_python_name(soups):
-    assert [name for name, soup in soups.items() if "VBox(" in "".join(output.get_text() for output in soup(class_="output"))] == []
+    assert [
+        name
+        for name, soup in soups.items()
+        if "VBox(" in "".join(output.get_text() for output in soup(class_="output"))
+    ] == []
 
 
 def executed(folder, change=lambda notebook: None):
@@ -146,7 +170,11 @@ def test_outputs_of_this_machine_are_shown_only_if_they_are_whole_and_current(tm
 def test_a_script_in_an_output_does_not_reach_the_page(tmp_path, monkeypatch):
     def attack(notebook):
         code = next(cell for cell in notebook.cells if cell.cell_type == "code" and cell.outputs)
-        code.outputs = [nbformat.v4.new_output("display_data", {"text/html": "<b>kept</b><script>alert(1)</script><img src=x onerror=alert(1) alt=a>"})]
+        code.outputs = [
+            nbformat.v4.new_output(
+                "display_data", {"text/html": "<b>kept</b><script>alert(1)</script><img src=x onerror=alert(1) alt=a>"}
+            )
+        ]
 
     executed(tmp_path, attack)
     monkeypatch.setattr(pages, "paths", lambda paths=pages.paths(): paths[:1])

@@ -22,12 +22,18 @@ import playwright.sync_api
 import pytest
 from conftest import ROOT, browser_path, without_browser
 
-from helpers import models, progress, widgets
+from helpers import models, progress
 from helpers.process import child_environment
 from helpers.publishing import pages
 
 WIDTHS = {"desktop": (1280, 800), "phone": (390, 844)}
-FLAGS = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic"]
+FLAGS = [
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-quic",
+]
 
 # Contrast by WCAG 2.2 (relative luminance), of every visible text on the background that is painted behind it, in the parts of the
 # page that a selector names. What is switched off needs none.
@@ -89,8 +95,15 @@ def opened(browser, width="desktop"):
     page.on("console", lambda message: message.type == "error" and page.wrong.append(message.text))
     page.on("pageerror", lambda error: page.wrong.append(str(error)))
     page.on("requestfailed", lambda asked: page.wrong.append(f"failed: {asked.url}"))
-    page.on("request", lambda asked: re.match(r"(https?|wss?)://(?!127\.0\.0\.1:)", asked.url) and page.wrong.append(f"elsewhere: {asked.url}"))
-    page.on("response", lambda response: response.status >= 400 and page.wrong.append(f"{response.status}: {response.url}"))
+    page.on(
+        "request",
+        lambda asked: (
+            re.match(r"(https?|wss?)://(?!127\.0\.0\.1:)", asked.url) and page.wrong.append(f"elsewhere: {asked.url}")
+        ),
+    )
+    page.on(
+        "response", lambda response: response.status >= 400 and page.wrong.append(f"{response.status}: {response.url}")
+    )
     yield page
     context.close()
 
@@ -145,21 +158,32 @@ def controls(page, parts):
             node = client.send("Accessibility.getPartialAXTree", element)["nodes"][0]
             found.append((node.get("role", {}).get("value"), node.get("name", {}).get("value", "").strip()))
     client.detach()
-    assert [control for control in found if not control[1]] == [], f"{page.url}: without a name for screen readers, among {found}"
+    assert [control for control in found if not control[1]] == [], (
+        f"{page.url}: without a name for screen readers, among {found}"
+    )
     return found
 
 
 def test_the_measure_itself_finds_grey_text_a_wide_page_and_a_field_without_a_name(tab):
     """Else a page could pass because nothing was measured."""
     rows = "".join(f"<p style='color: #000'>{n}</p>" for n in range(6))
-    for grey in ("<p style='color: #777'>grey</p>", "<p style='opacity: .5'>grey</p>", "<label>a<input style='color: #777' value=grey></label>"):
+    for grey in (
+        "<p style='color: #777'>grey</p>",
+        "<p style='opacity: .5'>grey</p>",
+        "<label>a<input style='color: #777' value=grey></label>",
+    ):
         tab.set_content(f"<body style='background: #fff'>{rows}{grey}</body>")
         with pytest.raises(AssertionError, match="grey"):
             readable(tab)
     tab.set_content(f"<body>{rows}<pre style='width: 3000px'>wide</pre></body>")
     with pytest.raises(AssertionError, match="wider than the screen"):
         readable(tab)
-    for nameless in ("<input>", "<div role=slider tabindex=0></div>", "<button></button>", "<select><option>a</select>"):
+    for nameless in (
+        "<input>",
+        "<div role=slider tabindex=0></div>",
+        "<button></button>",
+        "<select><option>a</select>",
+    ):
         tab.set_content(f"<body>{rows}{nameless}</body>")
         with pytest.raises(AssertionError, match="without a name"):
             readable(tab)
@@ -188,7 +212,11 @@ def test_a_click_through_the_whole_site(tab, served):
         tab.wait_for_load_state()
     assert len(titles) == len(set(titles)) == len(places) == 2 + len(pages.paths())
     inside = {(page, *link.partition("#")[::2]) for page, link in links if link.startswith(served)}
-    broken = [(page, target, place) for page, target, place in inside if target not in places or (place and place not in places[target])]
+    broken = [
+        (page, target, place)
+        for page, target, place in inside
+        if target not in places or (place and place not in places[target])
+    ]
     assert broken == [] and {target for _, target, _ in inside} == set(places) and len(inside) > 300
     assert [link for _, link in links if not link.startswith((served, "https://"))] == []
     assert tab.wrong == []
@@ -200,7 +228,9 @@ def sorts(page, table):
     names = heads.all_inner_texts()
 
     def column(name):
-        cells = table.evaluate("(table, at) => [...table.tBodies[0].rows].map((row) => row.children[at].innerText)", names.index(name))
+        cells = table.evaluate(
+            "(table, at) => [...table.tBodies[0].rows].map((row) => row.children[at].innerText)", names.index(name)
+        )
         rows = table.get_by_role("row").all_inner_texts()
         assert rows[len(rows) - len(missing) :] == missing
         numbers = [float(cell) for cell in cells if cell != "–"] if name != "method" else cells
@@ -212,11 +242,15 @@ def sorts(page, table):
     head.get_by_role("button").click()
     assert head.get_attribute("aria-sort") == "ascending" and column("decode tok/s") == sorted(column("decode tok/s"))
     page.keyboard.press("Enter")
-    assert head.get_attribute("aria-sort") == "descending" and column("decode tok/s") == sorted(column("decode tok/s"), reverse=True)
+    assert head.get_attribute("aria-sort") == "descending" and column("decode tok/s") == sorted(
+        column("decode tok/s"), reverse=True
+    )
     for _ in range(names.index("decode tok/s")):
         page.keyboard.press("Shift+Tab")
     page.keyboard.press("Space")
-    assert heads.evaluate_all("(heads) => heads.map((head) => head.ariaSort)") == ["ascending"] + [None] * (len(names) - 1)
+    assert heads.evaluate_all("(heads) => heads.map((head) => head.ariaSort)") == ["ascending"] + [None] * (
+        len(names) - 1
+    )
     assert column("method") == sorted(column("method"))
     return len(missing)
 
@@ -269,7 +303,9 @@ def test_the_keyboard_reaches_everything(tab, served):
     reached, outlined = [], True
     for _ in wanted:
         tab.keyboard.press("Tab")
-        stop, outline = tab.evaluate("[+document.activeElement.dataset.stop, getComputedStyle(document.activeElement).outlineStyle]")
+        stop, outline = tab.evaluate(
+            "[+document.activeElement.dataset.stop, getComputedStyle(document.activeElement).outlineStyle]"
+        )
         reached.append(stop)
         outlined &= outline == "solid"
     assert reached == wanted and outlined
@@ -290,7 +326,10 @@ def test_on_a_phone_the_menu_starts_closed(tab, served):
 
 def notebook_of(*sources):
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}})
+    return nbformat.v4.new_notebook(
+        cells=cells,
+        metadata={"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}},
+    )
 
 
 def cut(name, last, **parameters):
@@ -402,17 +441,27 @@ def run_all(tab, lab, notebook, name, seconds):
         tab.wait_for_function(f"{traces}.length || /\\[\\d+\\]/.test({prompts}.at(-1))", timeout=1000 * seconds)
     except playwright.sync_api.TimeoutError:
         asked = tab.locator(".jp-Dialog").all_inner_texts()
-        pytest.fail(f"{name} has not run after {seconds} s: {tab.evaluate(prompts)}, asked {asked}, console {tab.wrong}")
+        pytest.fail(
+            f"{name} has not run after {seconds} s: {tab.evaluate(prompts)}, asked {asked}, console {tab.wrong}"
+        )
     assert tab.evaluate(traces) == []
     shown = tab.evaluate(prompts)  # a folded cell shows none
-    assert all(prompt in ("", f"[{number}]:") for number, prompt in enumerate(shown, 1)), f"not each cell once, in order: {shown}"
+    assert all(prompt in ("", f"[{number}]:") for number, prompt in enumerate(shown, 1)), (
+        f"not each cell once, in order: {shown}"
+    )
 
 
 @pytest.fixture(scope="module")
 def live(browser, lab):
     """(page, {name: its output}) of a notebook that has run, with each of the course's widgets, and the table of notebook 11."""
-    lines = [line for cell in nbformat.read(ROOT / "notebooks" / "11_compare_methods.ipynb", as_version=4).cells for line in cell.source.splitlines()]
-    table, guide = (next(line for line in lines if line.startswith(start)) for start in ("HTML(tables.methods(", "guide.Guide("))
+    lines = [
+        line
+        for cell in nbformat.read(ROOT / "notebooks" / "11_compare_methods.ipynb", as_version=4).cells
+        for line in cell.source.splitlines()
+    ]
+    table, guide = (
+        next(line for line in lines if line.startswith(start)) for start in ("HTML(tables.methods(", "guide.Guide(")
+    )
     with opened(browser) as page:
         run_all(page, lab, notebook_of(RECORDS + table, guide, CHAT, MONITOR, QUIZ), "widgets", 300)
         outputs = page.locator(".jp-CodeCell .jp-Cell-outputArea")
@@ -501,7 +550,9 @@ def test_chat_box_shows_a_script_and_does_not_run_it(live):
 @in_lab
 def test_quiz_by_keyboard_explains_and_is_kept(live, lab):
     page, outputs = live
-    questions = json.loads((ROOT / "notebooks" / "data" / "quiz.json").read_text(encoding="utf-8"))["04_nf4_bitsandbytes"]
+    questions = json.loads((ROOT / "notebooks" / "data" / "quiz.json").read_text(encoding="utf-8"))[
+        "04_nf4_bitsandbytes"
+    ]
     right = [[choice["right"] for choice in question["choices"]].index(True) for question in questions]
     page.get_by_role("button", name="1 A").focus()
     for number, wanted in enumerate([right[0], right[1], (right[2] + 1) % 3], 1):
@@ -531,9 +582,15 @@ def test_notebook_00_and_a_chat_with_the_model(tab, lab):
     )
     tab.get_by_label("You:").fill("What is the capital of France?")
     tab.get_by_role("button", name="Send").press("Enter")
-    tab.wait_for_function("document.querySelector('.jupyter-widgets [role=log]').innerText.includes('Paris')", timeout=30_000)
-    tab.wait_for_function("[...document.querySelectorAll('button')].some((e) => e.innerText === 'Send' && !e.disabled)", timeout=30_000)
-    answers = [text.split("capital of France?")[1] for text in tab.evaluate("window.seen") if "capital of France?" in text]
+    tab.wait_for_function(
+        "document.querySelector('.jupyter-widgets [role=log]').innerText.includes('Paris')", timeout=30_000
+    )
+    tab.wait_for_function(
+        "[...document.querySelectorAll('button')].some((e) => e.innerText === 'Send' && !e.disabled)", timeout=30_000
+    )
+    answers = [
+        text.split("capital of France?")[1] for text in tab.evaluate("window.seen") if "capital of France?" in text
+    ]
     growing = [len(answer) for answer in answers if answer.strip()]
     assert len(set(growing)) >= 4 and growing == sorted(growing), "the answer came in one piece"
     assert tab.get_by_text(re.compile(r"RAM \d+\.\d\d of")).first.is_visible()
@@ -541,11 +598,21 @@ def test_notebook_00_and_a_chat_with_the_model(tab, lab):
 
 @in_lab
 def test_the_explorer_by_the_keyboard_alone_changes_the_picture(tab, lab):
-    small = {"model": models.OFFLINE, "output_dir": str(lab[1] / "build"), "eval_tokens": 1024, "probe_tokens": 512, "calibration_tokens": 512}
+    small = {
+        "model": models.OFFLINE,
+        "output_dir": str(lab[1] / "build"),
+        "eval_tokens": 1024,
+        "probe_tokens": 512,
+        "calibration_tokens": 512,
+    }
     run_all(tab, lab, cut("01", "explorer = Explorer()", **small), "explorer", 300)
     explorer = tab.locator(".jp-OutputArea-output", has=tab.get_by_label("bits"))
     picture = explorer.locator("img")
-    assert set(controls(tab, ".jp-OutputArea-output:has(.widget-inline-hbox)")) >= {("spinbutton", "bits"), ("combobox", "range per"), ("combobox", "clipping")}
+    assert set(controls(tab, ".jp-OutputArea-output:has(.widget-inline-hbox)")) >= {
+        ("spinbutton", "bits"),
+        ("combobox", "range per"),
+        ("combobox", "clipping"),
+    }
     legible(tab, ".jp-OutputArea-output")
     shown = [picture.get_attribute("src")]
 

@@ -94,7 +94,9 @@ def test_tokenizer_without_a_template():
         chat.render(strict_tokenizer(template=None), [user()])
 
 
-words = st.lists(st.sampled_from(["hello", "be", "brief", "there", "é", "{{ x }}", "<script>"]), min_size=1).map(" ".join)
+words = st.lists(st.sampled_from(["hello", "be", "brief", "there", "é", "{{ x }}", "<script>"]), min_size=1).map(
+    " ".join
+)
 
 
 @settings(deadline=None)
@@ -116,7 +118,11 @@ def test_control_words_of_a_tokenizer_without_letters_are_refused(typed):
 
 
 def test_each_answer_of_a_batch_is_the_one_it_gets_alone(net, tokenizer):
-    prompts = ["What is the capital of France?", "Hi!", "Explain in one sentence what a neural network does, please, and why."]
+    prompts = [
+        "What is the capital of France?",
+        "Hi!",
+        "Explain in one sentence what a neural network does, please, and why.",
+    ]
     together = chat.batch(net, tokenizer, prompts, max_new_tokens=16)
     assert together == [chat.batch(net, tokenizer, [prompt], max_new_tokens=16)[0] for prompt in prompts]
     assert "Paris" in together[0]
@@ -133,7 +139,10 @@ def test_a_session_streams_and_remembers(net, tokenizer):
     assert len(pieces) > 2 and "Paris" in "".join(pieces)
     session.send("And of Italy?")
     assert [turn["role"] for turn in session.messages] == ["user", "assistant", "user", "assistant"]
-    assert chat.batch(net, tokenizer, ["What is the capital of France?"], max_new_tokens=12)[0].strip() == session.messages[1]["content"]
+    assert (
+        chat.batch(net, tokenizer, ["What is the capital of France?"], max_new_tokens=12)[0].strip()
+        == session.messages[1]["content"]
+    )
 
 
 def test_a_stopped_answer_is_kept_and_the_thread_ends(net, tokenizer):
@@ -153,7 +162,9 @@ def test_a_stopped_answer_is_kept_and_the_thread_ends(net, tokenizer):
 
 def test_history_is_dropped_in_whole_turns(net, tokenizer):
     session = chat.ChatSession(net, tokenizer, system="Be brief.", max_new_tokens=10, token_budget=120)
-    session.turns = [turn for n in range(10) for turn in (user(f"question {n} " + "word " * 5), assistant(f"answer {n}"))]
+    session.turns = [
+        turn for n in range(10) for turn in (user(f"question {n} " + "word " * 5), assistant(f"answer {n}"))
+    ]
     ids, turns = session.prompt("the last one")
     assert len(ids) + 10 <= 120
     assert turns[0]["role"] == "user" and len(turns) % 2 == 1 and 3 <= len(turns) < 21
@@ -240,7 +251,14 @@ def test_a_thought_that_was_cut_off_is_no_answer_and_can_go_on(template, answer)
 
 def test_thoughts_in_turns_that_somebody_else_put_there_are_left_out_too():
     session = scripted(THINKING, "x")
-    session.turns = [user("one"), assistant("<think>\nSECRET"), user("two"), assistant("<think>SECRET</think>Yes."), user("three"), assistant("No.")]
+    session.turns = [
+        user("one"),
+        assistant("<think>\nSECRET"),
+        user("two"),
+        assistant("<think>SECRET</think>Yes."),
+        user("three"),
+        assistant("No."),
+    ]
     before = list(session.turns)
     ids, turns = session.prompt("four")
     assert turns == [user("two"), assistant("Yes."), user("three"), assistant("No."), user("four")]
@@ -251,7 +269,10 @@ def test_an_answer_that_was_cut_off_goes_on_with_the_tokens_it_ended_with():
     session = scripted(CHATML, "Once upon a time<|im_end|>", max_new_tokens=9)
     assert session.send("A tale") == "Once upon" and session.cut_off
     asked = session.model.calls[0]["ids"]
-    assert "".join(session.resume()) == " a time" and session.messages == [user("A tale"), assistant("Once upon a time")]
+    assert "".join(session.resume()) == " a time" and session.messages == [
+        user("A tale"),
+        assistant("Once upon a time"),
+    ]
     assert session.model.calls[1]["ids"] == asked + session.tokenizer(" Once upon"[1:]).input_ids
     assert not session.cut_off
     with pytest.raises(chat.ChatError, match="no answer to go on with"):
@@ -293,7 +314,13 @@ def test_template_arguments_reach_every_turn_of_a_session_and_of_a_batch():
             return input_ids[:, list(range(input_ids.shape[1])) * 2]
 
     echo = Echo(letters(THINKING))
-    answers = chat.batch(echo, letters(THINKING), ["hi", [user([{"type": "text", "text": "hello"}])]], enable_thinking=False, temperature=0.5)
+    answers = chat.batch(
+        echo,
+        letters(THINKING),
+        ["hi", [user([{"type": "text", "text": "hello"}])]],
+        enable_thinking=False,
+        temperature=0.5,
+    )
     assert all("</think>" in answer for answer in answers) and "hello" in answers[1]
     assert echo.calls[0]["do_sample"] is True and echo.calls[0]["temperature"] == 0.5
 
@@ -314,7 +341,8 @@ def test_greedy_unless_asked_and_the_models_own_values_unless_given(given, expec
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"sample": False, "top_p": 0.9}]
+    "wrong",
+    [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"sample": False, "top_p": 0.9}],
 )
 def test_sampling_that_cannot_be(wrong):
     with pytest.raises(chat.ChatError, match="top_p|temperature"):
@@ -351,7 +379,11 @@ def test_the_pad_id_of_a_tokenizer_without_one_is_its_end_token():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--temperature", "-1"], "temperature must be"), (["--top-p", "2"], "top_p must be"), (["-t", "enable_thinking"], "NAME=VALUE")],
+    [
+        (["--temperature", "-1"], "temperature must be"),
+        (["--top-p", "2"], "top_p must be"),
+        (["-t", "enable_thinking"], "NAME=VALUE"),
+    ],
 )
 def test_wrong_options_end_before_a_model_is_fetched(arguments, message, monkeypatch, capsys):
     from helpers import models
@@ -370,5 +402,8 @@ def test_template_arguments_of_the_command_line_are_json_or_text():
 
 
 def test_a_transcript_shows_parts_and_turns_without_text():
-    turns = [user([{"type": "text", "text": "hel"}, {"type": "text", "text": "<lo>"}]), {"role": "assistant", "content": None, "tool_calls": []}]
+    turns = [
+        user([{"type": "text", "text": "hel"}, {"type": "text", "text": "<lo>"}]),
+        {"role": "assistant", "content": None, "tool_calls": []},
+    ]
     assert "hel&lt;lo&gt;" in widgets.transcript_html(turns) and "None" not in widgets.transcript_html(turns)

@@ -65,9 +65,17 @@ IDS = torch.arange(24)[None]
 
 def cells(name, *wanted):
     """What a notebook's source defines: of its code cells those that hold one of these texts, executed; their names."""
-    found = [part.partition("\n")[2] for part in (ROOT / "notebooks" / "source" / f"{name}.py").read_text(encoding="utf-8").split("\n# %%")]
+    found = [
+        part.partition("\n")[2]
+        for part in (ROOT / "notebooks" / "source" / f"{name}.py").read_text(encoding="utf-8").split("\n# %%")
+    ]
     sources = [next(cell for cell in found if text in cell) for text in wanted]
-    definitions = [node for source in sources for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.Import | ast.ImportFrom)]
+    definitions = [
+        node
+        for source in sources
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef | ast.Import | ast.ImportFrom)
+    ]
     names = {"torch": torch}
     exec(compile(ast.Module(definitions, []), name, "exec"), names)
     return SimpleNamespace(**names)
@@ -77,9 +85,18 @@ def cells(name, *wanted):
 def small(tmp_path):
     """(A random Llama in a folder, the function that loads it in float32)."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=True)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    return lambda **arguments: AutoModelForCausalLM.from_pretrained(tmp_path / "base", **{"dtype": torch.float32, **arguments}).eval()
+    return lambda **arguments: AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", **{"dtype": torch.float32, **arguments}
+    ).eval()
 
 
 @torch.inference_mode()
@@ -98,7 +115,11 @@ def refuses(folder, notebook):
 
 
 def body(net):
-    return {name: module for name, module in net.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"}
+    return {
+        name: module
+        for name, module in net.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="torch has no int8 engine on Apple silicon")
@@ -108,11 +129,19 @@ def test_torchs_dynamic_int8_is_refused_and_comes_back(small, tmp_path):
     net = small()
     config = net.config
     quantized = torch.ao.quantization.quantize_dynamic(net, {torch.nn.Linear}, dtype=torch.qint8)
-    metadata = {"format": "pt", "kind": "torch.ao dynamic", "version": str(quantized.model.layers[0].self_attn.q_proj.version)}
+    metadata = {
+        "format": "pt",
+        "kind": "torch.ao dynamic",
+        "version": str(quantized.model.layers[0].self_attn.q_proj.version),
+    }
     with checkpoints.writing(tmp_path, "int8") as folder:
-        checkpoints.save_own_format(folder, notebook.unpack(quantized), config, "reload() in notebook 01_ptq_dynamic_int8.ipynb", metadata)
+        checkpoints.save_own_format(
+            folder, notebook.unpack(quantized), config, "reload() in notebook 01_ptq_dynamic_int8.ipynb", metadata
+        )
     folder = checkpoints.folder(tmp_path, "int8")
-    assert refuses(folder, "01_ptq_dynamic_int8.ipynb") and torch.equal(logits(notebook.reload(folder)), logits(quantized))
+    assert refuses(folder, "01_ptq_dynamic_int8.ipynb") and torch.equal(
+        logits(notebook.reload(folder)), logits(quantized)
+    )
 
 
 def test_torchaos_static_int8_is_refused_and_comes_back(small, tmp_path):
@@ -125,21 +154,36 @@ def test_torchaos_static_int8_is_refused_and_comes_back(small, tmp_path):
             act_quant_scale=torch.full((1, 1, 1), 0.05), granularity=[PerTensor(), PerRow()], set_inductor_config=False))  # fmt: skip
     tensors, metadata = flatten_tensor_state_dict({name: value.detach() for name, value in net.named_parameters()})
     metadata.update(format="pt", kind="torchao")
-    checkpoints.save_own_format(tmp_path, tensors, net.config, "reload() in notebook 01_ptq_dynamic_int8.ipynb", metadata)
-    assert refuses(tmp_path, "01_ptq_dynamic_int8.ipynb") and torch.equal(logits(notebook.reload(tmp_path)), logits(net))
+    checkpoints.save_own_format(
+        tmp_path, tensors, net.config, "reload() in notebook 01_ptq_dynamic_int8.ipynb", metadata
+    )
+    assert refuses(tmp_path, "01_ptq_dynamic_int8.ipynb") and torch.equal(
+        logits(notebook.reload(tmp_path)), logits(net)
+    )
 
 
 def test_packed_four_bits_are_refused_and_come_back(small, tmp_path):
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 
-    notebook, net = cells("02_qat_fake_quant", "def pack", "def restore", "def load_quantized"), small(dtype=torch.bfloat16)
-    quantize_(net, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)), filter_fn=lambda module, name: name in body(net))
+    notebook, net = (
+        cells("02_qat_fake_quant", "def pack", "def restore", "def load_quantized"),
+        small(dtype=torch.bfloat16),
+    )
+    quantize_(
+        net,
+        IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+        filter_fn=lambda module, name: name in body(net),
+    )
     state = {name: value.detach() for name, value in net.state_dict().items() if name != "lm_head.weight"}
     tensors, metadata = flatten_tensor_state_dict(state)
     tensors = {name: notebook.pack(value) if name.endswith("qdata") else value for name, value in tensors.items()}
-    checkpoints.save_own_format(tmp_path, tensors, net.config, "load_quantized() in notebook 02_qat_fake_quant.ipynb", metadata)
-    assert refuses(tmp_path, "02_qat_fake_quant.ipynb") and torch.equal(logits(notebook.load_quantized(tmp_path)), logits(net))
+    checkpoints.save_own_format(
+        tmp_path, tensors, net.config, "load_quantized() in notebook 02_qat_fake_quant.ipynb", metadata
+    )
+    assert refuses(tmp_path, "02_qat_fake_quant.ipynb") and torch.equal(
+        logits(notebook.load_quantized(tmp_path)), logits(net)
+    )
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="torch has no int8 engine on Apple silicon")
@@ -155,8 +199,12 @@ def test_eager_qat_is_refused_and_comes_back(small, tmp_path):
     quantization.prepare(net, inplace=True)
     logits(net)
     quantization.convert(net, inplace=True)
-    checkpoints.save_own_format(tmp_path, notebook.unpack(net), config, "load_eager() in notebook 02_qat_fake_quant.ipynb")
-    assert refuses(tmp_path, "02_qat_fake_quant.ipynb") and torch.equal(logits(notebook.load_eager(tmp_path)), logits(net))
+    checkpoints.save_own_format(
+        tmp_path, notebook.unpack(net), config, "load_eager() in notebook 02_qat_fake_quant.ipynb"
+    )
+    assert refuses(tmp_path, "02_qat_fake_quant.ipynb") and torch.equal(
+        logits(notebook.load_eager(tmp_path)), logits(net)
+    )
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -168,10 +216,14 @@ def test_what_goes_through_torchao_config_loads_plainly(small, tmp_path, mixed):
     settings = Int8DynamicActivationInt8WeightConfig()
     if mixed:
         kinds = {"mlp.up_proj": settings, "mlp.down_proj": Int8WeightOnlyConfig()}
-        settings = FqnToConfig(OrderedDict((f"model.layers.{i}.{kind}", kinds[kind]) for i in range(2) for kind in kinds))
+        settings = FqnToConfig(
+            OrderedDict((f"model.layers.{i}.{kind}", kinds[kind]) for i in range(2) for kind in kinds)
+        )
     expected = small(dtype=torch.bfloat16)
     quantize_(expected, settings, filter_fn=None if mixed else lambda module, name: name in body(expected))
     small(dtype=torch.bfloat16, quantization_config=TorchAoConfig(settings)).save_pretrained(tmp_path / "saved")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
-    assert torch.equal(logits(plain), logits(expected)) and not torch.equal(logits(plain), logits(small(dtype=torch.bfloat16)))
+    assert torch.equal(logits(plain), logits(expected)) and not torch.equal(
+        logits(plain), logits(small(dtype=torch.bfloat16))
+    )
     assert not mixed or type(plain.model.layers[0].self_attn.q_proj.weight) is torch.nn.Parameter

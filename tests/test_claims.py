@@ -81,7 +81,11 @@ def in_notebooks():
         code = re.sub(r"^# %%explain.*$", "", path.read_text(encoding="utf-8"), flags=re.M)
         for node in ast.walk(ast.parse(code)):
             names = []
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "claims.finding" and isinstance(node.args[0], ast.Constant):
+            if (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func) == "claims.finding"
+                and isinstance(node.args[0], ast.Constant)
+            ):
                 names = [node.args[0].value]
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "claimed":
                 names = [key.value for key in node.value.keys]
@@ -134,21 +138,31 @@ def test_no_verdict_whose_interval_crosses_its_threshold(zone, first, second):
     if word == verdicts.HOLDS:
         assert at(low, holds) and at(high, holds) and not any(low < edge < high for edge in edges & set(holds))
     elif word == verdicts.FAILS:
-        assert not any(at(value, partly or holds) for value in (low, high)) and not any(low <= edge <= high for edge in edges)
+        assert not any(at(value, partly or holds) for value in (low, high)) and not any(
+            low <= edge <= high for edge in edges
+        )
     elif word == verdicts.PARTLY:
-        assert at(low, partly) and at(high, partly) and not any(low <= edge <= high for edge in holds if edge is not None)
+        assert (
+            at(low, partly) and at(high, partly) and not any(low <= edge <= high for edge in holds if edge is not None)
+        )
     else:
         assert word == verdicts.CLOSE and any(low <= edge <= high for edge in edges)
 
 
 def finding(value=2.0, low=None, high=None, **changes):
-    return verdicts.Finding("x", value, low, high, **{"model": SMALL, "device": CPU, "versions": {"torch": "2.13"}, **changes})
+    return verdicts.Finding(
+        "x", value, low, high, **{"model": SMALL, "device": CPU, "versions": {"torch": "2.13"}, **changes}
+    )
 
 
 @pytest.mark.parametrize(("value", "word"), [(2, "holds"), (1.5, "holds partly"), (0.5, "does not hold")])
 def test_verdict_of_an_exact_value(value, word):
     verdict = verdicts.judge(claim(), [finding(value)])
-    assert verdict.word == word and verdict.judged_on == f"{SMALL}, {CPU}, torch 2.13" and verdict.found == f"{value:.1f} times"
+    assert (
+        verdict.word == word
+        and verdict.judged_on == f"{SMALL}, {CPU}, torch 2.13"
+        and verdict.found == f"{value:.1f} times"
+    )
 
 
 @pytest.mark.parametrize(("value", "low", "high", "word"), [
@@ -180,10 +194,18 @@ def test_a_claim_about_a_7b_model_is_judged_on_its_subject(kind, device, place, 
 
 
 def test_the_nearest_finding_judges_not_the_first():
-    own, larger, real = finding(5), finding(0.1, model=LARGER), finding(1.5, 1.4, 1.6, model="Mistral-7B-Instruct-v0.3", device=GPU)
+    own, larger, real = (
+        finding(5),
+        finding(0.1, model=LARGER),
+        finding(1.5, 1.4, 1.6, model="Mistral-7B-Instruct-v0.3", device=GPU),
+    )
     assert verdicts.judge(about_7b("quality"), [own, larger]).finding is larger
     verdict = verdicts.judge(about_7b("quality"), [own, larger, real])
-    assert verdict.finding is real and verdict.beside == (own, larger) and f"5.0 times ({SMALL}, {CPU})" in verdict.elsewhere
+    assert (
+        verdict.finding is real
+        and verdict.beside == (own, larger)
+        and f"5.0 times ({SMALL}, {CPU})" in verdict.elsewhere
+    )
     computed, measured = finding(model="Mistral-7B", device=verdicts.COMPUTED), finding(model=SHAPE, device=GPU)
     assert verdicts.judge(about_7b("memory"), [computed, measured]).finding is measured
     assert verdicts.judge(claim(), [own, larger]).finding is own  # of equally near ones this run's, which comes first
@@ -202,7 +224,17 @@ def test_without_a_finding():
     assert (empty.found, empty.judged_on, empty.elsewhere, empty.whose) == ("", "", "", "")
 
 
-@pytest.mark.parametrize(("name", "size"), [(SMALL, 135e6), (LARGER, 1.5e9), (SHAPE, 7e9), ("qwen2.5-coder-1.5b-offline", 1.5e9), ("tiny", 0), ("a-4bit-model", 0)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        (SMALL, 135e6),
+        (LARGER, 1.5e9),
+        (SHAPE, 7e9),
+        ("qwen2.5-coder-1.5b-offline", 1.5e9),
+        ("tiny", 0),
+        ("a-4bit-model", 0),
+    ],
+)
 def test_parameters_that_a_name_tells(name, size):
     assert verdicts._parameters(name) == size
 
@@ -234,13 +266,26 @@ def apart(tmp_path, monkeypatch):
 
 
 def test_what_a_notebook_writes(apart):
-    path = write(apart, claims.finding("nf4-quality", 0.29, 0.27, 0.31), claims.finding("7b-nf4-3.5", 4.14, computed_for="Mistral-7B"))
+    path = write(
+        apart,
+        claims.finding("nf4-quality", 0.29, 0.27, 0.31),
+        claims.finding("7b-nf4-3.5", 4.14, computed_for="Mistral-7B"),
+    )
     facts = json.loads(path.read_text())
-    assert (facts["notebook"], facts["model"], facts["origin"]) == ("04_nf4_bitsandbytes", SMALL, "PyPI") and "CPU" in facts["device"]
+    assert (facts["notebook"], facts["model"], facts["origin"]) == (
+        "04_nf4_bitsandbytes",
+        SMALL,
+        "PyPI",
+    ) and "CPU" in facts["device"]
     assert facts["versions"]["torch"] and re.fullmatch(r"\d{4}-\d\d-\d\d", facts["date"])
     assert facts["findings"][0] == {"claim": "nf4-quality", "value": 0.29, "low": 0.27, "high": 0.31}
     quality, size = claims.evidence(apart)
-    assert quality.model == SMALL and quality.where == "this run" and size.model == "Mistral-7B" and size.device == verdicts.COMPUTED
+    assert (
+        quality.model == SMALL
+        and quality.where == "this run"
+        and size.model == "Mistral-7B"
+        and size.device == verdicts.COMPUTED
+    )
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -265,14 +310,20 @@ def test_table_of_a_notebook_shows_what_judges(apart):
     assert table["measured here"].tolist() == ["KL 0.290 (0.27 to 0.31)", "0.373 bits"]
     assert table["judged on"][1].startswith(f"{SMALL}, ") and "bitsandbytes" in table["judged on"][1]
     larger = models.Found("/nowhere", LARGER, "PyPI", "cpu")
-    claims.collect(write(apart / "other", claims.finding("nf4-quality", 0.056, 0.05, 0.06), found=larger).parent.parent, claims.FINDINGS)
+    claims.collect(
+        write(apart / "other", claims.finding("nf4-quality", 0.056, 0.05, 0.06), found=larger).parent.parent,
+        claims.FINDINGS,
+    )
     table = claims.table(apart, "04_nf4_bitsandbytes")
     assert table.verdict[0] == "holds partly" and LARGER in table["judged on"][0] and "0.056" in table["judged on"][0]
     assert table["measured here"][0].startswith("KL 0.290")
 
 
 def test_the_ledger_and_the_table_agree(apart):
-    write(apart, *(claims.finding(name, 0.3) for name in ("nf4-quality", "nf4-double-quant", "nf4-2-3x", "simpler-operations")))
+    write(
+        apart,
+        *(claims.finding(name, 0.3) for name in ("nf4-quality", "nf4-double-quant", "nf4-2-3x", "simpler-operations")),
+    )
     words = {verdict.claim["claim"]: verdict.word for verdict in claims.ledger(apart)}
     for row in claims.table(apart, "04_nf4_bitsandbytes").itertuples():
         assert words[row.claim] == row.verdict
@@ -332,8 +383,13 @@ def test_one_command_stores_records_findings_and_verdicts(apart, monkeypatch, ca
     write(apart / "build", claims.finding("nf4-double-quant", 0.36))
     assert reference.main(argparse.Namespace(output=str(apart / "build"))) == 0
     printed = capsys.readouterr().out
-    assert "reference/2-cpu-cores-x86-64--smollm2-135m-instruct.json" in printed and "/04_nf4_bitsandbytes.json" in printed
-    assert "nf4-double-quant: not run here -> holds" in printed and "nf4-75: not run here -> not tested on its subject" in printed
+    assert (
+        "reference/2-cpu-cores-x86-64--smollm2-135m-instruct.json" in printed and "/04_nf4_bitsandbytes.json" in printed
+    )
+    assert (
+        "nf4-double-quant: not run here -> holds" in printed
+        and "nf4-75: not run here -> not tested on its subject" in printed
+    )
     assert claims.problems() == []
 
 
@@ -350,7 +406,9 @@ def derived(*group):
 
 
 def test_claims_from_records():
-    rows = derived(record("nf4", weight_bytes=30, kl_divergence=0.3, kl_low=0.2, kl_high=0.4), record("bf16", weight_bytes=100))
+    rows = derived(
+        record("nf4", weight_bytes=30, kl_divergence=0.3, kl_low=0.2, kl_high=0.4), record("bf16", weight_bytes=100)
+    )
     assert rows["nf4-75"]["value"] == 0.7 and (rows["nf4-quality"]["low"], rows["nf4-quality"]["high"]) == (0.2, 0.4)
     assert rows["nf4-gpu-only"]["value"] == 1 and rows["nf4-75"]["device"] == CPU and "nf4-eighth" not in rows
     assert "nf4-2-3x" not in derived(record("nf4"), record("bf16", decode_tokens_per_s=None))
@@ -379,8 +437,19 @@ def test_gpu_reference(tmp_path):
         path.write_text(text)
         with pytest.raises(records.RecordError, match=message):
             reference.gpu(path)
-    path.write_text(json.dumps({"device": "NVIDIA H100", "memory": {"nf4": {"weight_bytes": 4e9}}, "decode_nf4": {"bytes": 4e9, "lean": {"1": {"tokens_per_s": 30}}, "note": "x"}}))
-    assert reference.gpu_rows(reference.gpu(path)) == [["nf4: load and answer", 4.0, None, None], ["nf4: decode, lean", 4.0, None, 30]]
+    path.write_text(
+        json.dumps(
+            {
+                "device": "NVIDIA H100",
+                "memory": {"nf4": {"weight_bytes": 4e9}},
+                "decode_nf4": {"bytes": 4e9, "lean": {"1": {"tokens_per_s": 30}}, "note": "x"},
+            }
+        )
+    )
+    assert reference.gpu_rows(reference.gpu(path)) == [
+        ["nf4: load and answer", 4.0, None, None],
+        ["nf4: decode, lean", 4.0, None, 30],
+    ]
 
 
 # Reference results
@@ -388,7 +457,11 @@ def test_gpu_reference(tmp_path):
 
 def test_reference_covers_the_methods_of_the_course():
     (cpu, *_) = reference.read()
-    assert cpu.on_cpu and {"fp32", "bf16", "nf4", "gptq", "awq", "int8-dynamic", "int8-static", "hybrid", "qat-int4", "qlora"} <= cpu.records.keys()
+    assert (
+        cpu.on_cpu
+        and {"fp32", "bf16", "nf4", "gptq", "awq", "int8-dynamic", "int8-static", "hybrid", "qat-int4", "qlora"}
+        <= cpu.records.keys()
+    )
     assert all(record["eval_tokens"] in (4096, None) for record in cpu.records.values())
     stems = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert len(stems & {record["notebook"] for record in cpu.records.values()}) >= 6
@@ -403,7 +476,14 @@ def test_reference_is_written_per_device_and_keeps_what_a_run_lacks(tmp_path):
     assert cpu.on_cpu and set(cpu.records) == {"bf16", "nf4"} and not gpu.on_cpu and set(gpu.records) == {"bf16"}
 
 
-@pytest.mark.parametrize(("device", "model", "column"), [("NVIDIA H100", "SmolLM2-135M-Instruct (x)", "gpu"), ("NVIDIA H100", "mistral-7b-geometry (x)", "gpu_7b"), ("2 CPU cores, x86_64", "SmolLM2-135M-Instruct (x)", None)])
+@pytest.mark.parametrize(
+    ("device", "model", "column"),
+    [
+        ("NVIDIA H100", "SmolLM2-135M-Instruct (x)", "gpu"),
+        ("NVIDIA H100", "mistral-7b-geometry (x)", "gpu_7b"),
+        ("2 CPU cores, x86_64", "SmolLM2-135M-Instruct (x)", None),
+    ],
+)
 def test_what_a_gpu_run_cost_goes_into_the_cost_cards(tmp_path, monkeypatch, device, model, column):
     folder = tmp_path / "notebooks"
     shutil.copytree(ROOT / "notebooks", folder, ignore=shutil.ignore_patterns("data", "gpu"))
@@ -430,7 +510,9 @@ def test_reference_of_two_protocols_is_refused(tmp_path):
         reference.write(tmp_path / "empty", tmp_path / "reference")
 
 
-@pytest.mark.parametrize("text", ['{"device": ', "{}", '{"device": "d", "model": "tiny", "date": "", "records": {"nf4": {}}}'])
+@pytest.mark.parametrize(
+    "text", ['{"device": ', "{}", '{"device": "d", "model": "tiny", "date": "", "records": {"nf4": {}}}']
+)
 def test_broken_reference_is_named(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(records.RecordError):

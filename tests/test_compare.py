@@ -46,7 +46,10 @@ def test_frontier_is_what_nothing_beats(points, more):
 
 
 def test_plot_says_what_it_shows():
-    shown = [record(method, weight_bytes=size * 1e6, kl_divergence=kl) for method, size, kl in (("fp32", 500, 0.0), ("nf4", 100, 0.3), ("bad", 200, 1.5))]
+    shown = [
+        record(method, weight_bytes=size * 1e6, kl_divergence=kl)
+        for method, size, kl in (("fp32", 500, 0.0), ("nf4", 100, 0.3), ("bad", 200, 1.5))
+    ]
     fig, alt, table = pareto.plot(shown)
     assert alt.endswith("no other method beats: nf4, fp32.") and "3 methods" in alt
     assert table.set_index("method")["on the frontier"].to_dict() == {"fp32": "yes", "nf4": "yes", "bad": "no"}
@@ -61,17 +64,31 @@ def test_bits_of_a_method_are_in_its_name(method, bits):
 
 
 def test_what_lies_below_four_bits_has_a_panel_of_its_own():
-    shown = [record(method, weight_bytes=size * 1e6, kl_divergence=kl) for method, size, kl in (("bf16", 270, 0.001), ("nf4", 112, 0.3), ("awq", 114, 0.15))]
+    shown = [
+        record(method, weight_bytes=size * 1e6, kl_divergence=kl)
+        for method, size, kl in (("bf16", 270, 0.001), ("nf4", 112, 0.3), ("awq", 114, 0.15))
+    ]
     fig, alt, _ = pareto.plot(shown)
-    assert [ax.get_title() for ax in fig.axes] == ["All methods", "4 bits"] and alt.startswith("The closest 4-bit method, awq, takes 42% of bf16's bytes")
-    shown += [record(method, weight_bytes=9e7, kl_divergence=kl) for method, kl in (("gptq-2", 3.0), ("autoround-3", 0.5))]
+    assert [ax.get_title() for ax in fig.axes] == ["All methods", "4 bits"] and alt.startswith(
+        "The closest 4-bit method, awq, takes 42% of bf16's bytes"
+    )
+    shown += [
+        record(method, weight_bytes=9e7, kl_divergence=kl) for method, kl in (("gptq-2", 3.0), ("autoround-3", 0.5))
+    ]
     fig, *_ = pareto.plot(shown)
     assert [ax.get_title() for ax in fig.axes] == ["All methods", "4 bits", "Below 4 bits"]
     assert {text.get_text() for text in fig.axes[2].texts} == {"gptq-2", "autoround-3"}
 
 
 def test_fine_tuned_models_are_not_on_the_frontier():
-    shown = [record(method, weight_bytes=size * 1e6, kl_divergence=kl) for method, size, kl in (("fp32", 500, 0.0), ("nf4", 100, 0.3), *((name, 50, 0.1) for name in pareto.FINE_TUNED))]
+    shown = [
+        record(method, weight_bytes=size * 1e6, kl_divergence=kl)
+        for method, size, kl in (
+            ("fp32", 500, 0.0),
+            ("nf4", 100, 0.3),
+            *((name, 50, 0.1) for name in pareto.FINE_TUNED),
+        )
+    ]
     _, alt, table = pareto.plot(shown)
     assert list(table.method) == ["fp32", "nf4"] and "qlora" not in alt
     assert pareto.plot(shown[1:]) is None
@@ -85,7 +102,9 @@ SMALL, LARGE = "small (hub)", "large (hub)"
 def ranked_records(model, device="2 CPU cores, x86_64", **kl):
     """{method: record} with an interval of 10 % to each side."""
     return {
-        name.replace("_", "-"): record(name.replace("_", "-"), device, model=model, kl_divergence=value, kl_low=0.9 * value, kl_high=1.1 * value)
+        name.replace("_", "-"): record(
+            name.replace("_", "-"), device, model=model, kl_divergence=value, kl_low=0.9 * value, kl_high=1.1 * value
+        )
         for name, value in kl.items()
     }
 
@@ -97,7 +116,11 @@ def of_course(device, model, found):
 def test_a_ranking_takes_the_four_bit_methods_of_real_models():
     found = ranked_records(SMALL, nf4=0.3, awq=0.1, bf16=0.001, qlora=0.2, hybrid_int4=0.05)
     found["gptq"] = record("gptq", model=SMALL, kl_divergence=0.2, kl_low=None, kl_high=None)
-    shape = of_course("NVIDIA H100", "shape", ranked_records("shape (random weights, made here)", "NVIDIA H100", nf4=0.9, awq=0.1, gptq=0.2))
+    shape = of_course(
+        "NVIDIA H100",
+        "shape",
+        ranked_records("shape (random weights, made here)", "NVIDIA H100", nf4=0.9, awq=0.1, gptq=0.2),
+    )
     ranked = pareto.rankings(found, [shape])
     assert {model: [r["method"] for r in group] for model, group in ranked.items()} == {"small": ["awq", "nf4"]}
     assert pareto.rankings({}) == {}
@@ -110,7 +133,15 @@ def test_a_models_ranking_is_of_the_device_with_the_most_methods():
         assert {r["device"] for r in pareto.rankings(measured, [more])["small"]} == {expected}
 
 
-@pytest.mark.parametrize(("first", "second", "expected"), [((0.1, 0.2), (0.3, 0.4), -1), ((0.3, 0.4), (0.1, 0.2), 1), ((0.1, 0.3), (0.2, 0.4), 0), ((0.1, 0.2), (0.2, 0.3), 0)])
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ((0.1, 0.2), (0.3, 0.4), -1),
+        ((0.3, 0.4), (0.1, 0.2), 1),
+        ((0.1, 0.3), (0.2, 0.4), 0),
+        ((0.1, 0.2), (0.2, 0.3), 0),
+    ],
+)
 def test_only_intervals_apart_make_an_order(first, second, expected):
     one, other = (dict(zip(("kl_low", "kl_high"), ends)) for ends in (first, second))
     assert pareto.order(one, other) == expected and pareto.order(other, one) == -expected
@@ -118,7 +149,9 @@ def test_only_intervals_apart_make_an_order(first, second, expected):
 
 def test_differences_of_two_models_in_words():
     small = ranked_records(SMALL, awq=0.1, gptq=0.2, nf4=0.4, fp4=0.41)
-    large = of_course("NVIDIA H100", LARGE, ranked_records(LARGE, "NVIDIA H100", nf4=0.1, gptq=0.2, awq=0.21, autoawq=0.3))
+    large = of_course(
+        "NVIDIA H100", LARGE, ranked_records(LARGE, "NVIDIA H100", nf4=0.1, gptq=0.2, awq=0.21, autoawq=0.3)
+    )
     # small: awq < gptq < nf4; large: nf4 before the two others, which it does not tell apart.
     said = pareto.differences(pareto.rankings(small, [large]))
     assert said == (
@@ -127,7 +160,9 @@ def test_differences_of_two_models_in_words():
     )
     large = of_course("GPU", LARGE, ranked_records(LARGE, "GPU", awq=0.01, gptq=0.02, nf4=0.04, fp4=0.041))
     alike = pareto.differences(pareto.rankings(small, [large]))
-    assert alike.startswith("Of 6 pairs of methods, small and large put 5 in the same order and 0 in opposite orders. ") and alike.endswith("by neither: 1.")
+    assert alike.startswith(
+        "Of 6 pairs of methods, small and large put 5 in the same order and 0 in opposite orders. "
+    ) and alike.endswith("by neither: 1.")
 
 
 def test_one_model_or_none_is_said():
@@ -136,7 +171,9 @@ def test_one_model_or_none_is_said():
     fig, alt, table = pareto.plot_rankings(ranked)
     assert len(fig.axes) == 1 and "Only small has records" in alt
     assert list(table["small"]) == ["awq: 0.100 [0.090, 0.110]", "nf4: 0.300 [0.270, 0.330]"]
-    lonely = pareto.rankings(ranked_records(SMALL, nf4=0.3), [of_course("GPU", LARGE, ranked_records(LARGE, "GPU", awq=0.1))])
+    lonely = pareto.rankings(
+        ranked_records(SMALL, nf4=0.3), [of_course("GPU", LARGE, ranked_records(LARGE, "GPU", awq=0.1))]
+    )
     assert "share fewer than two methods" in pareto.differences(lonely)
 
 
@@ -193,12 +230,18 @@ def test_the_table_shows_kl_with_its_interval_and_sorts_by_the_number():
     column = heads.index("KL")
     assert [row[column] for row in rows] == ["0.0000", "0.0012 [0.0011, 0.0014]", "0.327 [0.312, 0.343]"]
     assert 'data-v="0.3274"' in page and [row[heads.index("KL on pydoc")] for row in rows] == ["–", "–", "0.210"]
-    assert [row[0] for row in Cells(tables.methods(found, sort_by="in_domain")).rows[1:]][0] == "nf4", "what was not measured comes last"
+    assert [row[0] for row in Cells(tables.methods(found, sort_by="in_domain")).rows[1:]][0] == "nf4", (
+        "what was not measured comes last"
+    )
 
 
 @pytest.mark.parametrize(("sort_by", "expected"), [("kl_divergence", ["b", "a", "c"]), ("method", ["a", "b", "c"])])
 def test_table_is_sorted_without_a_script(sort_by, expected):
-    found = {"a": record("a", kl_divergence=0.5), "b": record("b", kl_divergence=0.0), "c": record("c", kl_divergence=None)}
+    found = {
+        "a": record("a", kl_divergence=0.5),
+        "b": record("b", kl_divergence=0.0),
+        "c": record("c", kl_divergence=None),
+    }
     assert [row[0] for row in Cells(tables.methods(found, sort_by=sort_by)).rows[1:]] == expected
     with pytest.raises(ValueError, match="sort_by must be"):
         tables.methods(found, sort_by="beauty")
@@ -230,7 +273,9 @@ def test_guide_never_offers_what_does_not_fit_or_ruins_the_model(measured):
                 advice = guide.choose(measured, memory_gb, hardware, need=need)
                 assert guide.bytes_needed(advice.method, "Mistral-7B") <= memory_gb * 1e9
                 assert measured[advice.method]["kl_divergence"] < guide.USABLE and advice.method != "int8-dynamic"
-                assert advice.notebook == measured[advice.method]["notebook"][:2] and f"{memory_gb:g} GB" in advice.reason
+                assert (
+                    advice.notebook == measured[advice.method]["notebook"][:2] and f"{memory_gb:g} GB" in advice.reason
+                )
 
 
 def test_guide_says_when_nothing_fits(measured):
@@ -251,7 +296,9 @@ def test_guide_does_not_sell_a_cpus_speed_to_a_gpu(measured):
     assert "tokens/s on 2 CPU cores" in guide.choose(measured, 24, "CPU", need="speed").reason
 
 
-@pytest.mark.parametrize("wrong", [{"hardware": "TPU"}, {"need": "beauty"}, {"size": "GPT-4"}, {"memory_gb": 0}, {"memory_gb": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong", [{"hardware": "TPU"}, {"need": "beauty"}, {"size": "GPT-4"}, {"memory_gb": 0}, {"memory_gb": float("nan")}]
+)
 def test_guide_refuses_what_is_no_choice(measured, wrong):
     with pytest.raises(ValueError, match="must be"):
         guide.choose(measured, **{"memory_gb": 8, **wrong})
@@ -266,14 +313,18 @@ def test_guide_widget_answers_and_is_labelled(measured, monkeypatch):
     widget.memory.value = 64
     assert "bf16" in before or "int8" in before
     assert "<b>fp32</b>" in widget.answer.value and 'aria-live="polite"' in widget.answer.value
-    assert all(control.description for control in (widget.size, widget.memory, widget.hardware, widget.need, widget.fine_tune))
+    assert all(
+        control.description for control in (widget.size, widget.memory, widget.hardware, widget.need, widget.fine_tune)
+    )
     assert "application/vnd.jupyter.widget-view+json" in widget._repr_mimebundle_()
 
 
 def test_guide_without_a_front_end(measured, monkeypatch):
     monkeypatch.setenv("COURSE_BATCH", "1")
     bundle = guide.Guide(measured)._repr_mimebundle_()
-    assert set(bundle) == {"text/plain", "text/html"} and bundle["text/plain"].count("\n") == len(guide.Guide.EXAMPLES) - 1
+    assert (
+        set(bundle) == {"text/plain", "text/html"} and bundle["text/plain"].count("\n") == len(guide.Guide.EXAMPLES) - 1
+    )
     assert "Mistral-7B in 8 GB" in bundle["text/html"]
 
 
@@ -290,7 +341,10 @@ def test_guide_without_records_says_what_to_run(monkeypatch):
 def test_report_of_a_full_run(tmp_path, measured):
     for method, facts in measured.items():
         files.write_text(tmp_path / "records" / f"{method}.json", json.dumps(facts))
-    path = report.write(tmp_path, [run.Result("04_nf4_bitsandbytes", 61.0, 10**9, "ok"), run.Result("05_gptq", 9.0, 10**9, "cell 1: <b>")])
+    path = report.write(
+        tmp_path,
+        [run.Result("04_nf4_bitsandbytes", 61.0, 10**9, "ok"), run.Result("05_gptq", 9.0, 10**9, "cell 1: <b>")],
+    )
     page = path.read_text(encoding="utf-8")
     assert path.stat().st_size < 3_000_000 and page.count("data:image/png;base64,") == 2
     assert "src=" not in page.replace('src="data:', "") and "http" not in page, "one page, readable without a network"
@@ -304,9 +358,14 @@ def test_report_of_a_full_run(tmp_path, measured):
 def test_report_leaves_fine_tuned_models_out_of_the_plots_and_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "FOLDER", tmp_path / "none")
     for method, kl in (("nf4", 0.3), ("bf16", 0.1), ("qlora", 0.5)):
-        files.write_text(tmp_path / "records" / f"{method}.json", json.dumps(record(method, kl_divergence=kl, weight_bytes=1e8)))
+        files.write_text(
+            tmp_path / "records" / f"{method}.json", json.dumps(record(method, kl_divergence=kl, weight_bytes=1e8))
+        )
     page = report.write(tmp_path, []).read_text(encoding="utf-8")
-    assert page.count("Not in the plot: qlora. Fine-tuning is meant to leave") == 2 and page.count("data:image/png;base64,") == 2
+    assert (
+        page.count("Not in the plot: qlora. Fine-tuning is meant to leave") == 2
+        and page.count("data:image/png;base64,") == 2
+    )
     assert "<h3>Reference: 2 CPU cores" not in page and "8,192 tokens of course in windows of 256" in page
 
 
@@ -331,12 +390,18 @@ TASK = ROOT / "notebooks" / "data" / "course_questions"
 def test_questions_are_fair():
     questions = [json.loads(line) for line in (TASK / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(questions) >= 60 and len({q["question"] for q in questions}) == len(questions)
-    assert all(len(set(q["choices"])) == 4 and q["answer"] in range(4) and q["question"].endswith("?") for q in questions)
-    assert set(Counter(q["answer"] for q in questions).values()) == {len(questions) // 4}, "every position is right equally often"
+    assert all(
+        len(set(q["choices"])) == 4 and q["answer"] in range(4) and q["question"].endswith("?") for q in questions
+    )
+    assert set(Counter(q["answer"] for q in questions).values()) == {len(questions) // 4}, (
+        "every position is right equally often"
+    )
     for subject in ("quantization", "general"):
         part = [q for q in questions if q["subject"] == subject]
         right = sum(len(q["choices"][q["answer"]]) for q in part) / len(part)
-        wrong = sum(len(choice) for q in part for n, choice in enumerate(q["choices"]) if n != q["answer"]) / (3 * len(part))
+        wrong = sum(len(choice) for q in part for n, choice in enumerate(q["choices"]) if n != q["answer"]) / (
+            3 * len(part)
+        )
         assert len(part) >= 30 and 0.85 < right / wrong < 1.18, "the length of an answer must not give it away"
 
 

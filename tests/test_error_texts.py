@@ -50,7 +50,12 @@ def test_confusion_table(letters, least, capsys):
 @pytest.mark.parametrize(
     ("name", "parts"),
     {
-        "A02": ["AssertionError", "/home/user/infer.py, line 40", "bitsandbytes", "bitsandbytes/nn/modules.py, line 373"],
+        "A02": [
+            "AssertionError",
+            "/home/user/infer.py, line 40",
+            "bitsandbytes",
+            "bitsandbytes/nn/modules.py, line 373",
+        ],
         "T08": ["RuntimeError: b_q_weight type is not kInt", "/home/user/infer.py, line 9", "gptqmodel"],
         "T17": ["has no attribute 'quantize'", "/home/user/quant.py, line 78", "torch"],
     }.items(),
@@ -108,12 +113,19 @@ torch.distributed.DistBackendError: NCCL error: remote process exited or there w
 def test_the_first_real_failure_of_several_ranks_counts():
     ranks = [("[rank1]: ", NCCL.splitlines()), ("[rank0]: ", text("E21").splitlines())]
     mixed = [prefix + lines[n] for n in range(20) for prefix, lines in ranks if n < len(lines)]
-    assert [answer.entry.id for answer in explain.explain("\n".join(mixed) + "\n" + LAUNCHER)] == ["quantized-on-another-device"]
+    assert [answer.entry.id for answer in explain.explain("\n".join(mixed) + "\n" + LAUNCHER)] == [
+        "quantized-on-another-device"
+    ]
 
 
-@pytest.mark.parametrize("end", ["KeyboardInterrupt", "SystemExit: 1", "papermill.exceptions.PapermillExecutionError: \n" + "-" * 75])
+@pytest.mark.parametrize(
+    "end", ["KeyboardInterrupt", "SystemExit: 1", "papermill.exceptions.PapermillExecutionError: \n" + "-" * 75]
+)
 def test_the_end_of_a_run_does_not_hide_its_cause(end):
-    whole = text("E21") + f'\nTraceback (most recent call last):\n  File "/home/user/run.py", line 3, in <module>\n    main()\n{end}\n'
+    whole = (
+        text("E21")
+        + f'\nTraceback (most recent call last):\n  File "/home/user/run.py", line 3, in <module>\n    main()\n{end}\n'
+    )
     assert [answer.entry.id for answer in explain.explain(whole)] == ["quantized-on-another-device"]
 
 

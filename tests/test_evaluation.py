@@ -72,7 +72,10 @@ def test_reference_is_read_from_the_cache_the_second_time(found, windows, refere
 
 
 def test_splits_share_no_paragraph():
-    parts = {split: {" ".join(p.split()) for p in re.split(r"\n\s*\n", evaluation.text(split))} for split in evaluation.SPLITS}
+    parts = {
+        split: {" ".join(p.split()) for p in re.split(r"\n\s*\n", evaluation.text(split))}
+        for split in evaluation.SPLITS
+    }
     assert all(len(part) > 100 for part in parts.values())
     for a, b in [(0, 1), (0, 2), (1, 2)]:
         assert not parts[evaluation.SPLITS[a]] & parts[evaluation.SPLITS[b]]

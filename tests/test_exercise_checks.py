@@ -43,7 +43,9 @@ def load_check(notebook, function, given, answers):
         tree = ast.parse(re.sub(r"^\s*[%!].*$", "pass", cell.source, flags=re.M)).body
         call = re.search(rf"^exercises\.check\({function}, (\w+)\)", cell.source, re.M)
         if call:
-            check = [node for node in tree if not (isinstance(node, ast.Expr) and "exercises.check" in ast.unparse(node))]
+            check = [
+                node for node in tree if not (isinstance(node, ast.Expr) and "exercises.check" in ast.unparse(node))
+            ]
             break
         statements += tree
     assert check, f"no exercise {function}"
@@ -83,12 +85,24 @@ def for_05():
     rounded = ((groups / scale).round().clamp(-8, 7) * scale).flatten(-2)
     inputs = weights(1, (300, 256))
     hessian = 2 / len(inputs) * inputs.T @ inputs
-    return {"torch": torch, "weight": weight, "group_size": 64, "bits": 4, "rounded": rounded, "inputs": inputs, "hessian": hessian}
+    return {
+        "torch": torch,
+        "weight": weight,
+        "group_size": 64,
+        "bits": 4,
+        "rounded": rounded,
+        "inputs": inputs,
+        "hessian": hessian,
+    }
 
 
 def for_06():
     layer = types.SimpleNamespace(weight=types.SimpleNamespace(data=weights()))
-    return {"half": types.SimpleNamespace(mlp=types.SimpleNamespace(down_proj=layer)), "inner": [weights(1, (300, 256))], "group_size": 64}
+    return {
+        "half": types.SimpleNamespace(mlp=types.SimpleNamespace(down_proj=layer)),
+        "inner": [weights(1, (300, 256))],
+        "group_size": 64,
+    }
 
 
 def for_03():
@@ -96,10 +110,20 @@ def for_03():
     kinds, blocks = ["q_proj", "up_proj"], [(number,) for number in range(24)]
     units = [(kind, block) for kind in kinds for block in blocks]
     size = {"int4": 5, "int8 weights": 9, "int8": 9, "bf16": 16}
-    layer_bytes = {(kind, precision): n * width for kind, n in (("q_proj", 100), ("up_proj", 120)) for precision, width in size.items()}
+    layer_bytes = {
+        (kind, precision): n * width
+        for kind, n in (("q_proj", 100), ("up_proj", 120))
+        for precision, width in size.items()
+    }
     measured = {"4-bit weights": {unit: 0.01 + 0.07 * (7 * n % 11) for n, unit in enumerate(units)}}
     guide = {unit: "bf16" if unit[0] == "q_proj" else "int8" for unit in units}
-    return {"units": units, "layer_bytes": layer_bytes, "rest": 100, "measured": measured, "plans": {"int8, attention bf16 (guide)": guide}}
+    return {
+        "units": units,
+        "layer_bytes": layer_bytes,
+        "rest": 100,
+        "measured": measured,
+        "plans": {"int8, attention bf16 (guide)": guide},
+    }
 
 
 def for_10():
@@ -112,7 +136,14 @@ def for_10():
 
 
 def for_11():
-    sizes = {"fp32": (500, 0.0), "bf16": (250, 0.001), "int8": (260, 0.03), "nf4": (110, 0.3), "awq": (115, 0.13), "worse": (115, 0.2)}
+    sizes = {
+        "fp32": (500, 0.0),
+        "bf16": (250, 0.001),
+        "int8": (260, 0.03),
+        "nf4": (110, 0.3),
+        "awq": (115, 0.13),
+        "worse": (115, 0.2),
+    }
     shown = {name: {"weight_bytes": size, "kl_divergence": kl} for name, (size, kl) in sizes.items()}
     return {"shown": shown, "alone": {"nf4": 0.33, "cache": 0.06}, "both": 0.4}
 
@@ -122,7 +153,12 @@ def for_09():
     import numpy
 
     kl = {"nvfp4": 0.2, "int4-g32": 0.25, "int4-g64": 0.3, "mxfp4": 0.4}
-    return {"quality": {name: types.SimpleNamespace(kl_divergence=mean, kl_by_window=mean + numpy.linspace(0, 0.01, 8)) for name, mean in kl.items()}}
+    return {
+        "quality": {
+            name: types.SimpleNamespace(kl_divergence=mean, kl_by_window=mean + numpy.linspace(0, 0.01, 8))
+            for name, mean in kl.items()
+        }
+    }
 
 
 def for_13():
@@ -445,7 +481,6 @@ CASES = {
         "lambda tensors: {'bits': sum(t.nbytes for t in tensors) / sum(math.prod(t.shape) for t in tensors), 'mostly': 'Q4_K'}": "times 8",
         "lambda tensors: {'bits': 7.25, 'mostly': max(tensors, key=lambda t: t.nbytes / math.prod(t.shape)).qtype}": "Q4_K holds",
     }),
-<<<<<<< HEAD
     ("09", "nibble"): (dict, [
         "lambda code: (-1) ** (code >> 3) * (code & 1) / 2 if not code & 6 else (-1) ** (code >> 3) * (2 + (code & 1)) * 2.0 ** ((code >> 1 & 3) - 2)",
         "def nibble(code):\n    sign, rest = divmod(code, 8)\n    field, mantissa = divmod(rest, 2)\n"
@@ -474,7 +509,7 @@ CASES = {
         "lambda: ['nvfp4', 'int4-g32', 'mxfp4']": "once",
         "lambda: ['mxfp4', 'nvfp4', 'int4-g64', 'int4-g32']": "nvfp4 is closer than mxfp4",
         "lambda: ['nvfp4', 'int4-g64', 'int4-g32', 'mxfp4']": "int4-g32 is closer than int4-g64",
-=======
+    }),
     ("10", "bits_with_scales"): (dict, [
         "lambda bits, group_size: bits + (16 + bits) / group_size",
         "def bits_with_scales(bits, group_size):\n    codes = bits * group_size\n    return (codes + 16 + bits) / group_size",
@@ -514,7 +549,6 @@ CASES = {
         "lambda weight, bits, factor, group_size=64: weight.clone()": "4 levels",
         "lambda weight, bits, factor, group_size=64: hqq(weight, bits, group_size)": "pass errors on",
         "lambda weight, bits, factor, group_size=64: weight.mul_(0)": "was changed",
->>>>>>> ten
     }),
     ("11", "tokens_that_fit"): (dict, [
         "lambda free, layers, heads, dim, bits=16: int(free // (2 * layers * heads * dim * bits / 8))",
@@ -603,9 +637,13 @@ def test_wrong_answers_are_told_what_is_wrong(key, capsys):
 
 
 def test_every_exercise_of_the_course_is_here():
-    there = {(path.name[:2], name) for path in HERE.values() if path.stem not in ELSEWHERE for name in exercises_of(path)}
+    there = {
+        (path.name[:2], name) for path in HERE.values() if path.stem not in ELSEWHERE for name in exercises_of(path)
+    }
     assert there <= set(CASES)
 
 
 def exercises_of(path):
-    return re.findall(r"exercises\.check\((\w+),", "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells))
+    return re.findall(
+        r"exercises\.check\((\w+),", "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+    )

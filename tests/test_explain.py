@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from helpers.diagnosis import catalogue, explain, reproductions
 
 IDS = list(reproductions.FAILURES)
-SILENT_IN_NOTEBOOK = {"loaded-twice", "double-bos", "never-stops", "autoawq-garbage-on-cpu", "learns-nothing"}  # measured there
+SILENT_IN_NOTEBOOK = {
+    "loaded-twice",
+    "double-bos",
+    "never-stops",
+    "autoawq-garbage-on-cpu",
+    "learns-nothing",
+}  # measured there
 TOKEN = "hf_" + "aB3" * 11 + "x"
 
 
@@ -46,7 +52,9 @@ def test_catalogue_is_complete_and_in_reading_order():
     topics = [catalogue.TOPICS.index(entry.topic) for entry in catalogue.ENTRIES]
     assert topics == sorted(topics) and set(topics) == set(range(len(catalogue.TOPICS)))
     reproduced = set(IDS) | SILENT_IN_NOTEBOOK
-    assert {entry.id for entry in catalogue.ENTRIES if not entry.recorded} == reproduced, "reproduced, or recorded with its source"
+    assert {entry.id for entry in catalogue.ENTRIES if not entry.recorded} == reproduced, (
+        "reproduced, or recorded with its source"
+    )
     assert set(reproductions.REPAIRS) == set(IDS)
 
 
@@ -86,7 +94,9 @@ def test_confusion_matrix(seen, capsys):
         if not reproductions.why_not(entry_id):
             rows[entry_id] = known(seen[entry_id])
     with capsys.disabled():
-        print(f"\nconfusion matrix, {len(rows)} failures x {len(rows)} entries (# named first, o named too, . not named)")
+        print(
+            f"\nconfusion matrix, {len(rows)} failures x {len(rows)} entries (# named first, o named too, . not named)"
+        )
         for number, (entry_id, answers) in enumerate(rows.items()):
             marks = ("#" if answers[:1] == [other] else "o" if other in answers else "." for other in rows)
             print(f"{number:3} {entry_id:32} {''.join(marks)}")
@@ -105,7 +115,9 @@ def test_a_repacked_4bit_model_learns_nothing():
                 model.eval()(reproductions.IDS)
         model = reproductions.lora(model).train()
         model(input_ids=reproductions.IDS, labels=reproductions.IDS).loss.backward()
-        return [p.grad is not None and p.grad.norm().item() > 0 for name, p in model.named_parameters() if "lora_B" in name]
+        return [
+            p.grad is not None and p.grad.norm().item() > 0 for name, p in model.named_parameters() if "lora_B" in name
+        ]
 
     with reproductions.quiet():
         assert all(gradients(used=False))
@@ -178,7 +190,9 @@ def test_messages_of_other_versions(text, entry_id):
 def test_what_is_not_in_the_catalogue_is_not_known(text):
     assert explain.explain(text) == []
     printed = explain.render(explain.read(text))
-    assert ("=> I do not know this error." if "Error" in text else "=> I see no error in this text that I know.") in printed
+    assert (
+        "=> I do not know this error." if "Error" in text else "=> I see no error in this text that I know."
+    ) in printed
 
 
 LOGS = {
@@ -225,7 +239,9 @@ def test_another_type_or_place_is_not_explained(entry_id, seen):
 
 
 def colour(text):
-    return re.sub(r"\b([A-Z]\w+Error)\b", "\x1b[0;31m\\1\x1b[0m", re.sub(r"^(\s+File)", "\x1b[1;32m\\1\x1b[0m", text, flags=re.M))
+    return re.sub(
+        r"\b([A-Z]\w+Error)\b", "\x1b[0;31m\\1\x1b[0m", re.sub(r"^(\s+File)", "\x1b[1;32m\\1\x1b[0m", text, flags=re.M)
+    )
 
 
 FORMATS = {
@@ -289,8 +305,16 @@ def test_jupyters_own_format(raised):
 
 def test_saved_notebook_with_an_error(raised):
     error = raised["load-in-4bit"]
-    output = {"output_type": "error", "ename": type(error).__name__, "evalue": str(error), "traceback": jupyter(error).split("\n")}
-    notebook = {"cells": [{"cell_type": "markdown", "source": "ValueError: no"}, {"cell_type": "code", "outputs": [output]}], "nbformat": 4}
+    output = {
+        "output_type": "error",
+        "ename": type(error).__name__,
+        "evalue": str(error),
+        "traceback": jupyter(error).split("\n"),
+    }
+    notebook = {
+        "cells": [{"cell_type": "markdown", "source": "ValueError: no"}, {"cell_type": "code", "outputs": [output]}],
+        "nbformat": 4,
+    }
     assert known(json.dumps(notebook)) == ["load-in-4bit"]
     assert known(json.dumps({"cells": []})) == []
     assert known("{not json\nIndexError: index out of range in self") == ["token-id-outside"]
@@ -312,7 +336,9 @@ def test_chain_with_an_unknown_end():
 
 
 def test_exception_group():
-    error = ExceptionGroup("two workers failed", [ZeroDivisionError("division by zero"), IndexError("index out of range in self")])
+    error = ExceptionGroup(
+        "two workers failed", [ZeroDivisionError("division by zero"), IndexError("index out of range in self")]
+    )
     assert known(explain.as_text(error))[0] == "token-id-outside"
 
 
@@ -355,7 +381,12 @@ SECRETS = {
 @pytest.mark.parametrize("name", SECRETS)
 def test_secrets_are_not_printed(name):
     secret = SECRETS[name]
-    for text in (f"ValueError: {secret}", f"OSError: We couldn't connect to 'https://x' {secret}", secret, f"Traceback (most recent call last):\n{secret}"):
+    for text in (
+        f"ValueError: {secret}",
+        f"OSError: We couldn't connect to 'https://x' {secret}",
+        secret,
+        f"Traceback (most recent call last):\n{secret}",
+    ):
         printed = explain.render(explain.read(text))
         for part in ("aB3aB3", "hunter22", "0123456789", "abcdefghij"):
             assert part not in printed, printed
@@ -376,11 +407,19 @@ def test_a_token_at_the_place_where_a_long_text_is_cut(monkeypatch):
 def test_the_librarys_own_leak_is_redacted(seen):
     text = seen["token-with-newline"]
     assert reproductions.TOKEN in text, "the library no longer prints the token: good, say so in the catalogue"
-    assert reproductions.TOKEN not in explain.render(explain.read(text)) and "[secret]" in explain.render(explain.read(text))
+    assert reproductions.TOKEN not in explain.render(explain.read(text)) and "[secret]" in explain.render(
+        explain.read(text)
+    )
 
 
 def test_redaction_leaves_ordinary_words_alone(seen):
-    for text in ("tokenizer.pad_token = tokenizer.eos_token", "max_new_tokens=128", "hf_quantizer.preprocess_model", "token_type_ids", "key=value"):
+    for text in (
+        "tokenizer.pad_token = tokenizer.eos_token",
+        "max_new_tokens=128",
+        "hf_quantizer.preprocess_model",
+        "token_type_ids",
+        "key=value",
+    ):
         assert explain.redact(text) == text
 
 
@@ -393,7 +432,9 @@ LINES = st.sampled_from(
         "RuntimeError: CUDA out of memory", "x.py:1: UserWarning: w", "", "\r", "{", '{"cells": [1]}',
     ]
 )  # fmt: skip
-ANYTHING = st.one_of(st.text(), st.binary(), st.lists(st.one_of(LINES, st.text(max_size=20)), max_size=15).map("\n".join))
+ANYTHING = st.one_of(
+    st.text(), st.binary(), st.lists(st.one_of(LINES, st.text(max_size=20)), max_size=15).map("\n".join)
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -409,7 +450,11 @@ def test_any_text_can_be_read(text):
 
 
 @settings(max_examples=200, deadline=None)
-@given(ANYTHING.filter(lambda x: isinstance(x, str)), st.from_regex(r"hf_[A-Za-z0-9]{34}", fullmatch=True), st.text(max_size=50))
+@given(
+    ANYTHING.filter(lambda x: isinstance(x, str)),
+    st.from_regex(r"hf_[A-Za-z0-9]{34}", fullmatch=True),
+    st.text(max_size=50),
+)
 def test_no_token_comes_out_of_any_text(before, token, after):
     reading = explain.read(before + token + after)
     assert token not in explain.render(reading) and token not in reading.text
@@ -430,7 +475,19 @@ def test_what_stands_before_a_traceback_does_not_matter(before, entry_id):
 CACHE = {}
 
 
-@pytest.mark.parametrize("text", ["a" * 10**6, "a." * 10**5, "Error" * 10**5, "\x1b[" * 10**5, ("ValueError: x\n" * 10**4), "//a:b" * 10**5, "{" * 10**5], ids=lambda t: t[:8])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 10**6,
+        "a." * 10**5,
+        "Error" * 10**5,
+        "\x1b[" * 10**5,
+        ("ValueError: x\n" * 10**4),
+        "//a:b" * 10**5,
+        "{" * 10**5,
+    ],
+    ids=lambda t: t[:8],
+)
 def test_long_texts_take_no_time(text):
     started = time.perf_counter()
     explain.render(explain.read(text))
@@ -441,7 +498,9 @@ def test_long_texts_take_no_time(text):
 
 
 def run(*arguments, text=None):
-    return subprocess.run([sys.executable, "-m", "helpers", "explain", *arguments], input=text, capture_output=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-m", "helpers", "explain", *arguments], input=text, capture_output=True, cwd=ROOT
+    )
 
 
 def test_exit_codes(tmp_path):
@@ -470,7 +529,9 @@ def test_fast(name):
 
 def test_without_torch():
     code = "import sys; from helpers import explain; explain.render(explain.read('KeyError')); print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "set()"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "set()"
+    )
 
 
 @pytest.fixture

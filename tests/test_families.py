@@ -17,20 +17,16 @@ NOTEBOOKS = {
     "06_awq": {},
     "07_qlora": {"steps": 4},
     "08_gguf_llama_cpp": {"calibration_tokens": 1024},
-<<<<<<< HEAD
     "09_float_formats": {},
-}
-# (family, notebook): the words it refuses with
-REFUSALS = {(family, "08_gguf_llama_cpp"): "this notebook writes llama, mistral, qwen2 models" for family in ("qwen3", "gemma3_text", "phi3", "falcon")}
-REFUSALS["falcon", "09_float_formats"] = "FalconLinear: compressed-tensors loads plain Linear layers only"
-=======
     "10_below_four_bits": {"calibration_samples": 8, "calibration_length": 32, "autoround_iters": 2},
 }
 # (family, notebook): the words it refuses with
 ELSEWHERE = ("qwen3", "gemma3_text", "phi3", "falcon")
 REFUSALS = {(family, "08_gguf_llama_cpp"): "this notebook writes llama, mistral, qwen2 models" for family in ELSEWHERE}
-REFUSALS |= {(family, "10_below_four_bits"): "this notebook rotates llama, mistral and qwen2 models" for family in ELSEWHERE}
->>>>>>> ten
+REFUSALS |= {
+    (family, "10_below_four_bits"): "this notebook rotates llama, mistral and qwen2 models" for family in ELSEWHERE
+}
+REFUSALS["falcon", "09_float_formats"] = "FalconLinear: compressed-tensors loads plain Linear layers only"
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -38,7 +34,12 @@ REFUSALS |= {(family, "10_below_four_bits"): "this notebook rotates llama, mistr
 def test_a_model_of_another_family_runs_or_is_refused_in_one_line(family, notebook, tokenizer, tmp_path):
     folder = families.write(tmp_path / "models", family, tokenizer)
     path = ROOT / "notebooks" / f"{notebook}.ipynb"
-    parameters = {"model": str(folder), "output_dir": str(tmp_path / "build"), "eval_tokens": 1024, **NOTEBOOKS[notebook]}
+    parameters = {
+        "model": str(folder),
+        "output_dir": str(tmp_path / "build"),
+        "eval_tokens": 1024,
+        **NOTEBOOKS[notebook],
+    }
     result = run.execute(path, tmp_path / "out.ipynb", parameters, cwd=tmp_path)
     if (family, notebook) in REFUSALS:
         assert REFUSALS[family, notebook] in result.verdict and result.seconds < 60, result.verdict

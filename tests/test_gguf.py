@@ -27,7 +27,11 @@ def nb():
             return node.name != "write_gguf"  # its default needs a model
         if isinstance(node, ast.Assign):
             return ast.unparse(node.targets[0]) in KEPT
-        return isinstance(node, (ast.Import, ast.ImportFrom)) and "quiz" not in ast.unparse(node) and "peft" not in ast.unparse(node)
+        return (
+            isinstance(node, (ast.Import, ast.ImportFrom))
+            and "quiz" not in ast.unparse(node)
+            and "peft" not in ast.unparse(node)
+        )
 
     space = {}
     body = [node for node in tree.body if wanted(node)]
@@ -57,7 +61,9 @@ def test_blocks_of_32_give_the_bytes_of_gguf(nb, name, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_k_quant_decodes_as_gguf_does(nb, kind):
     data = libgguf.quantize_rows(blocks(kind), 12)
-    assert np.array_equal(nb["decode_q4_k"](data).reshape(8, 512), gguf.dequantize(data, gguf.GGMLQuantizationType.Q4_K))
+    assert np.array_equal(
+        nb["decode_q4_k"](data).reshape(8, 512), gguf.dequantize(data, gguf.GGMLQuantizationType.Q4_K)
+    )
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -82,11 +88,23 @@ def test_the_recipe_is_llama_cpps(nb):
     assert [layer for layer in range(16) if nb["more_bits"](layer, 16)] == [0, 1, 4, 7, 10, 13, 14, 15]
     small, mistral = models.smollm2_config(), models.mistral_config()
     ask = nb["asked_type"]
-    assert ask("Q4_K_M", "token_embd.weight", small) == kinds.Q6_K and ask("Q4_K_M", "token_embd.weight", mistral) == kinds.Q4_K
+    assert (
+        ask("Q4_K_M", "token_embd.weight", small) == kinds.Q6_K
+        and ask("Q4_K_M", "token_embd.weight", mistral) == kinds.Q4_K
+    )
     assert ask("Q4_K_M", "output.weight", mistral) == kinds.Q6_K and ask("Q2_K", "output.weight", mistral) == kinds.Q6_K
-    assert ask("Q4_K_M", "blk.0.attn_v.weight", mistral) == kinds.Q6_K and ask("Q4_K_M", "blk.5.attn_v.weight", mistral) == kinds.Q4_K
-    assert ask("Q2_K", "blk.0.attn_v.weight", mistral) == kinds.Q4_K and ask("Q2_K", "blk.0.attn_v.weight", small) == kinds.Q3_K
-    assert ask("Q2_K", "blk.3.ffn_up.weight", small) == kinds.Q2_K and ask("Q8_0", "blk.3.ffn_up.weight", small) == kinds.Q8_0
+    assert (
+        ask("Q4_K_M", "blk.0.attn_v.weight", mistral) == kinds.Q6_K
+        and ask("Q4_K_M", "blk.5.attn_v.weight", mistral) == kinds.Q4_K
+    )
+    assert (
+        ask("Q2_K", "blk.0.attn_v.weight", mistral) == kinds.Q4_K
+        and ask("Q2_K", "blk.0.attn_v.weight", small) == kinds.Q3_K
+    )
+    assert (
+        ask("Q2_K", "blk.3.ffn_up.weight", small) == kinds.Q2_K
+        and ask("Q8_0", "blk.3.ffn_up.weight", small) == kinds.Q8_0
+    )
 
 
 def test_a_type_that_fits_the_row(nb):
@@ -111,7 +129,9 @@ def small_file(tmp_path):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("small")
     rows = np.ones((4, 64), np.float32)
-    writer.add_tensor("a.weight", gguf.quantize(rows, gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor(
+        "a.weight", gguf.quantize(rows, gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0
+    )
     writer.add_tensor("norm.weight", rows[0])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -140,7 +160,11 @@ def test_a_damaged_file_is_refused_in_one_line(nb, small_file, damage, message):
     small_file.write_bytes(damage(small_file.read_bytes()))
     with pytest.raises(ValueError, match=message) as caught:
         nb["open_gguf"](small_file)
-    assert "\n" not in str(caught.value) and "small.gguf" in str(caught.value) and str(small_file.parent) not in str(caught.value)
+    assert (
+        "\n" not in str(caught.value)
+        and "small.gguf" in str(caught.value)
+        and str(small_file.parent) not in str(caught.value)
+    )
 
 
 @pytest.mark.parametrize(("log", "said"), [
@@ -154,8 +178,11 @@ def test_the_first_error_of_a_log(nb, log, said):
 
 def test_the_go_template_is_filled(nb):
     with_system = nb["filled"](nb["GO_TEMPLATE"], System="Be brief.", Prompt="Hi")
-    assert with_system == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert nb["filled"](nb["GO_TEMPLATE"], Prompt="Hi") == with_system[with_system.index("<|im_start|>user"):]
+    assert (
+        with_system
+        == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert nb["filled"](nb["GO_TEMPLATE"], Prompt="Hi") == with_system[with_system.index("<|im_start|>user") :]
 
 
 def test_a_pre_tokenizer_without_a_name_is_refused(nb):

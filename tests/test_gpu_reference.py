@@ -41,13 +41,19 @@ def numbers(value, path=""):
 def test_form():
     facts = {"device", "vram_bytes", "driver", "date", "command", "model", "versions", "protocol"}
     assert facts <= RECORD.keys() <= facts | reference.STEPS.keys()
-    assert date.fromisoformat(RECORD["date"]) and re.fullmatch(r"[\d.]+", RECORD["driver"]) and RECORD["device"].startswith("NVIDIA")
+    assert (
+        date.fromisoformat(RECORD["date"])
+        and re.fullmatch(r"[\d.]+", RECORD["driver"])
+        and RECORD["device"].startswith("NVIDIA")
+    )
     assert RECORD["command"].startswith("python notebooks/gpu/reference.py")
     assert all(re.match(r"\d+\.\d+", version) for version in RECORD["versions"].values())
     assert not re.search(r"/(home|root|work|tmp|usr)/", json.dumps(RECORD)), "a machine's path"
     steps = {step: RECORD[step] for step in RECORD.keys() & reference.STEPS.keys()}
     for step in steps.values():
-        assert step.keys() & {"device", "date"} in ({"device", "date"}, set()), "a step of another device names it, and its day"
+        assert step.keys() & {"device", "date"} in ({"device", "date"}, set()), (
+            "a step of another device names it, and its day"
+        )
     values = list(numbers(steps))
     assert len(values) > 100 and all(value >= 0 for _, value in values) and "failed" not in json.dumps(RECORD)
 
@@ -66,7 +72,10 @@ def test_bytes_are_bits_times_weights(config):
         assert LADDER[what]["bytes"] == pytest.approx(size, rel=0.003), what
     for name, row in RECORD["memory"].items():
         assert row["weight_bytes"] == pytest.approx(row["computed_bytes"], rel=0.03), name
-        assert row["weight_bytes"] <= row["loading_peak_bytes"] <= row["under"] and row["answering_peak_bytes"] <= row["under"]
+        assert (
+            row["weight_bytes"] <= row["loading_peak_bytes"] <= row["under"]
+            and row["answering_peak_bytes"] <= row["under"]
+        )
 
 
 def test_speeds_stay_under_the_bandwidth_limit_and_agree_with_the_profile():
@@ -76,11 +85,15 @@ def test_speeds_stay_under_the_bandwidth_limit_and_agree_with_the_profile():
         assert row["batch 8"] is None or row["batch 1"] < row["batch 8"] < 8 * row["limit"], what
         if row["profile"]:
             profile = row["profile"]
-            assert sum(profile["kinds"].values()) + profile["idle_s"] == pytest.approx(profile["token_s"], rel=0.02), what
+            assert sum(profile["kinds"].values()) + profile["idle_s"] == pytest.approx(profile["token_s"], rel=0.02), (
+                what
+            )
         if "lean" in what:
             assert profile["token_s"] == pytest.approx(1 / row["batch 1"], rel=0.06), what
     gap = summary.gap(RECORD)
-    assert all(value > 0 for value in gap.values()) and sum(gap.values()) == pytest.approx(BEST["profile"]["token_s"], rel=0.02)
+    assert all(value > 0 for value in gap.values()) and sum(gap.values()) == pytest.approx(
+        BEST["profile"]["token_s"], rel=0.02
+    )
 
 
 def test_four_bits_pay():
@@ -109,7 +122,15 @@ def test_gptq_of_the_7b_shape():
 def committed(monkeypatch, *kept):
     """Let results come with the course: (device, model, {method: KL})."""
     every = [
-        helpers.reference.Reference(device, model, "2026-11-25", {name: {"method": name, "device": device, "model": model, "kl_divergence": kl, "eval_tokens": 8192} for name, kl in found.items()})
+        helpers.reference.Reference(
+            device,
+            model,
+            "2026-11-25",
+            {
+                name: {"method": name, "device": device, "model": model, "kl_divergence": kl, "eval_tokens": 8192}
+                for name, kl in found.items()
+            },
+        )
         for device, model, found in kept
     ]
     monkeypatch.setattr(helpers.reference, "read", lambda: every)
@@ -122,14 +143,19 @@ def test_quality_is_compared_where_one_model_was_measured_on_both(monkeypatch):
         ("2 CPU cores, x86_64", "small (hub)", {"nf4": 0.30, "gptq": 0.200, "bf16": 0.001}),
         ("NVIDIA H100", "small (hub)", {"nf4": 0.33, "gptq": 0.201, "awq": 0.1}),
     )
-    assert [(name, gpu["kl_divergence"], cpu["kl_divergence"]) for name, gpu, cpu in summary.both()] == [("nf4", 0.33, 0.30), ("gptq", 0.201, 0.200)]
+    assert [(name, gpu["kl_divergence"], cpu["kl_divergence"]) for name, gpu, cpu in summary.both()] == [
+        ("nf4", 0.33, 0.30),
+        ("gptq", 0.201, 0.200),
+    ]
     text = summary.quality()
     assert "an NVIDIA H100 with small and the CPU's 8,192 tokens" in text and "0.3300 for nf4 (CPU 0.3000)" in text
     assert "apart: nf4; [what" in text
 
 
 def test_without_a_common_model_nothing_is_said_of_quality(monkeypatch):
-    committed(monkeypatch, ("2 CPU cores, x86_64", "small (hub)", {"nf4": 0.3}), ("NVIDIA H100", "large (hub)", {"nf4": 0.1}))
+    committed(
+        monkeypatch, ("2 CPU cores, x86_64", "small (hub)", {"nf4": 0.3}), ("NVIDIA H100", "large (hub)", {"nf4": 0.1})
+    )
     assert summary.both() == [] and summary.quality() is None
     assert "Quality:" not in summary.section(RECORD) and "\n\n\n" not in summary.section(RECORD)
 
@@ -137,7 +163,9 @@ def test_without_a_common_model_nothing_is_said_of_quality(monkeypatch):
 def test_readme_says_what_the_record_says():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert summary.headline(RECORD) in readme, "run `python notebooks/gpu/summary.py`"
-    assert summary.section(RECORD) in (FOLDER / "README.md").read_text(encoding="utf-8"), "run `python notebooks/gpu/summary.py`"
+    assert summary.section(RECORD) in (FOLDER / "README.md").read_text(encoding="utf-8"), (
+        "run `python notebooks/gpu/summary.py`"
+    )
     assert f"![{summary.alt(RECORD)}](notebooks/gpu/decode.png)" in readme
     assert 5_000 < summary.PICTURE.stat().st_size < 100_000
 

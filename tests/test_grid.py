@@ -122,8 +122,17 @@ def test_bfloat16_numbers_stored_as_float32_near_one_are_no_grid(tmp_path):
 
 def test_a_part_of_the_tensors_over_two_shards_in_order_and_embeddings_do_not_count(tmp_path):
     on, off = asymmetric(normal(96, 576), 32), normal(96, 576)
-    first = {"layers.2.a.weight": on, "layers.10.a.weight": on.clone(), "model.embed_tokens.weight": on.clone(), "norm.weight": on[0].clone()}
-    second = {"layers.3.a.weight": off, "layers.4.a.qweight": torch.zeros(64, 64, dtype=torch.int32), "layers.3.b.weight": symmetric(off, 64)}
+    first = {
+        "layers.2.a.weight": on,
+        "layers.10.a.weight": on.clone(),
+        "model.embed_tokens.weight": on.clone(),
+        "norm.weight": on[0].clone(),
+    }
+    second = {
+        "layers.3.a.weight": off,
+        "layers.4.a.qweight": torch.zeros(64, 64, dtype=torch.int32),
+        "layers.3.b.weight": symmetric(off, 64),
+    }
     save_file(first, tmp_path / "one.safetensors")
     save_file(second, tmp_path / "two.safetensors")
     save_file({"stray.weight": on}, tmp_path / "stray.safetensors")
@@ -138,7 +147,9 @@ def test_only_a_sample_is_read(tmp_path, monkeypatch):
     save_file({"up.weight": normal(4096, 576)}, tmp_path / "model.safetensors")
     taken = []
     original = torch.cat
-    monkeypatch.setattr(torch, "cat", lambda pieces: taken.append(sum(piece.numel() for piece in pieces)) or original(pieces))
+    monkeypatch.setattr(
+        torch, "cat", lambda pieces: taken.append(sum(piece.numel() for piece in pieces)) or original(pieces)
+    )
     grid.find(tmp_path)
     assert taken and max(taken) < 4096 * 576 / 20
 
@@ -149,7 +160,14 @@ def test_only_a_sample_is_read(tmp_path, monkeypatch):
 def tiny(kind, **options):
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[kind]
     torch.manual_seed(0)
     net = model(config(**sizes, initializer_range=0.3, **options)).eval()

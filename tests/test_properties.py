@@ -53,7 +53,9 @@ def test_any_text_in_any_valid_conversation_renders_to_ids_of_the_vocabulary(nam
 def test_no_words_are_lost_added_or_reordered(name, messages):
     plain = [word for message in messages for word in message["content"].split()]
     ids = chat.render(tokenizer(name), messages)
-    spoken = [word for word in tokenizer(name).convert_ids_to_tokens(ids) if word in {"hello", "be", "brief", "hi", "there"}]
+    spoken = [
+        word for word in tokenizer(name).convert_ids_to_tokens(ids) if word in {"hello", "be", "brief", "hi", "there"}
+    ]
     assert spoken == plain
 
 
@@ -84,8 +86,13 @@ def test_folding_keeps_every_text_and_makes_no_system_message(messages):
     assert chat.fold_system(folded) == folded, "folding twice changes something"
 
 
-json_value = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
-odd_message = st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "assistant", "system", "tool"]) | json_value, "content": json_value})
+json_value = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+odd_message = st.fixed_dictionaries(
+    {}, optional={"role": st.sampled_from(["user", "assistant", "system", "tool"]) | json_value, "content": json_value}
+)
 
 
 @settings(deadline=None)
@@ -106,7 +113,13 @@ class Untrained:
 
 
 @settings(deadline=None)
-@given(each_template, st.none() | said, st.lists(said, max_size=12).filter(lambda turns: len(turns) % 2 == 0), said, st.integers(2, 120))
+@given(
+    each_template,
+    st.none() | said,
+    st.lists(said, max_size=12).filter(lambda turns: len(turns) % 2 == 0),
+    said,
+    st.integers(2, 120),
+)
 def test_a_session_within_budget_keeps_whole_newest_turns_and_the_system_message(name, system, history, text, budget):
     session = chat.ChatSession(Untrained(), tokenizer(name), system=system, max_new_tokens=1, token_budget=budget)
     session.turns = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(history)]
@@ -122,7 +135,9 @@ def test_a_session_within_budget_keeps_whole_newest_turns_and_the_system_message
         assert len(ids) + 1 <= budget and turns == everything[len(everything) - len(turns) :] and len(turns) % 2 == 1
         if len(turns) < len(everything):
             more = everything[len(everything) - len(turns) - 2 :]
-            assert len(chat.render(tokenizer(name), [*session.system, *more])) + 1 > budget, "a turn that fits was dropped"
+            assert len(chat.render(tokenizer(name), [*session.system, *more])) + 1 > budget, (
+                "a turn that fits was dropped"
+            )
     assert session.turns == before
 
 
@@ -149,13 +164,22 @@ method = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,20}", fullmatch=True)
 @given(st.dictionaries(method, numbers, min_size=1, max_size=4))
 def test_what_is_written_is_what_is_read(written):
     with tempfile.TemporaryDirectory() as folder:
-        made = {name: records.write(folder, method=name, notebook="04", found=FOUND, **arguments(values)) for name, values in written.items()}
+        made = {
+            name: records.write(folder, method=name, notebook="04", found=FOUND, **arguments(values))
+            for name, values in written.items()
+        }
         assert records.read(folder) == made
-        assert sorted(path.name for path in (Path(folder) / "records").iterdir()) == sorted(f"{name}.json" for name in written)
+        assert sorted(path.name for path in (Path(folder) / "records").iterdir()) == sorted(
+            f"{name}.json" for name in written
+        )
 
 
 @settings(deadline=None, max_examples=50)
-@given(numbers, st.sampled_from(records.NUMBERS), st.sampled_from([math.nan, math.inf, -math.inf, -1, "1", True, [1], {}, 1j]))
+@given(
+    numbers,
+    st.sampled_from(records.NUMBERS),
+    st.sampled_from([math.nan, math.inf, -math.inf, -1, "1", True, [1], {}, 1j]),
+)
 def test_one_wrong_value_among_right_ones_is_refused_by_name_and_the_old_record_stays(values, name, wrong):
     with tempfile.TemporaryDirectory() as folder:
         old = records.write(folder, method="nf4", notebook="04", found=FOUND, **arguments(values))
@@ -204,9 +228,16 @@ quantized = st.integers(2, 8)
 @given(shapes, st.sampled_from([16, 32]), st.integers(0, 4096), st.integers(0, 8))
 def test_an_unquantized_model_is_its_parameters_times_their_bits(config, bits, context, batch):
     found = memory.predict(config, bits=bits, rest_bits=bits, context=context, batch=batch)
-    assert found.model == found.parameters * bits // 8 and found.scales == 0 and found.bits_per_weight == pytest.approx(bits)
+    assert (
+        found.model == found.parameters * bits // 8
+        and found.scales == 0
+        and found.bits_per_weight == pytest.approx(bits)
+    )
     assert found.total == found.weights + found.scales + found.rest + found.kv_cache
-    assert found.kv_cache == 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context * batch * 2
+    assert (
+        found.kv_cache
+        == 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context * batch * 2
+    )
 
 
 @few
@@ -240,11 +271,16 @@ def test_the_cache_is_proportional_to_tokens_and_sequences(config, context, batc
 def test_any_other_number_of_bits_is_a_value_error(bits):
     assume(isinstance(bits, bool) or not (isinstance(bits, (int, float)) and (2 <= bits <= 8 or bits in (16, 32))))
     with pytest.raises(ValueError, match="bits must be"):
-        memory.predict(LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1), bits=bits)
+        memory.predict(
+            LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1),
+            bits=bits,
+        )
 
 
 @few
 @given(shapes)
 def test_the_prediction_is_plain_numbers_that_json_takes(config):
-    found = vars(memory.predict(config, bits=4, group_size=8, context=10)) | {"notes": 0}  # the one field that holds words
+    found = vars(memory.predict(config, bits=4, group_size=8, context=10)) | {
+        "notes": 0
+    }  # the one field that holds words
     assert json.loads(json.dumps(found)) == found and all(type(value) is int and value >= 0 for value in found.values())

@@ -52,7 +52,13 @@ Path(folder, "losses.json").write_text(json.dumps(losses))
 
 def start(base, folder):
     environment = child_environment()
-    return subprocess.Popen([sys.executable, "-c", TRAIN, str(base), str(folder)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAIN, str(base), str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process):

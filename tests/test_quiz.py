@@ -29,12 +29,22 @@ def test_every_notebook_has_three_questions_with_one_right_choice_and_a_reason_f
             texts = [choice["text"] for choice in question["choices"]]
             assert len(set(texts)) == len(texts) >= 3 and max(map(len, texts)) <= 90, notebook
             assert sum(choice["right"] for choice in question["choices"]) == 1
-            assert all(set(choice) == {"text", "right", "why"} and len(choice["why"]) > 15 for choice in question["choices"])
+            assert all(
+                set(choice) == {"text", "right", "why"} and len(choice["why"]) > 15 for choice in question["choices"]
+            )
 
 
 def test_right_choices_are_not_always_in_the_same_place_nor_the_longest():
-    places = [[choice["right"] for choice in question["choices"]].index(True) for questions in QUIZ.values() for question in questions]
-    longest = [max(question["choices"], key=lambda choice: len(choice["text"]))["right"] for questions in QUIZ.values() for question in questions]
+    places = [
+        [choice["right"] for choice in question["choices"]].index(True)
+        for questions in QUIZ.values()
+        for question in questions
+    ]
+    longest = [
+        max(question["choices"], key=lambda choice: len(choice["text"]))["right"]
+        for questions in QUIZ.values()
+        for question in questions
+    ]
     assert max(map(places.count, set(places))) < 0.5 * len(places)
     assert sum(longest) < 0.5 * len(longest)
 
@@ -45,7 +55,10 @@ def test_a_quiz_judges_explains_and_keeps(reader):
     right = [[choice["right"] for choice in question["choices"]].index(True) for question in QUIZ[name]]
     wrong = (right[2] + 1) % 3
     assert box.choose(2, wrong) is False and not progress.path().exists()
-    assert f"{'ABC'[wrong]} is not right." in box.answers[2].value and QUIZ[name][2]["choices"][wrong]["why"] in box.answers[2].value
+    assert (
+        f"{'ABC'[wrong]} is not right." in box.answers[2].value
+        and QUIZ[name][2]["choices"][wrong]["why"] in box.answers[2].value
+    )
     box.buttons[0][right[0]].click()
     assert f"<b>{'ABC'[right[0]]} is right.</b>" in box.answers[0].value and box.answers[1].value == ""
     assert progress.read() == {name: {"quiz": [0]}}
@@ -59,7 +72,11 @@ def test_in_batch_answers_are_folded_and_nothing_is_kept(reader, monkeypatch):
     monkeypatch.setenv("COURSE_BATCH", "1")
     box = quiz.Quiz("00_start_here")
     shown = box._repr_mimebundle_()
-    assert set(shown) == {"text/html", "text/plain"} and shown["text/html"].count("<details>") == 3 and "open" not in shown["text/html"]
+    assert (
+        set(shown) == {"text/html", "text/plain"}
+        and shown["text/html"].count("<details>") == 3
+        and "open" not in shown["text/html"]
+    )
     for question in QUIZ["00_start_here"]:
         assert question["question"] in shown["text/plain"]
     progress.add("00_start_here", "quiz", [0])
@@ -71,12 +88,17 @@ def test_questions_are_text_not_html(reader, monkeypatch):
     monkeypatch.setattr(quiz, "load", lambda: {"x": [{"question": "<script>y</script>?", "choices": choices}]})
     box = quiz.Quiz("x")
     box.choose(0, 0)
-    assert "<script>" not in box.static() + box.answers[0].value + box.widget.children[0].value and "<i>" not in box.static()
+    assert (
+        "<script>" not in box.static() + box.answers[0].value + box.widget.children[0].value
+        and "<i>" not in box.static()
+    )
 
 
 def test_every_button_says_which_choice_it_is(reader):
     box = quiz.Quiz("00_start_here")
-    assert [button.description for buttons in box.buttons for button in buttons] == [f"{n} {letter}" for n in (1, 2, 3) for letter in "ABC"]
+    assert [button.description for buttons in box.buttons for button in buttons] == [
+        f"{n} {letter}" for n in (1, 2, 3) for letter in "ABC"
+    ]
     assert box.buttons[1][2].tooltip == QUIZ["00_start_here"][1]["choices"][2]["text"]
 
 
@@ -85,7 +107,11 @@ def test_a_widget_of_an_older_ipywidgets_is_shown_too(reader):
         model_id = "abc"
 
     shown = widgets.view(Old())
-    assert shown["application/vnd.jupyter.widget-view+json"] == {"version_major": 2, "version_minor": 0, "model_id": "abc"}
+    assert shown["application/vnd.jupyter.widget-view+json"] == {
+        "version_major": 2,
+        "version_minor": 0,
+        "model_id": "abc",
+    }
     assert set(widgets.view(quiz.Quiz("00_start_here").widget)) == set(shown)
 
 
@@ -120,7 +146,9 @@ def test_a_solution_cell_and_a_test_of_ones_own_are_no_progress(reader):
 
 def test_every_exercise_of_the_course_is_counted():
     counted = progress.exercises()
-    assert set(counted) == {path.stem for path in pages.paths()} and all(2 <= len(names) <= 3 for names in counted.values())
+    assert set(counted) == {path.stem for path in pages.paths()} and all(
+        2 <= len(names) <= 3 for names in counted.values()
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"other": []}}', '{"a": {"quiz": 1}}'])

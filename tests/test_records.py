@@ -17,11 +17,16 @@ NUMBERS = dict.fromkeys(records.NUMBERS, 1.0)
 def arguments(numbers):
     """Fields of a record as `records.write` takes them: the qualities in one `Scores`."""
     quality = {name: numbers[name] for name in records.QUALITY}
-    return {"scores": evaluation.Scores(**quality), **{name: value for name, value in numbers.items() if name not in quality}}
+    return {
+        "scores": evaluation.Scores(**quality),
+        **{name: value for name, value in numbers.items() if name not in quality},
+    }
 
 
 def write(folder, **changes):
-    return records.write(folder, **{"method": "nf4", "notebook": "04", "found": FOUND, **arguments({**NUMBERS, **changes})})
+    return records.write(
+        folder, **{"method": "nf4", "notebook": "04", "found": FOUND, **arguments({**NUMBERS, **changes})}
+    )
 
 
 def test_written_and_read(tmp_path):
@@ -37,7 +42,13 @@ def test_scores_on_both_texts_are_written_with_what_they_were_measured_on(tmp_pa
     record = write_scores(tmp_path, windows=windows, scores=own, in_domain=(pydoc, second))
     assert {name: record[name] for name in records.QUALITY} == {name: getattr(own, name) for name in records.QUALITY}
     assert [record[name] for name in records.PROTOCOL] == [2048, 256, "course"]
-    assert record["in_domain"] == {"text": "pydoc", "tokens": 512, "perplexity": 9.0, "kl_divergence": 0.1, "top1_agreement": 0.9}
+    assert record["in_domain"] == {
+        "text": "pydoc",
+        "tokens": 512,
+        "perplexity": 9.0,
+        "kl_divergence": 0.1,
+        "top1_agreement": 0.9,
+    }
     assert records.read(tmp_path) == {"nf4": record}
 
 
@@ -102,12 +113,27 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 @given(st.dictionaries(st.sampled_from(records.NUMBERS), st.one_of(st.none(), st.floats(0, 1), st.integers(0, 1))))
 def test_any_record_in_range_survives_json(numbers):
-    record = {"method": "m", "notebook": "n", "model": "m", "device": "d", "versions": {}, **dict.fromkeys(records.PROTOCOL), **dict.fromkeys(records.NUMBERS), "in_domain": None, **numbers}
+    record = {
+        "method": "m",
+        "notebook": "n",
+        "model": "m",
+        "device": "d",
+        "versions": {},
+        **dict.fromkeys(records.PROTOCOL),
+        **dict.fromkeys(records.NUMBERS),
+        "in_domain": None,
+        **numbers,
+    }
     records.check(record)
     assert json.loads(json.dumps(record, allow_nan=False)) == record
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
 def test_anything_else_is_refused_with_a_record_error(value):
     with pytest.raises(records.RecordError):
         records.check(value)

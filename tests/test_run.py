@@ -34,7 +34,8 @@ def test_a_good_notebook_is_ok_and_its_memory_is_measured(tmp_path):
         ("raise ValueError('bits must be 2 to 8')", "cell 1: ValueError: bits must be 2 to 8"),
         ("import sys; sys.exit(0)", "stopped early: 1 code cells did not run"),
         pytest.param(
-            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "the kernel died",
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+            "the kernel died",
             marks=pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows"),
         ),
     ],
@@ -70,7 +71,9 @@ def test_a_kernel_in_batch_has_a_readers_allocator_and_ends_as_it_likes(tmp_path
 def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
     from helpers.publishing import pages
 
-    paths = [notebook(tmp_path, source, name=name) for name, source in (("01_bad.ipynb", "1/0"), ("02_good.ipynb", "1"))]
+    paths = [
+        notebook(tmp_path, source, name=name) for name, source in (("01_bad.ipynb", "1/0"), ("02_good.ipynb", "1"))
+    ]
     monkeypatch.setattr(pages, "paths", lambda: paths)
     results = run.run(output_dir=str(tmp_path / "build"))
     assert [result.ok for result in results] == [False, True]
@@ -93,7 +96,7 @@ def test_cap_reaches_the_kernel(tmp_path, monkeypatch, capsys):
 
 def test_a_cap_that_is_no_size_stops_before_any_notebook(monkeypatch):
     monkeypatch.setattr(run, "execute", lambda *_, **__: pytest.fail("a notebook ran"))
-    with pytest.raises(ValueError, match='such as "24GB"; got \'24\''):
+    with pytest.raises(ValueError, match="such as \"24GB\"; got '24'"):
         run.run(only=["00"], cap="24")
 
 
@@ -114,7 +117,10 @@ def test_no_widget_is_committed(tmp_path):
     path = notebook(tmp_path, source)
     result = run.execute(path, tmp_path / "out.ipynb")
     executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
-    assert "widgets" in executed.metadata and "application/vnd.jupyter.widget-view+json" in executed.cells[0].outputs[0].data
+    assert (
+        "widgets" in executed.metadata
+        and "application/vnd.jupyter.widget-view+json" in executed.cells[0].outputs[0].data
+    )
     run.commit_outputs(path, tmp_path / "out.ipynb", result, disk=0)
     committed = nbformat.read(path, as_version=4)
     assert "widgets" not in committed.metadata
@@ -132,7 +138,13 @@ def test_report_is_one_page_that_escapes_what_it_shows(tmp_path):
     from test_records import FOUND, NUMBERS
 
     for method, kl in (("fp32", 0.0), ("nf4", 0.3)):
-        records.write(tmp_path, method=method, notebook="04", found=FOUND, **{**NUMBERS, "kl_divergence": kl, "decode_tokens_per_s": None})
+        records.write(
+            tmp_path,
+            method=method,
+            notebook="04",
+            found=FOUND,
+            **{**NUMBERS, "kl_divergence": kl, "decode_tokens_per_s": None},
+        )
     path = report.write(tmp_path, [run.Result("04", 1.0, 10**9, "cell 1: <script>alert(1)</script>")])
     page = path.read_text(encoding="utf-8")
     assert "<script>" not in page and "&lt;script&gt;" in page

@@ -13,12 +13,32 @@ pytestmark = pytest.mark.notebook
 
 FOLDER = ROOT / "notebooks" / "scale_out"
 DATA = ROOT / "notebooks" / "data" / "quantization_qa.jsonl"
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "ddp_cpu.yaml", "--main_process_port", "0"]
+ACCELERATE = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--config_file",
+    "ddp_cpu.yaml",
+    "--main_process_port",
+    "0",
+]
 
 
 def train(found, output, *options, launcher=(sys.executable,), **environment):
-    command = [*launcher, "train.py", "--model", str(found.path), "--data", str(DATA), "--output", str(output), *options]
-    return subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+    command = [
+        *launcher,
+        "train.py",
+        "--model",
+        str(found.path),
+        "--data",
+        str(DATA),
+        "--output",
+        str(output),
+        *options,
+    ]
+    return subprocess.run(
+        command, cwd=FOLDER, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    )
 
 
 def test_two_processes_write_one_adapter_and_the_curve_of_one_process(found, tmp_path):
@@ -31,7 +51,9 @@ def test_two_processes_write_one_adapter_and_the_curve_of_one_process(found, tmp
         curves[processes] = report["losses"]
     assert len(curves[1]) == 2 and curves[2] == pytest.approx(curves[1], abs=1e-4)
     written = sorted(path.name for path in (tmp_path / "2" / "adapter").iterdir())
-    assert "adapter_model.safetensors" in written and not any(name.endswith((".bin", ".pt", ".pkl")) for name in written)
+    assert "adapter_model.safetensors" in written and not any(
+        name.endswith((".bin", ".pt", ".pkl")) for name in written
+    )
 
 
 @pytest.mark.parametrize(

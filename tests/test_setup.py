@@ -133,14 +133,19 @@ def test_somebody_ran_pip_after_the_import(site, monkeypatch):
 
 
 def test_pip_fails(site, monkeypatch):
-    monkeypatch.setattr(bootstrap.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "a\nno network"))
+    monkeypatch.setattr(
+        bootstrap.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "a\nno network")
+    )
     with pytest.raises(ImportError, match="could not install course_a==2.1: no network") as caught:
         bootstrap.require("course_a")
     assert not isinstance(caught.value, bootstrap.RestartNeeded)
 
 
 def test_what_is_pinned_is_new_enough_and_asks_for_nothing_here(monkeypatch):
-    assert all(bootstrap._numbers(bootstrap.pins()[name]) >= bootstrap._numbers(oldest) for name, oldest in bootstrap.OLDEST.items())
+    assert all(
+        bootstrap._numbers(bootstrap.pins()[name]) >= bootstrap._numbers(oldest)
+        for name, oldest in bootstrap.OLDEST.items()
+    )
     monkeypatch.setattr(bootstrap.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
     bootstrap.require(*bootstrap.OLDEST)
 
@@ -179,7 +184,9 @@ def colab(tmp_path_factory):
     python = str(home / "venv" / scripts / ("python.exe" if os.name == "nt" else "python"))
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
-    with open(os.path.join(site, "packages.pth"), "w") as file:  # the packages, without the .pth that makes the checkout importable
+    with open(
+        os.path.join(site, "packages.pth"), "w"
+    ) as file:  # the packages, without the .pth that makes the checkout importable
         file.write(sysconfig.get_path("purelib") + "\n")
     wheels = home / "wheels"
     wheels.mkdir()

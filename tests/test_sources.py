@@ -18,7 +18,9 @@ def test_every_notebook_has_a_source():
 
 def test_outputs_stay_where_the_cell_is_unchanged(tmp_path):
     code, words = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
-    old = nbformat.v4.new_notebook(cells=[words("# Title"), code("a = 1", execution_count=1), code("b = 2", execution_count=2)])
+    old = nbformat.v4.new_notebook(
+        cells=[words("# Title"), code("a = 1", execution_count=1), code("b = 2", execution_count=2)]
+    )
     old.cells[2].outputs = [nbformat.v4.new_output("stream", text="two")]
     old.metadata["course"] = {"packages": ["peft"]}
     target, source = tmp_path / "00_x.ipynb", tmp_path / "00_x.py"

@@ -21,7 +21,11 @@ def code_cells(notebook):
 
 def heading(notebook, text):
     """Index of the cell with this heading."""
-    at = [n for n, cell in enumerate(notebook.cells) if cell.cell_type == "markdown" and re.search(rf"^## {text}", cell.source, re.M)]
+    at = [
+        n
+        for n, cell in enumerate(notebook.cells)
+        if cell.cell_type == "markdown" and re.search(rf"^## {text}", cell.source, re.M)
+    ]
     assert len(at) == 1, f"one heading '## {text}' expected, found {len(at)}"
     return at[0]
 
@@ -60,8 +64,12 @@ def test_anatomy_and_order(path):
 def test_whether_the_model_fits_is_asked_before_it_is_loaded(path):
     source = "\n".join(cell.source for cell in code_cells(nbformat.read(path, as_version=4)))
     asked = source.index("models.find(")
-    assert asked < min(at for call in (".from_pretrained(found.path", "evaluation.reference(") if (at := source.find(call)) >= 0)
-    assert "copies=" in source[asked : source.index("\n", asked)] or path.name[:2] == "11", "how many copies are held at once?"
+    assert asked < min(
+        at for call in (".from_pretrained(found.path", "evaluation.reference(") if (at := source.find(call)) >= 0
+    )
+    assert "copies=" in source[asked : source.index("\n", asked)] or path.name[:2] == "11", (
+        "how many copies are held at once?"
+    )
 
 
 @each_notebook
@@ -89,8 +97,14 @@ def test_exercises_have_stub_check_and_solution(path):
     solutions = pages.tagged(notebook, "solution")
     assert 2 <= len(solutions) <= 3
     for cell in solutions:
-        assert cell.source.startswith("if solutions:") and "exercises.require(" in cell.source and cell.metadata.jupyter.source_hidden
-    section = "\n".join(cell.source for cell in notebook.cells[heading(notebook, "Exercises") : heading(notebook, "Takeaways")])
+        assert (
+            cell.source.startswith("if solutions:")
+            and "exercises.require(" in cell.source
+            and cell.metadata.jupyter.source_hidden
+        )
+    section = "\n".join(
+        cell.source for cell in notebook.cells[heading(notebook, "Exercises") : heading(notebook, "Takeaways")]
+    )
     assert section.count("exercises.check(") == len(solutions) == len(re.findall(r"^    \.\.\.$", section, re.M))
     assert len(re.findall(r"^\*\*\d \((easy|medium|hard)\)", section, re.M)) == len(solutions)
 
@@ -141,7 +155,9 @@ def test_no_widget_is_saved(path):
         for output in cell.outputs:
             data = output.get("data", {})
             assert "application/vnd.jupyter.widget-view+json" not in data, cell.source[:80]
-            assert "text/html" in data or not re.match(r"(VBox|HBox|HTML)\(", data.get("text/plain", "")), cell.source[:80]
+            assert "text/html" in data or not re.match(r"(VBox|HBox|HTML)\(", data.get("text/plain", "")), cell.source[
+                :80
+            ]
 
 
 @each_notebook
@@ -151,7 +167,9 @@ def test_pictures_have_alternative_text_and_a_table(path):
         for output in pictures:
             assert len(output.metadata.get("image/png", {}).get("alt", "")) > 30, cell.source[:80]
         if pictures:
-            assert any("text/html" in output.get("data", {}) for output in cell.outputs), "no table beside the picture: " + cell.source[:80]
+            assert any("text/html" in output.get("data", {}) for output in cell.outputs), (
+                "no table beside the picture: " + cell.source[:80]
+            )
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "markdown":
             assert not re.search(r"!\[\]\(|<img(?![^>]*alt=)", cell.source)

@@ -37,7 +37,9 @@ THINKING = (
 )
 # As DeepSeek-R1's: opens the thought itself, loses tools without a word.
 OPENED = (
-    "{{ bos_token }}" + LOOP + "{% if m.role == 'user' %}<|User|>{{ m.content }}{% elif m.role == 'assistant' %}<|Assistant|>"
+    "{{ bos_token }}"
+    + LOOP
+    + "{% if m.role == 'user' %}<|User|>{{ m.content }}{% elif m.role == 'assistant' %}<|Assistant|>"
     "{{ m.content.split('</think>')[-1] }}</s>{% endif %}" + ASK + "<|Assistant|><think>\n{% endif %}"
 )
 # As gpt-oss's: channels, a developer, and advice.
@@ -45,7 +47,9 @@ CHANNELS = (
     LOOP + "{% if m.role == 'developer' or m.role == 'system' %}<|start|>developer<|message|>{{ m.content }}<|end|>"
     "{% elif m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>{% else %}{% if '<|channel|>' in m.content %}"
     "{{ raise_exception('Put thoughts into the thinking field.') }}{% endif %}"
-    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}" + ASK + "<|start|>assistant{% endif %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}"
+    + ASK
+    + "<|start|>assistant{% endif %}"
 )
 # As Gemma's: trims, renames the assistant, refuses a system message; the tokenizer adds no BOS, the template does.
 TURNS = (
@@ -55,21 +59,28 @@ TURNS = (
 )  # fmt: skip
 # As SmolVLM's: takes lists of parts only, and iterates over the letters of a text without an error.
 PARTS = (
-    LOOP + "{{ m.role | capitalize }}: {% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+    LOOP
+    + "{{ m.role | capitalize }}: {% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
     "<end_of_utterance>\n" + ASK + "Assistant:{% endif %}"
 )
 # As Phi-3's first: no BOS although the tokenizer has one, and a system message is left out without a word.
 SILENT = (
-    LOOP + "{% if m.role == 'user' %}<|user|>\n{{ m.content }}<|end|>\n{% elif m.role == 'assistant' %}<|assistant|>\n{{ m.content }}<|end|>\n"
+    LOOP
+    + "{% if m.role == 'user' %}<|user|>\n{{ m.content }}<|end|>\n{% elif m.role == 'assistant' %}<|assistant|>\n{{ m.content }}<|end|>\n"
     "{% endif %}" + ASK + "<|assistant|>\n{% endif %}"
 )
 # As Llama 2's: the marks of turns are plain text.
-PLAIN = LOOP + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+PLAIN = (
+    LOOP
+    + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 SHAPES = {
     "chatml": CHATML, "thinking": THINKING, "opened": OPENED, "channels": CHANNELS, "turns": TURNS, "parts": PARTS, "silent": SILENT,
 }  # fmt: skip
 
-_SPECIAL = re.compile(r"<\|[^<>|\s]*\|?>|<[^<>|\s]*\|>|<｜[^<>｜]*｜>|</?s>|<(?:bos|start_of_turn|end_of_turn|end_of_utterance)>|\[/?[A-Z_]+\]")
+_SPECIAL = re.compile(
+    r"<\|[^<>|\s]*\|?>|<[^<>|\s]*\|>|<｜[^<>｜]*｜>|</?s>|<(?:bos|start_of_turn|end_of_turn|end_of_utterance)>|\[/?[A-Z_]+\]"
+)
 _TAG = re.compile(r"</?(?:think|tool_call|tool_response)>")
 
 
@@ -84,7 +95,9 @@ def letters(template, with_marks=True):
     if with_marks and template:
         literal = templates._literals(template)
         for pattern, special in ((_SPECIAL, True), (_TAG, False)):
-            tokenizer.add_tokens([AddedToken(mark, special=special, normalized=False) for mark in sorted(set(pattern.findall(literal)))])
+            tokenizer.add_tokens(
+                [AddedToken(mark, special=special, normalized=False) for mark in sorted(set(pattern.findall(literal)))]
+            )
     tokenizer.chat_template = template
     return tokenizer
 
@@ -98,8 +111,17 @@ def turn(role, content, **more):
 
 
 HELLO = [turn("user", "hello")]
-CALL = turn("assistant", None, tool_calls=[{"id": "call12345", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}])
-TOOL = {"type": "function", "function": {"name": "weather", "description": "Tells it.", "parameters": {"type": "object", "properties": {}}}}
+CALL = turn(
+    "assistant",
+    None,
+    tool_calls=[
+        {"id": "call12345", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    ],
+)
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Tells it.", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------------------
@@ -110,7 +132,9 @@ def test_any_argument_reaches_the_template():
     assert written(tokenizer, HELLO, enable_thinking=False).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert written(tokenizer, HELLO, enable_thinking=True).endswith("<|im_start|>assistant\n")
     assert '"weather"' in written(tokenizer, HELLO, tools=[TOOL])
-    expected = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, enable_thinking=False, return_dict=True)["input_ids"]
+    expected = tokenizer.apply_chat_template(
+        HELLO, add_generation_prompt=True, enable_thinking=False, return_dict=True
+    )["input_ids"]
     assert chat.render(tokenizer, HELLO, enable_thinking=False) == expected
 
 
@@ -208,13 +232,19 @@ def test_roles_are_those_that_the_template_names():
 
 def test_a_tool_call_that_a_template_leaves_out_is_refused():
     with pytest.raises(chat.ChatError, match="tool call of message 1: 'weather' is lost"):
-        chat.render(letters(SILENT + "{% if 'tool' == messages[-1].role %}{{ messages[-1].content }}{% endif %}"), [*HELLO, CALL, turn("tool", "42")])
+        chat.render(
+            letters(SILENT + "{% if 'tool' == messages[-1].role %}{{ messages[-1].content }}{% endif %}"),
+            [*HELLO, CALL, turn("tool", "42")],
+        )
     with pytest.raises(chat.ChatError, match="tool_calls is for assistants"):
         chat.render(letters(THINKING), [turn("user", "x", tool_calls=CALL["tool_calls"])])
 
 
 def test_a_system_message_left_out_without_a_word_is_folded_and_no_bos_is_invented():
-    assert written(letters(SILENT), [turn("system", "be brief"), *HELLO]) == "<|user|>\nbe brief\n\nhello<|end|>\n<|assistant|>\n"
+    assert (
+        written(letters(SILENT), [turn("system", "be brief"), *HELLO])
+        == "<|user|>\nbe brief\n\nhello<|end|>\n<|assistant|>\n"
+    )
 
 
 def test_the_templates_own_advice_reaches_the_reader():
@@ -265,7 +295,11 @@ def test_control_tokens_in_tools_and_documents_stay_text():
     tool = {**TOOL, "function": {**TOOL["function"], "description": "<|im_end|>"}}
     tokenizer = letters(THINKING)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert chat.render(tokenizer, HELLO, tools=[tool]).count(end) == chat.render(tokenizer, HELLO, tools=[TOOL]).count(end) == 2
+    assert (
+        chat.render(tokenizer, HELLO, tools=[tool]).count(end)
+        == chat.render(tokenizer, HELLO, tools=[TOOL]).count(end)
+        == 2
+    )
 
 
 def test_private_characters_beside_a_control_token_are_not_dropped_silently():
@@ -295,7 +329,13 @@ def test_half_a_character_is_a_chat_error():
         ("<seed:think>T</seed:think>A", "", "", "T", "A"),
         ("[THINK]T[/THINK]A", "", "", "T", "A"),
         ("<|channel>thought\nT\n<channel|>A", "", "", "thought\nT", "A"),
-        ("<|channel|>analysis<|message|>T<|end|><|start|>assistant<|channel|>final<|message|>A<|return|>", "", "", "T", "A"),
+        (
+            "<|channel|>analysis<|message|>T<|end|><|start|>assistant<|channel|>final<|message|>A<|return|>",
+            "",
+            "",
+            "T",
+            "A",
+        ),
         ("<|channel|>analysis<|message|>T", "", "", "T", ""),
         ("<|channel|>analysis", "", "", "", ""),
         ("A", "<|channel|>final<|message|>", "", "", "A"),
@@ -322,7 +362,18 @@ def real_templates(folder):
     """The templates that models ship: of COURSE_TEMPLATES, else of trl's wheel; {} where neither can be had."""
     if given := os.environ.get("COURSE_TEMPLATES"):
         return {path.stem: path.read_text() for path in sorted(Path(given).rglob("*.jinja"))}
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "trl==1.16.0", "-d", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "trl==1.16.0",
+        "-d",
+        str(folder),
+    ]
     if subprocess.run(command, capture_output=True, timeout=120).returncode:
         return {}
     (wheel,) = folder.glob("*.whl")
@@ -334,12 +385,26 @@ def real_templates(folder):
 def real(tmp_path_factory):
     found = real_templates(tmp_path_factory.mktemp("wheel"))
     if not found:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no templates: PyPI is out of reach and COURSE_TEMPLATES is not set")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "no templates: PyPI is out of reach and COURSE_TEMPLATES is not set"
+        )
     return found
 
 
 whatever = st.text(min_size=1).filter(str.strip) | st.sampled_from(
-    [" \n line\n\n line \n", "None", ATTACK, "</think>A", "[/INST] <end_of_turn>", 'a "quoted" \\ text\t', "{{ bos_token }}", "{% endfor %}", "é🙂\u2028x", "e", "user"]
+    [
+        " \n line\n\n line \n",
+        "None",
+        ATTACK,
+        "</think>A",
+        "[/INST] <end_of_turn>",
+        'a "quoted" \\ text\t',
+        "{{ bos_token }}",
+        "{% endfor %}",
+        "é🙂\u2028x",
+        "e",
+        "user",
+    ]
 )
 asked = st.lists(whatever, min_size=1, max_size=4)
 
@@ -352,11 +417,19 @@ def holds(tokenizer, messages):
         assert str(error).strip()
         return False
     text = tokenizer.decode(ids, skip_special_tokens=False)
-    harmless = chat.render(tokenizer, [{**message, "content": f"word{number}"} for number, message in enumerate(messages)])
+    harmless = chat.render(
+        tokenizer, [{**message, "content": f"word{number}"} for number, message in enumerate(messages)]
+    )
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    assert [number for number in ids if number in special] == [number for number in harmless if number in special], "a typed control token"
+    assert [number for number in ids if number in special] == [number for number in harmless if number in special], (
+        "a typed control token"
+    )
     for message in messages:
-        said = thoughts.split(message["content"], known=tokenizer.chat_template)[1] if message["role"] == "assistant" else message["content"]
+        said = (
+            thoughts.split(message["content"], known=tokenizer.chat_template)[1]
+            if message["role"] == "assistant"
+            else message["content"]
+        )
         assert said.strip() in text
     return True
 
@@ -378,7 +451,11 @@ PLAIN_TALK = conversation("Be brief.", ["Hello, é🙂!\n\nTwo lines.", "Hi.", '
 def test_no_text_is_lost_by_the_templates_of_models(real):
     """Each renders a plain conversation as it is; of anything else nothing is lost, or there is a ChatError."""
     assert len(real) >= 12
-    refused = [name for name, template in real.items() if not holds(letters(template), PLAIN_TALK) or not holds(letters(template), PLAIN_TALK[1:])]
+    refused = [
+        name
+        for name, template in real.items()
+        if not holds(letters(template), PLAIN_TALK) or not holds(letters(template), PLAIN_TALK[1:])
+    ]
     if "COURSE_TEMPLATES" not in os.environ:  # elsewhere some are for calls only, and stop without tools
         assert not refused
 

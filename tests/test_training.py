@@ -22,7 +22,14 @@ from transformers import (
 from helpers import training
 
 DATA = ROOT / "notebooks" / "data" / "quantization_qa.jsonl"
-SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 
 def tiny(**sizes):
@@ -55,8 +62,15 @@ def four_bit(tmp_path_factory):
     """A function that loads a tiny model in NF4, afresh each time."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny().save_pretrained(folder)
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
-    return lambda: AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"})
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return lambda: AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
+    )
 
 
 def test_importing_it_does_not_import_torch():
@@ -84,7 +98,9 @@ def test_zero_missing_and_broken_gradients_are_named():
     tensors[third].grad[0] = float("inf")
     text = message(model)
     for name, kind in ((first, "zero gradient"), (second, "no gradient"), (third, "NaN or infinity")):
-        assert re.search(rf"1 have an? [^;]*{kind}[^;]*{re.escape(name)}|1 have {kind} \(first: {re.escape(name)}", text), text
+        assert re.search(
+            rf"1 have an? [^;]*{kind}[^;]*{re.escape(name)}|1 have {kind} \(first: {re.escape(name)}", text
+        ), text
 
 
 def test_causes():
@@ -116,7 +132,9 @@ def test_repacked_weights_are_the_named_cause():
     for tensor in model.parameters():
         if tensor.grad is not None:
             tensor.grad.zero_()
-    model.base_model.model.model.layers[0].self_attn.o_proj.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)
+    model.base_model.model.model.layers[0].self_attn.o_proj.weight.quant_state = SimpleNamespace(
+        packing_format_for_cpu=True
+    )
     assert training.repacked(model) == ["base_model.model.model.layers.0.self_attn.o_proj"]
     text = message(model)
     assert "4 have a zero gradient" in text and "repacked 1 4-bit weights" in text and "Load the model again" in text
@@ -158,19 +176,34 @@ def test_target_modules():
     model = tiny()
     for right in (["q_proj", "v_proj"], ["self_attn.q_proj"], "all-linear", r".*\.(q|v)_proj"):
         assert training.check_targets(model, right) == right
-    for wrong, word in ((["query"], "'query'"), (["q_proj", "value"], "'value'"), (["proj"], "'proj'"), (r".*\.wq", ".wq"), ([], "an empty list")):
-        with pytest.raises(ValueError, match="down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj") as error:
+    for wrong, word in (
+        (["query"], "'query'"),
+        (["q_proj", "value"], "'value'"),
+        (["proj"], "'proj'"),
+        (r".*\.wq", ".wq"),
+        ([], "an empty list"),
+    ):
+        with pytest.raises(
+            ValueError, match="down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+        ) as error:
             training.check_targets(model, wrong)
         assert word in str(error.value).replace("\\\\", "\\")
 
 
 def test_broken_lines_are_named_and_nothing_else_is_lost(tmp_path):
     lines = DATA.read_bytes().splitlines()[:10]
-    broken = {2: b'{"question": "half a line', 5: b'{"question": "no answer"}', 7: b'{"question": "\xff", "answer": "x"}', 9: b'["a", "b"]'}
+    broken = {
+        2: b'{"question": "half a line',
+        5: b'{"question": "no answer"}',
+        7: b'{"question": "\xff", "answer": "x"}',
+        9: b'["a", "b"]',
+    }
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(broken.get(n, line) for n, line in enumerate(lines)) + b"\n\n")
     pairs, problems = training.read_pairs(path)
-    assert [pair["question"] for pair in pairs] == [json.loads(line)["question"] for n, line in enumerate(lines) if n not in broken]
+    assert [pair["question"] for pair in pairs] == [
+        json.loads(line)["question"] for n, line in enumerate(lines) if n not in broken
+    ]
     assert [int(re.search(r"line (\d+)", text)[1]) for text in problems] == [n + 1 for n in broken]
     assert "'answer'" in problems[1] and "not UTF-8" in problems[2]
 
@@ -195,14 +228,18 @@ def test_the_shipped_instruction_set():
     assert {frozenset(pair) for pair in pairs} == {frozenset(("question", "answer", "split"))}
     assert all(15 <= len(pair["answer"].split()) <= 60 for pair in pairs)
     assert len({pair["question"] for pair in pairs}) == len({pair["answer"] for pair in pairs}) == len(pairs)
-    split = {name: [words(pair["question"]) for pair in pairs if pair["split"] == name] for name in ("train", "held-out")}
+    split = {
+        name: [words(pair["question"]) for pair in pairs if pair["split"] == name] for name in ("train", "held-out")
+    }
     assert len(split["held-out"]) >= 40 and sum(map(len, split.values())) == len(pairs)
     closest = max(len(a & b) / len(a | b) for a in split["held-out"] for b in split["train"])
     assert closest < 0.7, "a held-out question repeats one of the training questions"
 
 
 def words(text):
-    return set(re.findall(r"[a-z0-9]+", text.lower())) - set("a an are can do does for how in is it of on the to what which why with".split())
+    return set(re.findall(r"[a-z0-9]+", text.lower())) - set(
+        "a an are can do does for how in is it of on the to what which why with".split()
+    )
 
 
 def test_only_a_complete_checkpoint_is_taken_up(tmp_path):

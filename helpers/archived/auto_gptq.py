@@ -7,16 +7,16 @@ from helpers.archived.patching import View, get, patch, provide, replace, state_
 
 
 @patch(
-    assumed='transformers.modeling_utils has no_init_weights.',
-    now='it lives in transformers.initialization; without it the import fails.',
+    assumed="transformers.modeling_utils has no_init_weights.",
+    now="it lives in transformers.initialization; without it the import fails.",
 )
 def no_init_weights():
     return provide("transformers.modeling_utils", no_init_weights=get("transformers.initialization", "no_init_weights"))
 
 
 @patch(
-    assumed='transformers.utils.hub passes on create_repo, create_commit and CommitOperationAdd.',
-    now='only huggingface_hub has them; without them the import fails.',
+    assumed="transformers.utils.hub passes on create_repo, create_commit and CommitOperationAdd.",
+    now="only huggingface_hub has them; without them the import fails.",
 )
 def hub_functions():
     names = ("CommitOperationAdd", "create_commit", "create_repo")
@@ -24,16 +24,16 @@ def hub_functions():
 
 
 @patch(
-    assumed='peft.peft_model has PEFT_TYPE_TO_MODEL_MAPPING.',
-    now='peft.mapping keeps it as PEFT_TYPE_TO_TUNER_MAPPING; without it the import fails.',
+    assumed="peft.peft_model has PEFT_TYPE_TO_MODEL_MAPPING.",
+    now="peft.mapping keeps it as PEFT_TYPE_TO_TUNER_MAPPING; without it the import fails.",
 )
 def peft_model_mapping():
     return provide("peft.peft_model", PEFT_TYPE_TO_MODEL_MAPPING=get("peft.mapping", "PEFT_TYPE_TO_TUNER_MAPPING"))
 
 
 @patch(
-    assumed='a decoder layer returns a tuple, whose [0] is its hidden states.',
-    now='it returns the tensor itself, and [0] drops the batch axis. A hook makes it a tuple while the model is quantized.',
+    assumed="a decoder layer returns a tuple, whose [0] is its hidden states.",
+    now="it returns the tensor itself, and [0] drops the batch axis. A hook makes it a tuple while the model is quantized.",
 )
 def layers_return_tensors():
     base = get("auto_gptq.modeling._base")
@@ -42,7 +42,10 @@ def layers_return_tensors():
     @functools.wraps(upstream)
     def quantize(self, *args, **kwargs):
         layers = base.get_module_by_name_prefix(self.model, self.layers_block_name)
-        hooks = [layer.register_forward_hook(lambda _, __, out: out if isinstance(out, tuple) else (out,)) for layer in layers]
+        hooks = [
+            layer.register_forward_hook(lambda _, __, out: out if isinstance(out, tuple) else (out,))
+            for layer in layers
+        ]
         try:
             return upstream(self, *args, **kwargs)
         finally:
@@ -53,8 +56,8 @@ def layers_return_tensors():
 
 
 @patch(
-    assumed='transformers takes resume_download, use_auth_token and torch_dtype.',
-    now='the first two are a TypeError and the third is called dtype; they are dropped and renamed on the way.',
+    assumed="transformers takes resume_download, use_auth_token and torch_dtype.",
+    now="the first two are a TypeError and the third is called dtype; they are dropped and renamed on the way.",
 )
 def dead_arguments():
     base = get("auto_gptq.modeling._base")
@@ -71,7 +74,7 @@ def dead_arguments():
 
 @patch(
     assumed="nothing else runs in this process, so torch.nn.init's functions may be replaced, for good, by ones that do nothing.",
-    now='a LoRA adapter made later in the same notebook would silently start from raw memory. They stay as they are.',
+    now="a LoRA adapter made later in the same notebook would silently start from raw memory. They stay as they are.",
 )
 def initializers_stay():
     base = get("auto_gptq.modeling._base")
@@ -79,8 +82,8 @@ def initializers_stay():
 
 
 @patch(
-    assumed='no two names share one tensor: each is cloned, saved, and loaded.',
-    now='small models tie the output head to the embeddings, which would be in the checkpoint twice. Saved once, tied after loading.',
+    assumed="no two names share one tensor: each is cloned, saved, and loaded.",
+    now="small models tie the output head to the embeddings, which would be in the checkpoint twice. Saved once, tied after loading.",
 )
 def tied_weights_are_saved_once():
     base = get("auto_gptq.modeling._base")
@@ -88,29 +91,38 @@ def tied_weights_are_saved_once():
 
     @functools.wraps(upstream)
     def save_quantized(self, *args, **kwargs):
-        with state_dict(self.model, lambda tensors: {value.data_ptr(): (name, value) for name, value in reversed(tensors.items())}.values()):
+        with state_dict(
+            self.model,
+            lambda tensors: {value.data_ptr(): (name, value) for name, value in reversed(tensors.items())}.values(),
+        ):
             return upstream(self, *args, **kwargs)
 
     def load_checkpoint_in_model(model, *args, **kwargs):
         head = model.get_output_embeddings()
-        if head.weight is model.get_input_embeddings().weight:  # accelerate would keep the name that is not in the file: untie first
+        if (
+            head.weight is model.get_input_embeddings().weight
+        ):  # accelerate would keep the name that is not in the file: untie first
             head.weight = base.torch.nn.Parameter(head.weight.detach().clone())
         modeling.load_checkpoint_in_model(model, *args, **kwargs)
         model.tie_weights()
 
     loading = View(modeling, load_checkpoint_in_model=load_checkpoint_in_model)
     accelerate = View(base.accelerate, utils=View(base.accelerate.utils, modeling=loading))
-    return together(replace(base.BaseGPTQForCausalLM, save_quantized=save_quantized), replace(base, accelerate=accelerate))
+    return together(
+        replace(base.BaseGPTQForCausalLM, save_quantized=save_quantized), replace(base, accelerate=accelerate)
+    )
 
 
 @patch(
-    assumed='generate runs under autocast, which suits a float16 model on CUDA.',
-    now='on a CPU, autocast means bfloat16 and stops at the first float16 tensor. There it is left out.',
+    assumed="generate runs under autocast, which suits a float16 model on CUDA.",
+    now="on a CPU, autocast means bfloat16 and stops at the first float16 tensor. There it is left out.",
 )
 def generate_on_cpu():
     base = get("auto_gptq.modeling._base")
     autocast = base.torch.amp.autocast
-    choose = lambda device_type, **kwargs: contextlib.nullcontext() if device_type == "cpu" else autocast(device_type, **kwargs)  # noqa: E731
+    choose = lambda device_type, **kwargs: (
+        contextlib.nullcontext() if device_type == "cpu" else autocast(device_type, **kwargs)
+    )  # noqa: E731
     return replace(base, torch=View(base.torch, amp=View(base.torch.amp, autocast=choose)))
 
 
@@ -119,7 +131,9 @@ def generate_on_cpu():
     now='GPTQ is arithmetic that a CPU does too. Where there is no CUDA, "cuda:0" stands for the CPU.',
 )
 def runs_without_cuda():
-    base, utils, gptq = (get(f"auto_gptq.{name}") for name in ("modeling._base", "modeling._utils", "quantization.gptq"))
+    base, utils, gptq = (
+        get(f"auto_gptq.{name}") for name in ("modeling._base", "modeling._utils", "quantization.gptq")
+    )
     torch = base.torch
     if torch.cuda.is_available():
         return None

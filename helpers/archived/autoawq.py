@@ -6,8 +6,8 @@ from helpers.archived.patching import get, patch, replace, state_dict
 
 
 @patch(
-    assumed='v.cpu() copies, so that the scale search can put the weights back after each trial.',
-    now='on a CPU it is the same tensor: every trial stays in the weights, and the model is silently ruined. Clones are saved.',
+    assumed="v.cpu() copies, so that the scale search can put the weights back after each trial.",
+    now="on a CPU it is the same tensor: every trial stays in the weights, and the model is silently ruined. Clones are saved.",
 )
 def weights_are_saved_before_the_search():
     quantizer = get("awq.quantize.quantizer", "AwqQuantizer")
@@ -22,8 +22,8 @@ def weights_are_saved_before_the_search():
 
 
 @patch(
-    assumed='calibration samples are short lines: those longer than max_calib_seq_len are dropped without a word.',
-    now='samples are documents; they are cut into pieces instead, and a set too short for one window is a clear error.',
+    assumed="calibration samples are short lines: those longer than max_calib_seq_len are dropped without a word.",
+    now="samples are documents; they are cut into pieces instead, and a set too short for one window is a clear error.",
 )
 def long_samples_are_cut():
     quantizer = get("awq.quantize.quantizer")
@@ -36,7 +36,9 @@ def long_samples_are_cut():
             data = [row[i : i + max_seq_len] for row in rows for i in range(0, len(row), max_seq_len)][:n_samples]
             have = sum(map(len, data))
             if have < max_seq_len:
-                raise ValueError(f"the calibration set holds {have} tokens, fewer than one window of max_calib_seq_len={max_seq_len}")
+                raise ValueError(
+                    f"the calibration set holds {have} tokens, fewer than one window of max_calib_seq_len={max_seq_len}"
+                )
         return upstream(data=data, tokenizer=tokenizer, n_samples=n_samples, max_seq_len=max_seq_len, **kwargs)
 
     return replace(quantizer, get_calib_dataset=get_calib_dataset)

@@ -77,6 +77,10 @@ def check_version(package):
     try:
         version = metadata.version(package)
     except metadata.PackageNotFoundError:
-        raise ArchivedError(f"{package} is not installed. Its repair was written for {wanted}: pip install {package}=={wanted}") from None
+        raise ArchivedError(
+            f"{package} is not installed. Its repair was written for {wanted}: pip install {package}=={wanted}"
+        ) from None
     if version != wanted:
-        raise ArchivedError(f"{package} {version} is installed, but its repair was written for {wanted}: pip install {package}=={wanted}")
+        raise ArchivedError(
+            f"{package} {version} is installed, but its repair was written for {wanted}: pip install {package}=={wanted}"
+        )

@@ -32,7 +32,16 @@ def sampling(sample: bool | None = None, temperature: float | None = None, top_p
 
 
 def batch(
-    model, tokenizer, conversations, max_new_tokens: int = 64, *, sample=None, temperature=None, top_p=None, seed=None, **template_arguments
+    model,
+    tokenizer,
+    conversations,
+    max_new_tokens: int = 64,
+    *,
+    sample=None,
+    temperature=None,
+    top_p=None,
+    seed=None,
+    **template_arguments,
 ) -> list[str]:
     """Answers to several conversations (or plain prompts) in one batch, thoughts included; greedy unless told (`sampling`).
 
@@ -54,7 +63,11 @@ def batch(
     device = next(model.parameters()).device
     with _seeded(seed, device):
         output = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, pad_token_id=pad, **how
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            **how,
         )
     return list(map(thoughts.decoder(tokenizer), output[:, width:].tolist()))
 
@@ -79,10 +92,18 @@ class ChatSession:
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.token_budget = token_budget or limit or 4096
         if self.token_budget <= max_new_tokens:
-            raise ChatError(f"token_budget ({self.token_budget}) must be larger than max_new_tokens ({max_new_tokens}).")
+            raise ChatError(
+                f"token_budget ({self.token_budget}) must be larger than max_new_tokens ({max_new_tokens})."
+            )
         if template_arguments.get("continue_final_message"):
-            raise ChatError("A session continues an answer that was cut off with resume(), not with continue_final_message.")
-        self.sampling, self.seed, self.template_arguments = sampling(sample, temperature, top_p), seed, template_arguments
+            raise ChatError(
+                "A session continues an answer that was cut off with resume(), not with continue_final_message."
+            )
+        self.sampling, self.seed, self.template_arguments = (
+            sampling(sample, temperature, top_p),
+            seed,
+            template_arguments,
+        )
         self.system = [{"role": "system", "content": system}] if system else []
         self.turns = []
         self.thought, self.cut_off = "", False
@@ -122,7 +143,9 @@ class ChatSession:
     def resume(self) -> Iterator[str]:
         """Go on with the answer that was cut off, by up to max_new_tokens more, from the very tokens it ended with."""
         if self._open is None or self._open[3] != self.turns:
-            raise ChatError("There is no answer to go on with: the last one is complete, or the conversation has changed since.")
+            raise ChatError(
+                "There is no answer to go on with: the last one is complete, or the conversation has changed since."
+            )
         ids, turns, said, _ = self._open
         if len(ids) + len(said) + self.max_new_tokens > self.token_budget:
             raise ChatError(
@@ -221,10 +244,6 @@ class ChatSession:
         ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         ends = self.tokenizer.eos_token_id if ends is None else ends
         return ends if isinstance(ends, list) else [ends]
-
-
-
-
 
 
 def _streamer(decode):

@@ -43,10 +43,14 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = True, 
     are no tokens ([INST] in Llama 2: nothing can tell them from the template's own), and a tokenizer without a template.
     """
     if wrong := sorted(set(template_arguments) & set(OURS)):
-        raise ChatError(f"{', '.join(wrong)}: no argument of a template. render returns a list of token ids; pad or cut it yourself.")
+        raise ChatError(
+            f"{', '.join(wrong)}: no argument of a template. render returns a list of token ids; pad or cut it yourself."
+        )
     if template_arguments.get("continue_final_message"):
         add_generation_prompt = False
-    if type(tokenizer).__name__ == "MistralCommonBackend":  # mistral-common has no templates; it keeps typed tokens apart itself
+    if (
+        type(tokenizer).__name__ == "MistralCommonBackend"
+    ):  # mistral-common has no templates; it keeps typed tokens apart itself
         return _mistral(tokenizer, _checked(messages, ROLES), add_generation_prompt, template_arguments)
     template = _template(tokenizer, template_arguments)
     messages = _checked(messages, _roles(template))
@@ -58,9 +62,13 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = True, 
     for form in _forms(messages):
         try:
             text = write(form)
-        except Exception as error:  # jinja2.TemplateError (templates call raise_exception), and whatever odd input makes a template do
+        except (
+            Exception
+        ) as error:  # jinja2.TemplateError (templates call raise_exception), and whatever odd input makes a template do
             if refusal is None:
-                refusal = ChatError(f"The model's chat template refuses this conversation: {error}{_hint(error, template, template_arguments)}")
+                refusal = ChatError(
+                    f"The model's chat template refuses this conversation: {error}{_hint(error, template, template_arguments)}"
+                )
                 refusal.__cause__ = error
             continue
         if lost := write.loses(form, text):
@@ -152,7 +160,9 @@ def _roles(template):
         )  # fmt: skip
 
     tree = _parsed(template)
-    compared = [node for node in tree.find_all(nodes.Compare) if any(map(is_role, [node.expr, *node.find_all(nodes.Expr)]))]
+    compared = [
+        node for node in tree.find_all(nodes.Compare) if any(map(is_role, [node.expr, *node.find_all(nodes.Expr)]))
+    ]
     named = {const.value for node in compared for const in node.find_all(nodes.Const) if isinstance(const.value, str)}
     return (*ALWAYS, *sorted(named - {*ALWAYS, "role", "content"}))
 
@@ -174,7 +184,9 @@ def _literals(template):
 def _checked(messages, roles):
     """The messages with their parts joined, or ChatError."""
     if isinstance(messages, (str, bytes)) or not isinstance(messages, (list, tuple)):
-        raise ChatError('A conversation is a list of {"role": ..., "content": ...}; got ' + type(messages).__name__ + ".")
+        raise ChatError(
+            'A conversation is a list of {"role": ..., "content": ...}; got ' + type(messages).__name__ + "."
+        )
     if not messages:
         raise ChatError('The conversation is empty. Start with {"role": "user", "content": "..."}.')
     checked = [_message(number, message, roles) for number, message in enumerate(messages)]
@@ -191,7 +203,9 @@ def _message(number, message, roles):
     calls = message.get("tool_calls")
     named = isinstance(calls, (list, tuple)) and all(isinstance(call, dict) and _call_name(call) for call in calls)
     if calls and not (role == "assistant" and named):
-        raise ChatError(f'Message {number} ({role}): tool_calls is for assistants, a list of {{"function": {{"name", "arguments"}}}}.')
+        raise ChatError(
+            f'Message {number} ({role}): tool_calls is for assistants, a list of {{"function": {{"name", "arguments"}}}}.'
+        )
     where = f"Message {number} ({role})"
     content = message.get("content")
     text = text_of(content, where) if content is not None else ""
@@ -212,7 +226,9 @@ def text_of(content: str | list, where: str = "A message") -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise ChatError(f'{where} has a part of type {kind!r}. Only text is rendered here: {{"type": "text", "text": ...}}.')
+            raise ChatError(
+                f'{where} has a part of type {kind!r}. Only text is rendered here: {{"type": "text", "text": ...}}.'
+            )
     return "".join(part["text"] for part in content)
 
 
@@ -231,7 +247,11 @@ def _call(call):
         except ValueError:
             parsed = None
         function = {**function, "arguments": parsed if isinstance(parsed, dict) else arguments}
-    return {"type": "function", **{key: value for key, value in call.items() if key not in ("name", "arguments")}, "function": function}
+    return {
+        "type": "function",
+        **{key: value for key, value in call.items() if key not in ("name", "arguments")},
+        "function": function,
+    }
 
 
 FOLLOWS = {  # what may stand before a role, None for the beginning
@@ -268,7 +288,9 @@ def _forms(messages) -> Iterator[list[dict]]:
     object or as JSON text, no content or an empty one; the system message last in front of the first user turn."""
     calls = any("tool_calls" in message for message in messages)
     whole = [messages] + ([fold_system(messages)] if messages[0]["role"] in ("system", "developer") else [])
-    for conversation, parts, as_text, empty in itertools.product(whole, (False, True), (False, True)[: 1 + calls], (False, True)[: 1 + calls]):
+    for conversation, parts, as_text, empty in itertools.product(
+        whole, (False, True), (False, True)[: 1 + calls], (False, True)[: 1 + calls]
+    ):
         yield [_form(message, parts, as_text, empty) for message in conversation]
 
 
@@ -300,7 +322,9 @@ class _Writer:
 
     def __call__(self, messages, **changed):
         arguments = {"add_generation_prompt": self.add_generation_prompt, **self.arguments, **changed}
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **{**arguments, "chat_template": self.template})
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, **{**arguments, "chat_template": self.template}
+        )
 
     def loses(self, messages, text):
         """What the written text lacks, as a sentence; None if nothing. Texts are looked for as they are, and every message once
@@ -312,15 +336,21 @@ class _Writer:
             marked = None
         for number, (message, name) in enumerate(zip(messages, names)):
             content = text_of(message.get("content") or "")
-            kept = [content] + ([thoughts.split(content, known=self.template)[1]] if message["role"] == "assistant" else [])
+            kept = [content] + (
+                [thoughts.split(content, known=self.template)[1]] if message["role"] == "assistant" else []
+            )
             if content and not (any(_stands(wanted, text) for wanted in kept) and (marked is None or name in marked)):
                 return f"The model's chat template leaves out the text of message {number} ({message['role']})."
             if marked and re.search(rf"""["']text["']: ["']{name}""", marked):
                 return f"The model's chat template takes message {number} for a text, not for a list of parts."
-            for wanted in _leaves([[_call_name(call), call["function"].get("arguments")] for call in message.get("tool_calls", ())]):
+            for wanted in _leaves(
+                [[_call_name(call), call["function"].get("arguments")] for call in message.get("tool_calls", ())]
+            ):
                 if not _stands(wanted, text):
                     return f"The model's chat template leaves out a tool call of message {number}: {wanted!r} is lost."
-        for wanted in _leaves([[_tool_name(tool) for tool in self.arguments.get("tools") or ()], self.arguments.get("documents") or ()]):
+        for wanted in _leaves(
+            [[_tool_name(tool) for tool in self.arguments.get("tools") or ()], self.arguments.get("documents") or ()]
+        ):
             if not _stands(wanted, text):
                 return f"The model's chat template leaves out a part of tools or documents: {wanted!r} is lost."
         return None
@@ -338,7 +368,9 @@ class _Writer:
             written = None
         if written is None or mark_control_tokens(written, _NOTHING) != text:
             typed = ", ".join(sorted(self._typed(messages)))
-            raise ChatError(f"A message contains {typed}, which this model's chat template treats as its own. Write it another way.")
+            raise ChatError(
+                f"A message contains {typed}, which this model's chat template treats as its own. Write it another way."
+            )
         return list(self._encoded(lambda: encode_marked_chat(self.tokenizer, written)))
 
     def _encoded(self, encode):
@@ -365,13 +397,17 @@ class _Writer:
             if not any(map(pattern.search, _leaves(value))):
                 return value
             if mark_control_tokens(value, _NOTHING) != value:
-                raise ChatError("A message contains control tokens and the private characters U+F0000 or U+F0001: leave out one of them.")
+                raise ChatError(
+                    "A message contains control tokens and the private characters U+F0000 or U+F0001: leave out one of them."
+                )
             return mark_control_tokens(value, pattern)
 
         marked = []
         for number, message in enumerate(messages):
             role = message["role"]
-            if role != "assistant" and (found := [word for word in sorted(plain) if word in text_of(message.get("content") or "")]):
+            if role != "assistant" and (
+                found := [word for word in sorted(plain) if word in text_of(message.get("content") or "")]
+            ):
                 raise ChatError(
                     f"Message {number} ({role}) contains {found[0]!r}, with which this model's template marks turns. Its tokenizer has "
                     "no token for it, so the model could not tell yours from the template's. Write it another way."
@@ -388,7 +424,11 @@ class _Writer:
 
     def _frame(self):
         """What the template writes around the turns of a short conversation, default system text included."""
-        arguments = {name: value for name, value in self.arguments.items() if name not in ("tools", "documents", "continue_final_message")}
+        arguments = {
+            name: value
+            for name, value in self.arguments.items()
+            if name not in ("tools", "documents", "continue_final_message")
+        }
         probe = [{"role": role, "content": "zqz"} for role in ("user", "assistant", "user")]
         plain = _Writer(self.tokenizer, self.template, False, arguments)
         for form in itertools.islice(_forms(probe), 2):
@@ -439,6 +479,10 @@ def _one_bos(ids, bos):
 
 def _mistral(tokenizer, messages, add_generation_prompt, arguments):
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, return_dict=True, **arguments)["input_ids"])
+        return list(
+            tokenizer.apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, return_dict=True, **arguments
+            )["input_ids"]
+        )
     except Exception as error:
         raise ChatError(f"mistral-common refuses this conversation: {error}") from error

@@ -24,12 +24,20 @@ def main(arguments):
     model: Any = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype)
     model.to(found.device)
     session = chat.ChatSession(
-        model, tokenizer, system=arguments.system, max_new_tokens=arguments.max_new_tokens, seed=arguments.seed, **how, **template_arguments
+        model,
+        tokenizer,
+        system=arguments.system,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        **how,
+        **template_arguments,
     )
     if arguments.once is not None:
         _say(session.stream(arguments.once))
         return
-    print(f"{found.name} on the {found.device.upper()}. Empty line or Ctrl-D to leave, Ctrl-C to stop an answer, /more to go on with it.")
+    print(
+        f"{found.name} on the {found.device.upper()}. Empty line or Ctrl-D to leave, Ctrl-C to stop an answer, /more to go on with it."
+    )
     while True:
         try:
             text = input("you> ").strip()

@@ -22,7 +22,17 @@ _PAIRS = {
 _WORDS = {"Here is my thought process:": "Here is my response:"}  # Granite 3.2 and 3.3
 # Channels, a header each. gpt-oss: <|start|>assistant<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final
 # <|message|>...<|return|>; Muse Glimmer: <|start|>assistant to=self<|message|>...<|eom|><|start|>assistant to=user<|message|>...<|eot|>.
-_CHANNELS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|eom|>", "<|eot|>", "<|return|>", "<|call|>")
+_CHANNELS = (
+    "<|start|>",
+    "<|channel|>",
+    "<|constrain|>",
+    "<|message|>",
+    "<|end|>",
+    "<|eom|>",
+    "<|eot|>",
+    "<|return|>",
+    "<|call|>",
+)
 _CHANNEL = re.compile(
     r"([^<>]*)(?:<\|channel\|>([^<]*))?(?:<\|constrain\|>[^<]*)?<\|message\|>(.*?)(?=<\|(?:end|eom|eot|return|call|start|channel)\|>|\Z)",
     re.DOTALL,
@@ -47,7 +57,9 @@ def decoder(tokenizer) -> Callable[[list[int]], str]:
     hidden = {number for number, token in specials.items() if not is_mark(token) and token not in channels}
     if hidden == set(specials):
         return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    return lambda ids: tokenizer.decode([int(number) for number in ids if int(number) not in hidden], skip_special_tokens=False)
+    return lambda ids: tokenizer.decode(
+        [int(number) for number in ids if int(number) not in hidden], skip_special_tokens=False
+    )
 
 
 def opening(prompt: str) -> str:

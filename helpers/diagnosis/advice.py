@@ -62,7 +62,9 @@ def advise(paths, machine, model="auto", config=None):
 
     model, config  as asked for, and its transformers config; without one, a model other than the default cannot be judged
     """
-    return [_advise(path.stem, {**course(path), "copies": pages.copies(path)}, machine, model, config) for path in paths]
+    return [
+        _advise(path.stem, {**course(path), "copies": pages.copies(path)}, machine, model, config) for path in paths
+    ]
 
 
 def needs(cost: dict, config=None, gpu: bool = False, copies: float = 1) -> Need:
@@ -76,7 +78,10 @@ def needs(cost: dict, config=None, gpu: bool = False, copies: float = 1) -> Need
     if config is None:
         return measured
     bits = 16 if gpu else 32
-    asked, small = (memory.predict(each, bits=bits, rest_bits=bits, context=CONTEXT, cache_bits=bits) for each in (config, models.smollm2_config()))
+    asked, small = (
+        memory.predict(each, bits=bits, rest_bits=bits, context=CONTEXT, cache_bits=bits)
+        for each in (config, models.smollm2_config())
+    )
     scale = asked.total / small.total
     disk = int(measured.disk * scale)
     if gpu and cost.get("gpu_7b") and _parameters(config) == _parameters(models.mistral_config()):
@@ -95,7 +100,9 @@ def _advise(name, course, machine, model, config):
     run = f"python -m helpers run --only {name[:2]}"
     packages = {"torch", "transformers", *course.get("packages", [])} & machine.missing
     if packages:
-        return Advice(name, CANNOT, "none", 0, 0, 0, False, f"missing or broken: {', '.join(sorted(packages))}", INSTALL)
+        return Advice(
+            name, CANNOT, "none", 0, 0, 0, False, f"missing or broken: {', '.join(sorted(packages))}", INSTALL
+        )
     if "cpu" not in cost:
         return Advice(name, CANNOT, "none", 0, 0, 0, False, "it was never measured", "make outputs")
     switch = False
@@ -112,7 +119,7 @@ def _advise(name, course, machine, model, config):
         why = f"{label}: {reason}"
         switch = model != "auto" or not machine.large  # what is closed to it, "auto" passes over by itself
     elif model == "auto":
-        why, command = "no GPU with 16 GB, so \"auto\" takes the small model", f"on a machine with such a GPU: {run}"
+        why, command = 'no GPU with 16 GB, so "auto" takes the small model', f"on a machine with such a GPU: {run}"
     need = needs(cost)
     refused = machine.small or _short(need, machine, run, "auto", machine.small_bytes)
     verdict = CANNOT if refused else RUNS if model in (models.OFFLINE, models.SMOLLM2) else SMALL
@@ -120,7 +127,9 @@ def _advise(name, course, machine, model, config):
         (why, command), switch = refused, False
     elif switch:
         command = f"{command}; or as it is here: {run} --model {models.OFFLINE}"
-    return Advice(name, verdict, "SmolLM2-135M-Instruct", need.ram, need.vram, need.disk, need.estimate, why, command, switch)
+    return Advice(
+        name, verdict, "SmolLM2-135M-Instruct", need.ram, need.vram, need.disk, need.estimate, why, command, switch
+    )
 
 
 def _short(need, machine, run, model, there=0):

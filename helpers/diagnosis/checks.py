@@ -45,22 +45,43 @@ def check_python():
     version = platform.python_version()
     if (3, 11) <= sys.version_info[:2] <= (3, 13):
         return Check("python", OK, f"{version} on {platform.system()} {platform.machine()}")
-    return Check("python", BAD, version, "Use Python 3.11 (reference), 3.12 or 3.13; auto-gptq and torch 2.13 fix the limits.")
+    return Check(
+        "python", BAD, version, "Use Python 3.11 (reference), 3.12 or 3.13; auto-gptq and torch 2.13 fix the limits."
+    )
 
 
 def check_packages():
     pins = bootstrap.pins()
     if not pins:
-        return Check("packages", NOTE, "no requirements.txt beside helpers, nothing to compare with", "Run from a checkout of the course.")
+        return Check(
+            "packages",
+            NOTE,
+            "no requirements.txt beside helpers, nothing to compare with",
+            "Run from a checkout of the course.",
+        )
     found = {name: bootstrap.version(name) for name in pins}
     absent = [name for name, version in found.items() if version is None]
-    other = [f"{name} {version} (pinned {pins[name]})" for name, version in found.items() if version and version.split("+")[0] != pins[name]]
+    other = [
+        f"{name} {version} (pinned {pins[name]})"
+        for name, version in found.items()
+        if version and version.split("+")[0] != pins[name]
+    ]
     if {"torch", *bootstrap.BASE} & {*absent}:
         return Check("packages", BAD, f"missing: {', '.join(absent)}", INSTALL)
     if absent:  # as on Colab, where each notebook installs what it needs and nobody needs the packages of the tests
-        return Check("packages", NOTE, f"missing: {', '.join(absent)}", f"A notebook installs what it uses; {INSTALL} installs all of them.")
+        return Check(
+            "packages",
+            NOTE,
+            f"missing: {', '.join(absent)}",
+            f"A notebook installs what it uses; {INSTALL} installs all of them.",
+        )
     if other:
-        return Check("packages", NOTE, f"other versions: {', '.join(other)}", f"{INSTALL} gives the versions the numbers were measured with.")
+        return Check(
+            "packages",
+            NOTE,
+            f"other versions: {', '.join(other)}",
+            f"{INSTALL} gives the versions the numbers were measured with.",
+        )
     return Check("packages", OK, f"all {len(pins)} pinned packages, in the pinned versions")
 
 
@@ -72,7 +93,10 @@ def check_combinations():
     pins, trouble, wanted = bootstrap.pins(), [], []
     for combination, what in BAD_COMBINATIONS:
         found = {name: bootstrap.version(name) for name in combination}
-        if all(version and SpecifierSet(combination[name]).contains(version, prereleases=True) for name, version in found.items()):
+        if all(
+            version and SpecifierSet(combination[name]).contains(version, prereleases=True)
+            for name, version in found.items()
+        ):
             trouble.append(f"{' with '.join(f'{name} {version}' for name, version in found.items())}: {what}")
             first = next(iter(combination))
             wanted.append(f"{first}=={pins[first]}" if first in pins else first)
@@ -80,12 +104,20 @@ def check_combinations():
         for line in (metadata.requires(name) or []) if bootstrap.version(name) else []:
             try:
                 asked = Requirement(line)
-                version = bootstrap.version(asked.name) if asked.marker is None or asked.marker.evaluate({"extra": ""}) else None
+                version = (
+                    bootstrap.version(asked.name)
+                    if asked.marker is None or asked.marker.evaluate({"extra": ""})
+                    else None
+                )
             except (InvalidRequirement, ValueError):
                 continue  # an archived package's metadata may be malformed
             if version and not asked.specifier.contains(version, prereleases=True):
-                trouble.append(f"{name} {bootstrap.version(name)} asks for {asked.name}{asked.specifier}, {version} is installed")
-                wanted.append(f"{asked.name}=={pins[asked.name]}" if asked.name in pins else f'"{asked.name}{asked.specifier}"')
+                trouble.append(
+                    f"{name} {bootstrap.version(name)} asks for {asked.name}{asked.specifier}, {version} is installed"
+                )
+                wanted.append(
+                    f"{asked.name}=={pins[asked.name]}" if asked.name in pins else f'"{asked.name}{asked.specifier}"'
+                )
     if trouble:
         return Check("combinations", BAD, "; ".join(trouble), f"pip install {' '.join(dict.fromkeys(wanted))}")
     return Check("combinations", OK, "no versions that are known not to work together")
@@ -95,14 +127,18 @@ def check_torch():
     try:
         import torch
     except Exception as error:
-        return Check("torch", BAD, f"does not import ({type(error).__name__}: {error})", f"{INSTALL} in a new environment")
+        return Check(
+            "torch", BAD, f"does not import ({type(error).__name__}: {error})", f"{INSTALL} in a new environment"
+        )
     if torch.cuda.is_available():
         name, capability = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
         total = torch.cuda.get_device_properties(0).total_memory
-        return Check("torch", OK, f"{torch.__version__}, GPU {name}, {total / 2**30:.0f} GiB, compute capability {capability[0]}.{capability[1]}")
+        return Check(
+            "torch",
+            OK,
+            f"{torch.__version__}, GPU {name}, {total / 2**30:.0f} GiB, compute capability {capability[0]}.{capability[1]}",
+        )
     return Check("torch", OK, f"{torch.__version__}, no GPU in use, {cores()} CPU cores")
-
-
 
 
 def check_cuda():
@@ -131,7 +167,12 @@ def check_cuda():
         return Check("CUDA", BAD, f"{found}, but this torch starts at {compiled[0] / 10}",
                      f"pip install --force-reinstall torch=={pinned} --index-url {other}; or CUDA_VISIBLE_DEVICES= make run, on the CPU")  # fmt: skip
     if number < 80:
-        return Check("CUDA", NOTE, f"{found}: no bfloat16 in hardware", "python -m helpers run --only 04 -p compute_dtype=float16")
+        return Check(
+            "CUDA",
+            NOTE,
+            f"{found}: no bfloat16 in hardware",
+            "python -m helpers run --only 04 -p compute_dtype=float16",
+        )
     return Check("CUDA", OK, found)
 
 
@@ -146,10 +187,21 @@ def check_bitsandbytes():
         packed, state = quantize_4bit(weight, quant_type="nf4", blocksize=64)
         worst = (dequantize_4bit(packed, state) - weight).abs().max().item()
     except Exception as error:
-        return Check("bitsandbytes", BAD, f"{type(error).__name__}: {error}", f"{INSTALL}; on a GPU, match its CUDA to torch's")
+        return Check(
+            "bitsandbytes", BAD, f"{type(error).__name__}: {error}", f"{INSTALL}; on a GPU, match its CUDA to torch's"
+        )
     if not worst < 0.2:  # half the widest gap between NF4's levels is 0.152
-        return Check("bitsandbytes", BAD, f"NF4 restores a weight with an error of {worst:.2f}, at most 0.16 is right", "Install the pinned version.")
-    return Check("bitsandbytes", OK, f"{metadata.version('bitsandbytes')}: NF4 kernel ran on the {device.upper()}, largest error {worst:.3f}")
+        return Check(
+            "bitsandbytes",
+            BAD,
+            f"NF4 restores a weight with an error of {worst:.2f}, at most 0.16 is right",
+            "Install the pinned version.",
+        )
+    return Check(
+        "bitsandbytes",
+        OK,
+        f"{metadata.version('bitsandbytes')}: NF4 kernel ran on the {device.upper()}, largest error {worst:.3f}",
+    )
 
 
 def check_kernel():
@@ -163,10 +215,17 @@ def check_kernel():
     except Exception:
         return Check("jupyter kernel", BAD, "there is no python3 kernel", f"{here.name} -m pip install ipykernel")
     if not re.fullmatch(r"python(3(\.\d+)?)?(\.exe)?", command) and not _same_environment(command, here):
-        return Check("jupyter kernel", NOTE, "python3 starts another environment's Python, which has its own packages", register)
+        return Check(
+            "jupyter kernel", NOTE, "python3 starts another environment's Python, which has its own packages", register
+        )
     jupyter = shutil.which("jupyter")
     if jupyter and not _same_environment(jupyter, here):
-        return Check("jupyter kernel", NOTE, "the `jupyter` on the path belongs to another environment", f"make lab, or {here.name} -m jupyter lab notebooks")
+        return Check(
+            "jupyter kernel",
+            NOTE,
+            "the `jupyter` on the path belongs to another environment",
+            f"make lab, or {here.name} -m jupyter lab notebooks",
+        )
     return Check("jupyter kernel", OK, "python3, this environment")
 
 
@@ -185,7 +244,12 @@ def check_ram():
     free, cards = memory.free_ram(), _measured("peak_ram_bytes", 4e9)
     found = f"{free / 1e9:.1f} GB free"
     if free < max(cards):
-        return Check("RAM", BAD if free < min(cards) else NOTE, found, f"The notebooks take {min(cards) / 1e9:.1f} to {max(cards) / 1e9:.1f} GB: close other programs.")
+        return Check(
+            "RAM",
+            BAD if free < min(cards) else NOTE,
+            found,
+            f"The notebooks take {min(cards) / 1e9:.1f} to {max(cards) / 1e9:.1f} GB: close other programs.",
+        )
     return Check("RAM", OK, found)
 
 
@@ -207,7 +271,12 @@ def check_vram():
     if not total:
         return None
     if free < 0.8 * total:
-        return Check("VRAM", NOTE, f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free", "nvidia-smi shows which processes hold the rest: end them.")
+        return Check(
+            "VRAM",
+            NOTE,
+            f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free",
+            "nvidia-smi shows which processes hold the rest: end them.",
+        )
     return Check("VRAM", OK, f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free")
 
 
@@ -225,7 +294,12 @@ def check_disk():
     least = min(_measured("disk_bytes", 2e9))
     if free < least and not default_folder():
         return Check("disk", BAD, f"{free / 1e9:.1f} GB free for models and results", advice)
-    return Check("disk", OK if free >= least else NOTE, f"{free / 1e9:.0f} GB free for models and results", "" if free >= least else advice)
+    return Check(
+        "disk",
+        OK if free >= least else NOTE,
+        f"{free / 1e9:.0f} GB free for models and results",
+        "" if free >= least else advice,
+    )
 
 
 def default_folder():
@@ -244,7 +318,12 @@ def check_model(network):
     if network.small_refusal():
         why, command = network.small_refusal()
         return Check("default model", BAD, f"not on this machine, and {why}", command)
-    return Check("default model", NOTE, "not on this machine yet", "It is fetched at first use: 93 MB from PyPI, or 270 MB from the hub.")
+    return Check(
+        "default model",
+        NOTE,
+        "not on this machine yet",
+        "It is fetched at first use: 93 MB from PyPI, or 270 MB from the hub.",
+    )
 
 
 def check_grid(model):

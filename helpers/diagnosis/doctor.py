@@ -64,13 +64,18 @@ def main(as_json=False, model="auto", only=None):
     started = time.perf_counter()
     chosen = [path for path in pages.paths() if not only or path.name.startswith(tuple(only))]
     if only and not chosen:
-        raise ValueError(f"no notebook begins with {', '.join(only)}; there are {', '.join(path.stem[:2] for path in pages.paths())}")
+        raise ValueError(
+            f"no notebook begins with {', '.join(only)}; there are {', '.join(path.stem[:2] for path in pages.paths())}"
+        )
     checks, machine, config = _examine(model)
     advice = advise(chosen, machine, model, config)
     verdict, sentence = overall(checks)
     code = exit_code(checks, advice)
     if code == 1 and verdict == OK:
-        verdict, sentence = BAD, f"Cannot run here: {', '.join(entry.notebook for entry in advice if entry.verdict == CANNOT)}."
+        verdict, sentence = (
+            BAD,
+            f"Cannot run here: {', '.join(entry.notebook for entry in advice if entry.verdict == CANNOT)}.",
+        )
     checks = [_public_fields(check) for check in checks]
     advice = [_public_fields(entry) for entry in advice]
     if as_json:
@@ -96,13 +101,28 @@ def _examine(model):
     """([Check], Machine, config of the model asked for or None)."""
     network = Network(model)
     network.start()
-    checks = [check_python(), check_packages(), check_combinations(), check_torch(), check_cuda(), check_bitsandbytes(), check_kernel()]
+    checks = [
+        check_python(),
+        check_packages(),
+        check_combinations(),
+        check_torch(),
+        check_cuda(),
+        check_bitsandbytes(),
+        check_kernel(),
+    ]
     network.join()
     checks += [check_ram(), check_vram(), check_disk(), network.hub(), network.access(), check_model(network)]
-    checks += [check_grid(model)] if "torch" not in {check.component for check in checks if check and check.verdict == BAD} else []
+    checks += (
+        [check_grid(model)]
+        if "torch" not in {check.component for check in checks if check and check.verdict == BAD}
+        else []
+    )
     checks = [check for check in checks if check is not None]
     broken = {check.component for check in checks if check.verdict == BAD}
-    missing = {name for name in bootstrap.pins() if bootstrap.version(name) is None} | broken & {"torch", "bitsandbytes"}
+    missing = {name for name in bootstrap.pins() if bootstrap.version(name) is None} | broken & {
+        "torch",
+        "bitsandbytes",
+    }
     gpu, vram = gpu_memory() if "torch" not in broken else (0, 0)
     folder = default_folder()
     machine = Machine(
@@ -122,10 +142,16 @@ def _print(checks, advice, verdict, sentence):
     width = max((len(entry.notebook) for entry in advice), default=0)
     for entry in advice:
         about = "about " if entry.estimate else ""
-        cost = f"{about}{entry.ram_bytes / 1e9:.1f} GB RAM, {entry.disk_bytes / 1e9:.1f} GB disk" if entry.ram_bytes else ""
+        cost = (
+            f"{about}{entry.ram_bytes / 1e9:.1f} GB RAM, {entry.disk_bytes / 1e9:.1f} GB disk"
+            if entry.ram_bytes
+            else ""
+        )
         vram = f", {entry.vram_bytes / 1e9:.1f} GB VRAM" if entry.vram_bytes else ""
         print(f"{entry.notebook:{width}}  {entry.verdict:24}  {cost}{vram}")
-    for why, command in dict.fromkeys((entry.why, re.sub(r"--only \d\d", "--only NN", entry.command)) for entry in advice if entry.why):
+    for why, command in dict.fromkeys(
+        (entry.why, re.sub(r"--only \d\d", "--only NN", entry.command)) for entry in advice if entry.why
+    ):
         print(f"  {why}\n    -> {command}")
     print(f"\n[{verdict:4}] {sentence}")
 
@@ -141,5 +167,3 @@ def _public(value):
         return value
     home = str(Path.home())
     return redact.redact(value).replace(home, "~") if len(home) > 1 else redact.redact(value)
-
-

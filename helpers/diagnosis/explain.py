@@ -33,7 +33,16 @@ BECAUSE = {
     (PRINTED, LIKELY): "this line was printed; the error beside it only reports that something failed",
 }
 # Python writes these messages itself, whoever's mistake it is: the place must agree. Other messages name their library.
-_PYTHONS = {"AttributeError", "TypeError", "NameError", "KeyError", "IndexError", "AssertionError", "ModuleNotFoundError", "UnboundLocalError"}
+_PYTHONS = {
+    "AttributeError",
+    "TypeError",
+    "NameError",
+    "KeyError",
+    "IndexError",
+    "AssertionError",
+    "ModuleNotFoundError",
+    "UnboundLocalError",
+}
 _NOTEBOOK = re.compile(r"^(?:Cell|Input) In|ipython-input|ipykernel_|^<cell>")
 
 
@@ -151,7 +160,11 @@ def register(shell=None):
             else:
                 print("(no error)")
             return
-        subject = shell.user_ns.get(line.strip()) if line.strip() else getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        subject = (
+            shell.user_ns.get(line.strip())
+            if line.strip()
+            else getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        )
         if subject is None:
             print(f"there is nothing called {redact(line.strip())}" if line.strip() else "no error so far")
             return
@@ -197,7 +210,9 @@ def _placed(pattern, raised):
         return None if stack[-1].raises and stack[-1].package not in ("torch", tracebacks.PYTHON) else True
     written_by_python = raised.type in _PYTHONS or raised.message.startswith("cannot import name")
     cut = not any(frame.package for frame in stack) and not inner.raises and not written_by_python
-    return False if cut else None  # a report that leaves the library's frames out, of a message that no reader's code writes
+    return (
+        False if cut else None
+    )  # a report that leaves the library's frames out, of a message that no reader's code writes
 
 
 def _line(match):
@@ -212,7 +227,14 @@ def _quote(raised, width):
 
 
 def _paragraph(label, text, width):
-    return textwrap.wrap(text, width, initial_indent=f"{label + ':':10}", subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=f"{label + ':':10}",
+        subsequent_indent=" " * 10,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _do_not_know(reading, width):
@@ -225,7 +247,11 @@ def _do_not_know(reading, width):
         lines = ["=> I cannot tell: this traceback ends before its last line.", "", *_cut_evidence(reading, width)]
         hint = "Paste it down to the line with the type and the message of the error."
     elif reading.errors:
-        lines = [_quote(reading.errors[-1], width), "=> I do not know this error: it only reports that something else failed.", ""]
+        lines = [
+            _quote(reading.errors[-1], width),
+            "=> I do not know this error: it only reports that something else failed.",
+            "",
+        ]
         hint = "The cause stands further up in the log, or in that of another process: paste it from the first `Traceback`."
     else:
         lines = ["=> I see no error in this text that I know.", ""]
@@ -272,7 +298,9 @@ def _inside(frame):
 def _version(package):
     """' 5.0 (installed here)' for a package of this environment, as the name of its metadata's folder says."""
     name = re.sub(r"[-_.]+", "_", catalogue.DISTRIBUTIONS.get(package) or package).lower()
-    for folder in filter(os.path.isdir, sys.path):  # importlib.metadata would take a third of the time this command may take
+    for folder in filter(
+        os.path.isdir, sys.path
+    ):  # importlib.metadata would take a third of the time this command may take
         for entry in os.listdir(folder):
             if entry.endswith(".dist-info") and re.sub(r"[-_.]+", "_", entry.partition("-")[0]).lower() == name:
                 return f" {entry.removesuffix('.dist-info').partition('-')[2]} (installed here)"

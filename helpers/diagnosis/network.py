@@ -72,13 +72,23 @@ class Network(threading.Thread):
             api.auth_check(name)
         except GatedRepoError:
             login = f"accept the terms at https://huggingface.co/{name}, then: hf auth login"
-            self.refusal = ("it is gated, and you are not on its list" if hub.token_set() else "it is gated, and there is no token here"), login
+            self.refusal = (
+                (
+                    "it is gated, and you are not on its list"
+                    if hub.token_set()
+                    else "it is gated, and there is no token here"
+                ),
+                login,
+            )
         except RepositoryNotFoundError:
             self.refusal = "the hub has no such public model", "python -m helpers doctor --model auto"
         except HfHubHTTPError as error:
             if hub.status(error) not in (401, 403):
                 raise
-            self.refusal = "the hub refuses your token (wrong, expired, or without read access)", "hf auth logout; unset HF_TOKEN; hf auth login"
+            self.refusal = (
+                "the hub refuses your token (wrong, expired, or without read access)",
+                "hf auth logout; unset HF_TOKEN; hf auth login",
+            )
         else:
             if self.model != "auto":
                 from huggingface_hub import hf_hub_download
@@ -90,7 +100,12 @@ class Network(threading.Thread):
     def hub(self):
         """The check of the connection."""
         if self.error:
-            return Check("hub", NOTE, f"{hub.endpoint()} cannot be used ({self.error})", "Not needed: the default model comes from PyPI. Other models need it.")
+            return Check(
+                "hub",
+                NOTE,
+                f"{hub.endpoint()} cannot be used ({self.error})",
+                "Not needed: the default model comes from PyPI. Other models need it.",
+            )
         return Check("hub", OK, f"{hub.endpoint()} answers")
 
     def access(self):
@@ -101,7 +116,12 @@ class Network(threading.Thread):
         if self.refusal:
             return Check("access", NOTE, f"{name}: {self.refusal[0]}", self.refusal[1])
         if not self.asked:
-            return Check("access", NOTE, f"{name}: not asked, because there is no hub", "Only needed for that model: connect, then ask again.")
+            return Check(
+                "access",
+                NOTE,
+                f"{name}: not asked, because there is no hub",
+                "Only needed for that model: connect, then ask again.",
+            )
         return Check("access", OK, f"{name} is open to you")
 
     def small_refusal(self):
@@ -126,7 +146,10 @@ class Network(threading.Thread):
                 return str(error), "python -m helpers doctor --model auto"
             return None
         if name.count("/") != 1:
-            return "there is no such folder, and a hub id looks like owner/name", "python -m helpers doctor --model auto"
+            return (
+                "there is no such folder, and a hub id looks like owner/name",
+                "python -m helpers doctor --model auto",
+            )
         if self.refusal:
             return self.refusal
         if self.error and not hub.in_hub_cache(name):
@@ -166,9 +189,23 @@ def _qwen_refusal(network):
 def _pypi_answers():
     """True if pip finds the default model's package where it is set up to look."""
     (part,) = packages.SMOLLM2.parts
-    command = [sys.executable, "-m", "pip", "index", "versions", part.package, "--timeout", "3", "--retries", "0", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "index",
+        "versions",
+        part.package,
+        "--timeout",
+        "3",
+        "--retries",
+        "0",
+        "--disable-pip-version-check",
+    ]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=HUB_SECONDS, env=os.environ | {"PIP_NO_INPUT": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=HUB_SECONDS, env=os.environ | {"PIP_NO_INPUT": "1"}
+        )
     except (OSError, subprocess.SubprocessError):
         return False
     return done.returncode == 0 and part.version in done.stdout

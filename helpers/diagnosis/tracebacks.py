@@ -43,9 +43,13 @@ _PROCESS = re.compile(
     r"|\[\d+,\d+\]<std(?:err|out)>:[ ]?"  # mpirun
     r"|[\w.]+(?:-[\w.]+)*-\d+ {1,4}\|[ ]"  # docker compose
 )
-_LINK = re.compile(r"\[([^\[\]\n]{1,300})\]\((?:vscode-notebook-cell:|file:///|https://(?:localhost|github\.com/[\w/.-]{1,100}/actions/))[^)\n]{0,400}\)")
+_LINK = re.compile(
+    r"\[([^\[\]\n]{1,300})\]\((?:vscode-notebook-cell:|file:///|https://(?:localhost|github\.com/[\w/.-]{1,100}/actions/))[^)\n]{0,400}\)"
+)
 _LEVEL = r"(?P<level>DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL)"
-_LOGGED = re.compile(r"[\[\d]|(?:DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|FATAL)[ :]|[IWEF]\d{4} ")  # compiling all of _LOG takes time
+_LOGGED = re.compile(
+    r"[\[\d]|(?:DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|FATAL)[ :]|[IWEF]\d{4} "
+)  # compiling all of _LOG takes time
 
 
 @functools.cache
@@ -103,7 +107,14 @@ LIBRARIES = set(
     "kernels llama_cpp llmcompressor nbclient nbconvert numpy optimum papermill peft safetensors tokenizers torch torchao torchvision "
     "transformers triton trl unsloth vllm xformers".split()
 )
-_CHECKOUTS = {"awq": "autoawq", "torchao": "ao", "torch": "pytorch", "auto_gptq": "autogptq", "gguf": "gguf-py", "llama_cpp": "llama-cpp-python"}
+_CHECKOUTS = {
+    "awq": "autoawq",
+    "torchao": "ao",
+    "torch": "pytorch",
+    "auto_gptq": "autogptq",
+    "gguf": "gguf-py",
+    "llama_cpp": "llama-cpp-python",
+}
 _INSTALLED = re.compile(r"(?:site|dist)-packages[/\\]([\w.-]+)(?:[/\\]([\w.-]+))?")
 _STANDARD = re.compile(r"[/\\]lib(?:64)?[/\\]python\d[\d.]*[/\\]|python[^/\\]*[/\\]lib[/\\]|^<frozen ", re.I)
 _NAMESPACES = {"google", "nvidia"}
@@ -123,7 +134,9 @@ def package(path):
         return "gguf"
     if parts[0] in LIBRARIES and len(parts) > 1:
         return parts[0]
-    for parent, name in zip(parts, parts[1:-1], strict=False):  # a source checkout: transformers/src/transformers, AutoAWQ/awq
+    for parent, name in zip(
+        parts, parts[1:-1], strict=False
+    ):  # a source checkout: transformers/src/transformers, AutoAWQ/awq
         if name in LIBRARIES and parent.lower() in ("src", name, _CHECKOUTS.get(name)):
             return name
     if len(parts) > 1 and parts[-2] in ("bin", "Scripts") and not parts[-1].endswith(".py"):
@@ -185,7 +198,9 @@ class Raised:
     @property
     def innermost(self):
         """The innermost frame outside the standard library, or the innermost of all."""
-        return next((frame for frame in reversed(self.stack) if frame.package != PYTHON), self.stack[-1] if self.stack else None)
+        return next(
+            (frame for frame in reversed(self.stack) if frame.package != PYTHON), self.stack[-1] if self.stack else None
+        )
 
     @property
     def own(self):
@@ -208,9 +223,19 @@ _REPORTING = re.compile(
 )
 _IMPORT = re.compile(r"^(?:No module named|cannot import name) ")
 # What the other processes say once one of them has failed.
-_SECONDARY = re.compile(r"(?i)\bnccl\b|connection (?:reset|closed|refused)|broken pipe|gloo|remote process exited|SIGTERM")
+_SECONDARY = re.compile(
+    r"(?i)\bnccl\b|connection (?:reset|closed|refused)|broken pipe|gloo|remote process exited|SIGTERM"
+)
 # Errors that programs catch and go on from: behind "During handling" they are not the reason for what came next.
-_CAUGHT = {"KeyError", "AttributeError", "ImportError", "ModuleNotFoundError", "StopIteration", "IndexError", "LookupError"}
+_CAUGHT = {
+    "KeyError",
+    "AttributeError",
+    "ImportError",
+    "ModuleNotFoundError",
+    "StopIteration",
+    "IndexError",
+    "LookupError",
+}
 
 
 @dataclass(frozen=True)
@@ -292,7 +317,9 @@ def undress(line):
     for _ in range(4):  # a rank in front of a time in front of a level
         if (found := _PROCESS.match(line)) and not process:
             process, line = found[0].strip(), line[found.end() :]
-        elif found := _LOGGED.match(line) and next((match for pattern in _logs() if (match := pattern.match(line)) and match.end()), None):
+        elif found := _LOGGED.match(line) and next(
+            (match for pattern in _logs() if (match := pattern.match(line)) and match.end()), None
+        ):
             level, line = found.groupdict().get("level") or found.groupdict().get("glog") or level, line[found.end() :]
         else:
             break
@@ -312,7 +339,13 @@ def read(text):
         state.end()
     errors = sorted((item for state in processes.values() for item in state.errors), key=lambda item: item[0])
     cut = [state for state in processes.values() if state.header]
-    return Reading(text, tuple(error for _, error in errors), bool(cut), "\n".join(printed), "\n".join(cut[-1].frames) if cut else "")
+    return Reading(
+        text,
+        tuple(error for _, error in errors),
+        bool(cut),
+        "\n".join(printed),
+        "\n".join(cut[-1].frames) if cut else "",
+    )
 
 
 class _Process:
@@ -330,7 +363,11 @@ class _Process:
             return
         kind, message, frames = self.kind.rpartition(".")[2], "\n".join(self.message).rstrip(), "\n".join(self.frames)
         before = self.errors[-1][1] if self.errors else None
-        repeats = before and not parse_frames(self.frames) and (before.type, before.message.split("\n")[0]) == (kind, message.split("\n")[0])
+        repeats = (
+            before
+            and not parse_frames(self.frames)
+            and (before.type, before.message.split("\n")[0]) == (kind, message.split("\n")[0])
+        )
         if not repeats:  # nbclient and saved notebooks name the error once more below its traceback
             stack = tuple(parse_frames(self.frames))
             self.errors.append((number, Raised(kind, message, frames, stack, self.link, self.name, self.start or 0)))
@@ -358,7 +395,9 @@ class _Process:
         elif warning := _WARNING.match(bare):
             self.close(number) if not self.header else None
             printed.append(warning[1])
-        elif (found := _ERROR.match(bare) or (self.header and _ANY_NAME.match(bare))) and (self.header or level not in _QUIET):
+        elif (found := _ERROR.match(bare) or (self.header and _ANY_NAME.match(bare))) and (
+            self.header or level not in _QUIET
+        ):
             if self.kind is not None:
                 self.close(number)
             self.kind, self.message, self.header, self.level = found[1], [found[2] or ""], None, level
@@ -374,8 +413,23 @@ class _Process:
 
     def end(self):
         self.close(10**9)
-        if self.header and self.header != "Exception":  # Jupyter names the type above the frames: half a traceback still has it
-            self.errors.append((10**9, Raised(self.header, "", "\n".join(self.frames), tuple(parse_frames(self.frames)), self.link, self.name, self.start or 0)))
+        if (
+            self.header and self.header != "Exception"
+        ):  # Jupyter names the type above the frames: half a traceback still has it
+            self.errors.append(
+                (
+                    10**9,
+                    Raised(
+                        self.header,
+                        "",
+                        "\n".join(self.frames),
+                        tuple(parse_frames(self.frames)),
+                        self.link,
+                        self.name,
+                        self.start or 0,
+                    ),
+                )
+            )
 
 
 def parse_frames(lines):
@@ -387,11 +441,13 @@ def parse_frames(lines):
             line = line[1:].lstrip()
         if found := next((match for pattern in _FRAMES if (match := pattern.match(line))), None):
             parts = found.groupdict()
-            code = marked if parts["path"].endswith(".py") and ":" in line and not line.lstrip().startswith("File") else ""
+            code = (
+                marked if parts["path"].endswith(".py") and ":" in line and not line.lstrip().startswith("File") else ""
+            )
             frames.append([parts["path"], parts.get("line") or "", parts.get("function") or "", code])
             marked = ""
             following = lines[number + 1] if number + 1 < len(lines) else ""
-            if line.lstrip().startswith("File \"") and not any(pattern.match(following) for pattern in _FRAMES):
+            if line.lstrip().startswith('File "') and not any(pattern.match(following) for pattern in _FRAMES):
                 frames[-1][3] = following.strip()
         elif frames and (found := _CODE.match(line)):
             frames[-1][3] = found["code"].strip()
@@ -424,7 +480,11 @@ def _outputs(text):
         return text
     try:
         cells = json.loads(text)["cells"]
-        outputs = [output for cell in cells for output in cell.get("outputs", []) if output.get("output_type") == "error"]
-        return "\n".join("\n".join([*output["traceback"], f"{output['ename']}: {output['evalue']}"]) for output in outputs)
+        outputs = [
+            output for cell in cells for output in cell.get("outputs", []) if output.get("output_type") == "error"
+        ]
+        return "\n".join(
+            "\n".join([*output["traceback"], f"{output['ename']}: {output['evalue']}"]) for output in outputs
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return text

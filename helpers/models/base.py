@@ -25,7 +25,9 @@ class Damaged(ModelError):
     """A weight file is not what it should be. file: which one."""
 
     def __init__(self, file):
-        super().__init__(f"{file.name} in {file.parent} is truncated or damaged. Delete it and download the model again.")
+        super().__init__(
+            f"{file.name} in {file.parent} is truncated or damaged. Delete it and download the model again."
+        )
         self.file = file
 
 
@@ -95,7 +97,9 @@ def cache():
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ModelError(f"The cache folder {folder} cannot be made ({error.strerror}). Set COURSE_CACHE to a folder you may write to.")
+        raise ModelError(
+            f"The cache folder {folder} cannot be made ({error.strerror}). Set COURSE_CACHE to a folder you may write to."
+        )
     return folder
 
 
@@ -103,14 +107,18 @@ def require_disk(folder, need, what):
     """Raise ModelError unless `need` bytes (and 5 % more) are free where `folder` lies."""
     free = shutil.disk_usage(folder).free
     if free < need * 1.05:
-        raise ModelError(f"{what} needs {need / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free. {disk_advice(folder)}")
+        raise ModelError(
+            f"{what} needs {need / 1e9:.1f} GB of disk, but only {free / 1e9:.1f} GB are free. {disk_advice(folder)}"
+        )
 
 
 def require_ram(need, what):
     """Raise ModelError unless this process may still take `need` bytes of RAM."""
     free = memory.free_ram()
     if free < need:
-        raise ModelError(f"{what} needs {need / 1e9:.1f} GB of RAM, but only {free / 1e9:.1f} GB are free. Close other programs, or use a smaller model.")
+        raise ModelError(
+            f"{what} needs {need / 1e9:.1f} GB of RAM, but only {free / 1e9:.1f} GB are free. Close other programs, or use a smaller model."
+        )
 
 
 def require_room(name, size, settings, copies):
@@ -123,7 +131,10 @@ def require_room(name, size, settings, copies):
         held, how = size * 2 // stored_bytes(settings), "for one copy in 16 bits"
     else:
         copy = size * 4 // stored_bytes(settings)
-        held, how = int(copies * copy), f"for what is held at once here, {copies:g} times its {copy / 1e9:.1f} GB in float32"
+        held, how = (
+            int(copies * copy),
+            f"for what is held at once here, {copies:g} times its {copy / 1e9:.1f} GB in float32",
+        )
     need = held + (0 if device == "cuda" else KERNEL)
     if need > free:
         kind = "GPU memory" if device == "cuda" else "RAM"
@@ -160,8 +171,6 @@ def gpu_bytes():
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
 
 
-
-
 @contextmanager
 def building(target: Path | str, intact: Callable[[Path], bool] = Path.is_dir) -> Iterator[Path | None]:
     """Yield a scratch folder that becomes `target` when the block ends well; one process at a time, nothing half-written.
@@ -185,4 +194,6 @@ def building(target: Path | str, intact: Callable[[Path], bool] = Path.is_dir) -
             with files.replacing(target) as scratch:
                 yield scratch
     except OSError as error:
-        raise ModelError(f"{target} could not be written: {error.strerror or error}. {disk_advice(target.parent)}") from error
+        raise ModelError(
+            f"{target} could not be written: {error.strerror or error}. {disk_advice(target.parent)}"
+        ) from error

@@ -52,7 +52,9 @@ def make(layers: int = 32) -> Found:
     with building(target) as scratch:
         if scratch is not None:
             _write_geometry(scratch, layers)
-    return Found(str(target), target.name, "random weights in Mistral-7B's shape, made here", this_device(), target.name)
+    return Found(
+        str(target), target.name, "random weights in Mistral-7B's shape, made here", this_device(), target.name
+    )
 
 
 def size(layers: int) -> int:
@@ -83,7 +85,11 @@ def _write_geometry(folder, layers):
     }  # fmt: skip
 
     def shards():
-        yield {"model.embed_tokens.weight": noise(32768, 4096), "lm_head.weight": noise(32768, 4096), "model.norm.weight": ones}
+        yield {
+            "model.embed_tokens.weight": noise(32768, 4096),
+            "lm_head.weight": noise(32768, 4096),
+            "model.norm.weight": ones,
+        }
         for layer in range(layers):
             tensors = {f"model.layers.{layer}.{name}.weight": noise(*shape) for name, shape in shapes.items()}
             for norm in ("input_layernorm", "post_attention_layernorm"):

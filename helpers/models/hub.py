@@ -51,7 +51,9 @@ def download(name: str, copies: float | None = None) -> Found:
     except (ModelError, OSError):
         pass  # nothing there, or only part of it: download
     if offline():
-        raise HubUnreachable(f"HF_HUB_OFFLINE is set and {name} is not in the hub's cache. Unset it, or use model=\"{OFFLINE}\".")
+        raise HubUnreachable(
+            f'HF_HUB_OFFLINE is set and {name} is not in the hub\'s cache. Unset it, or use model="{OFFLINE}".'
+        )
 
     asked = api()
     try:
@@ -62,14 +64,18 @@ def download(name: str, copies: float | None = None) -> Found:
     except RepositoryNotFoundError as error:
         if status(error) == 401 and token_set():
             raise ModelError(_bad_token()) from error
-        raise ModelError(f"The hub has no public model {name}. Check the spelling at https://huggingface.co/models. {choices()}") from error
+        raise ModelError(
+            f"The hub has no public model {name}. Check the spelling at https://huggingface.co/models. {choices()}"
+        ) from error
     except HfHubHTTPError as error:
         if status(error) == 401:
             raise ModelError(_bad_token()) from error
-        raise HubUnreachable(f"The hub answered with an error for {name} (HTTP {status(error)}). Try later, or use model=\"{OFFLINE}\".") from error
+        raise HubUnreachable(
+            f'The hub answered with an error for {name} (HTTP {status(error)}). Try later, or use model="{OFFLINE}".'
+        ) from error
     except Exception as error:  # connection refused, name not resolved, time-out, or an answer that is no hub's
         raise HubUnreachable(
-            f"No connection to the hub for {name} ({type(error).__name__}). Check the network, or use model=\"{OFFLINE}\" "
+            f'No connection to the hub for {name} ({type(error).__name__}). Check the network, or use model="{OFFLINE}" '
             "or a folder on this machine."
         ) from error
 
@@ -78,7 +84,9 @@ def download(name: str, copies: float | None = None) -> Found:
         raise ModelError(f"{name} has no safetensors weights on the hub, and this course loads no pickles. {choices()}")
     if (info.config or {}).get("auto_map"):
         raise ModelError(f"{name} asks to run its own Python code; this course never does. {choices()}")
-    size = sum(size for file, size in files.items() if file.endswith(".safetensors") and not file.startswith("consolidated"))
+    size = sum(
+        size for file, size in files.items() if file.endswith(".safetensors") and not file.startswith("consolidated")
+    )
     require_disk(Path.home(), size, name)
     if copies is not None:
         require_room(name, size, info.config or {}, copies)
@@ -88,7 +96,9 @@ def download(name: str, copies: float | None = None) -> Found:
     except GatedRepoError as error:
         raise ModelError(_gated(name)) from error
     except Exception as error:
-        raise HubUnreachable(f"The download of {name} broke off ({type(error).__name__}: {error}). Run again: it resumes.") from error
+        raise HubUnreachable(
+            f"The download of {name} broke off ({type(error).__name__}: {error}). Run again: it resumes."
+        ) from error
     return found(folder)
 
 

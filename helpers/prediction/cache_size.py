@@ -145,7 +145,10 @@ def _skip_repeated_blocks(model, text):
         layers = DynamicCache(config=text).layers
     except Exception:
         return None
-    blocks = next((m for m in (model.get_decoder() or model).modules() if isinstance(m, ModuleList) and len(m) == len(layers)), None)
+    blocks = next(
+        (m for m in (model.get_decoder() or model).modules() if isinstance(m, ModuleList) and len(m) == len(layers)),
+        None,
+    )
     if not blocks or getattr(text, "kv_sharing_modes", None) or len({id(block) for block in blocks}) < len(blocks):
         return None
     first, repeats, answers = {}, {}, {}
@@ -176,7 +179,10 @@ def _without_data():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     aten = torch.ops.aten
-    asked, nonzero = (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default), aten.nonzero.default
+    asked, nonzero = (
+        (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default),
+        aten.nonzero.default,
+    )
 
     class WithoutData(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

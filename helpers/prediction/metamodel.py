@@ -49,13 +49,26 @@ def build(config):
         try:
             with quiet(), torch.device("meta"):
                 model = auto.from_config(asked, dtype=torch.bfloat16).eval()
-        except (ImportError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, AssertionError, IndexError) as error:
+        except (
+            ImportError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            KeyError,
+            AssertionError,
+            IndexError,
+        ) as error:
             reasons.append(f"{type(error).__name__}: {first_line(error)}")
             continue
         return model, _about_text(model, config, text, auto, asked)
     if reasons:
-        raise ValueError(f"{name} does not describe a model that transformers can build ({reasons[0]}): look at its fields")
-    raise ValueError(f"{name} (model_type {config.model_type!r}) is no causal language model that transformers knows: take another config")
+        raise ValueError(
+            f"{name} does not describe a model that transformers can build ({reasons[0]}): look at its fields"
+        )
+    raise ValueError(
+        f"{name} (model_type {config.model_type!r}) is no causal language model that transformers knows: take another config"
+    )
 
 
 def _about_text(model, config, text, auto, asked):
@@ -63,11 +76,17 @@ def _about_text(model, config, text, auto, asked):
         return []
     name = type(config).__name__
     if auto.__name__ != "AutoModelForCausalLM" or asked is text:
-        return [f"{name} is a model of several kinds of input (vision-language and the like): this counts its text part only; AutoModelForCausalLM does not load the whole"]
+        return [
+            f"{name} is a model of several kinds of input (vision-language and the like): this counts its text part only; AutoModelForCausalLM does not load the whole"
+        ]
     whole, part = (sum(p.numel() for p in parameters) for parameters in (model.parameters(), _text_parameters(model)))
     if part < whole:
-        return [f"{name} has a part for other inputs: this counts all that AutoModelForCausalLM loads, {whole / 1e9:.2f} billion parameters, of which the text part has {part / 1e9:.2f}"]
-    return [f"{name} is a model of several kinds of input: this counts its text part, which is all that AutoModelForCausalLM loads"]
+        return [
+            f"{name} has a part for other inputs: this counts all that AutoModelForCausalLM loads, {whole / 1e9:.2f} billion parameters, of which the text part has {part / 1e9:.2f}"
+        ]
+    return [
+        f"{name} is a model of several kinds of input: this counts its text part, which is all that AutoModelForCausalLM loads"
+    ]
 
 
 def _text_parameters(model):
@@ -103,7 +122,9 @@ def count(key) -> Shape:
             elif own == "weight" and isinstance(module, Conv1D):
                 weight = Weight(name, parameter.numel(), parameter.shape[0], parameter.shape[1])
             elif parameter.ndim == 3 and "expert" in (path + type(module).__name__).lower():
-                inputs, outputs = parameter.shape[1:] if getattr(module, "is_transposed", False) else reversed(parameter.shape[1:])
+                inputs, outputs = (
+                    parameter.shape[1:] if getattr(module, "is_transposed", False) else reversed(parameter.shape[1:])
+                )
                 weight = Weight(path, parameter.numel(), inputs, outputs, parameter.shape[0], fused=True)
             else:
                 continue

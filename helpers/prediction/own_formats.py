@@ -82,15 +82,21 @@ def _skips(name, patterns):
     """Whether a module is excluded: as transformers reads these lists, with and without a leading "model."."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    return any(not should_convert_module(each, patterns) for each in (name, f"model.{name}", name.removeprefix("model.")))
+    return any(
+        not should_convert_module(each, patterns) for each in (name, f"model.{name}", name.removeprefix("model."))
+    )
 
 
 def _mxfp4(own):
-    layout = Format(4, group_size=32, scale_bits=8)  # 4 bits and one power of two per 32 (OCP microscaling formats, 1.0)
+    layout = Format(
+        4, group_size=32, scale_bits=8
+    )  # 4 bits and one power of two per 32 (OCP microscaling formats, 1.0)
     kept = _kept(own, "modules_to_not_convert")
     if own.get("dequantize"):
         return lambda weight: None, ["mxfp4 with dequantize=True: loaded in 16 bits, the files are a quarter of that"]
-    notes = ["as shipped in mxfp4, and as loaded where triton >= 3.4 and the kernels package are (GPU of capability 7.5 on); else transformers dequantizes it to 16 bits: {dense}"]
+    notes = [
+        "as shipped in mxfp4, and as loaded where triton >= 3.4 and the kernels package are (GPU of capability 7.5 on); else transformers dequantizes it to 16 bits: {dense}"
+    ]
     return lambda weight: layout if weight.fused and not _skips(weight.name, kept) else None, notes
 
 
@@ -98,13 +104,17 @@ def _fp8(own):
     block = own.get("weight_block_size", (128, 128))
     layout = Format(8, scale_bits=32, block=tuple(block)) if block else Format(8, scale_bits=0)
     kept = _kept(own, "modules_to_not_convert", "ignored_layers")
-    notes = ["as shipped in fp8, and as loaded on a GPU of capability 8.9 on (4090, H100); elsewhere transformers dequantizes it to 16 bits: {dense}"]
+    notes = [
+        "as shipped in fp8, and as loaded on a GPU of capability 8.9 on (4090, H100); elsewhere transformers dequantizes it to 16 bits: {dense}"
+    ]
     return lambda weight: None if _skips(weight.name, kept) else layout, notes
 
 
 def _fbgemm(own):
     layout, kept = Format(8, scale_bits=32), _kept(own, "modules_to_not_convert")
-    return lambda weight: None if _skips(weight.name, kept) else layout, ["as shipped in fp8 (fbgemm); it loads on GPUs of capability 9 on only (H100)"]
+    return lambda weight: None if _skips(weight.name, kept) else layout, [
+        "as shipped in fp8 (fbgemm); it loads on GPUs of capability 9 on only (H100)"
+    ]
 
 
 def _gptq(own):
@@ -115,7 +125,11 @@ def _gptq(own):
         raise ValueError("the checkpoint gives its layers different bits (dynamic): add up its files instead")
     left_out = [rule.removeprefix("-:") for rule in rules if rule.startswith("-:")]
     kept = _kept(own, "modules_to_not_convert")
-    only = [name for group in own.get("modules_in_block_to_quantize") or () for name in ([group] if isinstance(group, str) else group)]
+    only = [
+        name
+        for group in own.get("modules_in_block_to_quantize") or ()
+        for name in ([group] if isinstance(group, str) else group)
+    ]
 
     def choose(weight):
         if any(re.search(rule, weight.name) for rule in left_out) or _skips(weight.name, kept):
@@ -127,9 +141,13 @@ def _gptq(own):
 
 def _awq(own):
     bits, group_size = own.get("bits", own.get("w_bit", 4)), own.get("group_size", own.get("q_group_size", 128))
-    layout = Format(bits, None if group_size == -1 else group_size, 16, zero_bits=bits if own.get("zero_point", True) else 0)
+    layout = Format(
+        bits, None if group_size == -1 else group_size, 16, zero_bits=bits if own.get("zero_point", True) else 0
+    )
     kept = _kept(own, "modules_to_not_convert")
-    return lambda weight: None if _skips(weight.name, kept) else layout, ["as shipped in awq, and as loaded with gptqmodel"]
+    return lambda weight: None if _skips(weight.name, kept) else layout, [
+        "as shipped in awq, and as loaded with gptqmodel"
+    ]
 
 
 def _bitsandbytes(own):
@@ -157,15 +175,22 @@ def _compressed(own):
         scale = 0 if strategy == "tensor" else 8 if floating else 16
         layouts.append((group.get("targets", ["Linear"]), Format(scheme["num_bits"], grouped, scale, zero, block)))
     if not layouts:
-        raise ValueError("the checkpoint's compressed-tensors config names no format of weights: pass bits=, or add up its files")
+        raise ValueError(
+            "the checkpoint's compressed-tensors config names no format of weights: pass bits=, or add up its files"
+        )
     ignored = own.get("ignore") or []
 
     def choose(weight):
         if any(_targets(pattern, weight.name) for pattern in ignored):
             return None
-        return next((layout for targets, layout in layouts if any(t == "Linear" or _targets(t, weight.name) for t in targets)), None)
+        return next(
+            (layout for targets, layout in layouts if any(t == "Linear" or _targets(t, weight.name) for t in targets)),
+            None,
+        )
 
-    return choose, ["as shipped in compressed-tensors; transformers may decompress it to 16 bits on the first call: {dense}"]
+    return choose, [
+        "as shipped in compressed-tensors; transformers may decompress it to 16 bits on the first call: {dense}"
+    ]
 
 
 def _targets(pattern, name):

@@ -136,9 +136,13 @@ def _config(config):
         try:
             config = AutoConfig.for_model(**config)
         except ValueError as error:
-            raise ValueError(f"transformers has no model of type {config['model_type']!r}: {first_line(error)}") from error
+            raise ValueError(
+                f"transformers has no model of type {config['model_type']!r}: {first_line(error)}"
+            ) from error
     if not isinstance(config, PreTrainedConfig):
-        raise ValueError(f"config must be a transformers config, such as AutoConfig.from_pretrained(name), not {type(config).__name__}")
+        raise ValueError(
+            f"config must be a transformers config, such as AutoConfig.from_pretrained(name), not {type(config).__name__}"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{type(config).__name__} is an encoder-decoder: only causal language models are counted here")
     return config
@@ -150,5 +154,9 @@ def _about_experts(shape, bits, rest_bits, taken):
         return []
     size = f"{experts / 1e9:.2f} billion weights lie in fused experts"
     if taken:
-        return [f"{size}, which GPTQ and AWQ quantize; bitsandbytes (on transformers 5) and torchao leave them in {rest_bits} bits, {experts * rest_bits / 8e9:.1f} GB: ask with library="]
-    return [f"{size}, which this library leaves in {rest_bits} bits, {experts * rest_bits / 8e9:.1f} GB; GPTQ and AWQ quantize them"]
+        return [
+            f"{size}, which GPTQ and AWQ quantize; bitsandbytes (on transformers 5) and torchao leave them in {rest_bits} bits, {experts * rest_bits / 8e9:.1f} GB: ask with library="
+        ]
+    return [
+        f"{size}, which this library leaves in {rest_bits} bits, {experts * rest_bits / 8e9:.1f} GB; GPTQ and AWQ quantize them"
+    ]

@@ -72,7 +72,12 @@ def write(output_dir, *, notebook, found, findings):
         if each.claim not in known:
             raise ClaimError(f"{each.claim}: claims.json has no such claim")
     rows = [{key: value for key, value in asdict(each).items() if value not in (None, "", {})} for each in findings]
-    place = {"notebook": notebook, "model": found.name, "origin": found.origin, "device": records.device_name(found.device)}
+    place = {
+        "notebook": notebook,
+        "model": found.name,
+        "origin": found.origin,
+        "device": records.device_name(found.device),
+    }
     facts = {**place, "versions": records.versions(), "date": time.strftime("%Y-%m-%d"), "findings": rows}
     text = json.dumps(redact.inside(facts), indent=1, ensure_ascii=False, allow_nan=False)
     files.write_text(files.folder(output_dir) / "claims" / f"{notebook}.json", text + "\n")
@@ -89,7 +94,14 @@ def table(output_dir, notebook):
         claim = known[each.claim]
         verdict = judge(claim, every)
         other = verdict.finding and verdict.finding != each
-        rows.append([claim["claim"], each.words(claim), f"{verdict.judged_on}: {verdict.found}" if other else verdict.judged_on, verdict.word])
+        rows.append(
+            [
+                claim["claim"],
+                each.words(claim),
+                f"{verdict.judged_on}: {verdict.found}" if other else verdict.judged_on,
+                verdict.word,
+            ]
+        )
     return pandas.DataFrame(rows, columns=["claim", "measured here", "judged on", "verdict"])
 
 
@@ -117,7 +129,9 @@ def frame(verdicts):
     import pandas
 
     rows = [[v.claim["claim"], v.claim["source"], v.found, v.judged_on, v.word, v.whose, v.elsewhere] for v in verdicts]
-    return pandas.DataFrame(rows, columns=["claim", "guide", "found", "judged on", "verdict", "whose run", "measured elsewhere"])
+    return pandas.DataFrame(
+        rows, columns=["claim", "guide", "found", "judged on", "verdict", "whose run", "measured elsewhere"]
+    )
 
 
 def collect(output_dir="build", folder=None):
@@ -155,7 +169,9 @@ def problems():
 def dumps(data):
     """The ledger as JSON with one line per claim, so that a change is one line in a diff."""
     rows = ",\n".join("  " + json.dumps(claim, ensure_ascii=False) for claim in data["claims"])
-    return f'{{\n "sources": {json.dumps(data["sources"], ensure_ascii=False, indent=2)},\n "claims": [\n{rows}\n ]\n}}\n'
+    return (
+        f'{{\n "sources": {json.dumps(data["sources"], ensure_ascii=False, indent=2)},\n "claims": [\n{rows}\n ]\n}}\n'
+    )
 
 
 def _stored(verdict):
@@ -169,9 +185,13 @@ def _findings(folder, pattern, where):
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
             rows = facts.pop("findings")
-            found += [Finding(**{**{key: facts[key] for key in facts if key != "origin"}, **row}, where=where) for row in rows]
+            found += [
+                Finding(**{**{key: facts[key] for key in facts if key != "origin"}, **row}, where=where) for row in rows
+            ]
         except (ValueError, TypeError, KeyError) as error:
-            raise ClaimError(f"{path.name} holds no findings ({error}); delete it and run its notebook again") from error
+            raise ClaimError(
+                f"{path.name} holds no findings ({error}); delete it and run its notebook again"
+            ) from error
     return found
 
 

@@ -89,7 +89,11 @@ class Engine(NBClientEngine):
         manager = _Manager(nb, output)
         manager.notebook_start()
         try:
-            options = {"timeout": kwargs["execution_timeout"], "startup_timeout": kwargs["start_timeout"], "config": kwargs["config"]}
+            options = {
+                "timeout": kwargs["execution_timeout"],
+                "startup_timeout": kwargs["start_timeout"],
+                "config": kwargs["config"],
+            }
             PapermillNotebookClient(manager, kernel_name=kernel_name, log=logger, **options).execute(env=env)
         finally:
             manager.notebook_complete()

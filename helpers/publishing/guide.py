@@ -54,7 +54,11 @@ def choose(found, memory_gb, hardware="CPU", fine_tune=False, need="quality", si
         raise ValueError(f"memory must be above 0 GB, got {memory_gb}")
     if fine_tune:
         return _training(found, memory_gb, size)
-    usable = {m: r for m, r in found.items() if m in FORMATS and r["kl_divergence"] is not None and r["kl_divergence"] < USABLE}
+    usable = {
+        m: r
+        for m, r in found.items()
+        if m in FORMATS and r["kl_divergence"] is not None and r["kl_divergence"] < USABLE
+    }
     if hardware != "CPU":
         usable = {method: record for method, record in usable.items() if method not in CPU_ONLY}
     if not usable:
@@ -96,14 +100,28 @@ def _training(found, memory_gb, size):
     """Full fine-tuning where it fits, else QLoRA, else nothing."""
     parameters = memory.predict(_config(size)).parameters
     full = TRAINING_BYTES * parameters
-    small = WORKING_SPACE * memory.predict(_config(size), **FORMATS["nf4"], context=CONTEXT).total + 0.5e9  # adapters, activations
+    small = (
+        WORKING_SPACE * memory.predict(_config(size), **FORMATS["nf4"], context=CONTEXT).total + 0.5e9
+    )  # adapters, activations
     if full <= memory_gb * 1e9:
         return Advice("fp32", "02", f"all weights of {size} can be trained: {TRAINING_BYTES} bytes for each of {parameters / 1e9:.2f} billion are "
                       f"{full / 1e9:.0f} of your {memory_gb:g} GB. Train first, quantize afterwards (or with QAT).")  # fmt: skip
     if small <= memory_gb * 1e9:
-        measured = f"; measured after training here: KL {found['qlora']['kl_divergence']:.2f} from the untouched model" if "qlora" in found else ""
-        return Advice("qlora", "07", f"training all weights of {size} takes {full / 1e9:.0f} GB, adapters on 4-bit weights about {small / 1e9:.1f} of your {memory_gb:g} GB{measured}.")
-    return Advice(None, "12", f"{size} takes about {small / 1e9:.1f} GB to train even with QLoRA, and you have {memory_gb:g}: take a smaller model, or several GPUs (notebook 12).")
+        measured = (
+            f"; measured after training here: KL {found['qlora']['kl_divergence']:.2f} from the untouched model"
+            if "qlora" in found
+            else ""
+        )
+        return Advice(
+            "qlora",
+            "07",
+            f"training all weights of {size} takes {full / 1e9:.0f} GB, adapters on 4-bit weights about {small / 1e9:.1f} of your {memory_gb:g} GB{measured}.",
+        )
+    return Advice(
+        None,
+        "12",
+        f"{size} takes about {small / 1e9:.1f} GB to train even with QLoRA, and you have {memory_gb:g}: take a smaller model, or several GPUs (notebook 12).",
+    )
 
 
 @functools.cache
@@ -128,7 +146,9 @@ class Guide:
         self.found = found
         wide = {"style": {"description_width": "10rem"}, "layout": {"width": "26rem", "max_width": "100%"}}
         self.size = ipywidgets.Dropdown(options=SIZES, value="Mistral-7B", description="Model:", **wide)
-        self.memory = ipywidgets.BoundedFloatText(value=8, min=0.5, max=1024, step=0.5, description="Memory, GB:", **wide)
+        self.memory = ipywidgets.BoundedFloatText(
+            value=8, min=0.5, max=1024, step=0.5, description="Memory, GB:", **wide
+        )
         self.hardware = ipywidgets.Dropdown(options=HARDWARE, description="Hardware:", **wide)
         self.fine_tune = ipywidgets.Checkbox(value=False, description="I want to fine-tune", indent=False)
         self.need = ipywidgets.Dropdown(options=NEEDS, description="Most important:", **wide)
@@ -141,7 +161,14 @@ class Guide:
 
     def advice(self):
         """`Advice` for what is chosen now."""
-        return choose(self.found, self.memory.value, str(self.hardware.value), self.fine_tune.value, str(self.need.value), str(self.size.value))
+        return choose(
+            self.found,
+            self.memory.value,
+            str(self.hardware.value),
+            self.fine_tune.value,
+            str(self.need.value),
+            str(self.size.value),
+        )
 
     def refresh(self):
         try:
@@ -155,7 +182,9 @@ class Guide:
         return [(_question(**example), choose(self.found, **example)) for example in self.EXAMPLES]
 
     def __repr__(self):
-        return "\n".join(f"{question}: {advice.method or 'nothing fits'}. {advice.reason}" for question, advice in self.examples())
+        return "\n".join(
+            f"{question}: {advice.method or 'nothing fits'}. {advice.reason}" for question, advice in self.examples()
+        )
 
     def _repr_mimebundle_(self, **_):
         rows = "".join(f"<tr><td style='text-align:left'>{html.escape(question)}</td><td style='text-align:left'>{_html(advice)}</td></tr>"

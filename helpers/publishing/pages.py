@@ -13,7 +13,7 @@ ROOT = files.COURSE
 FOLDER = files.NOTEBOOKS
 PICTURE = FOLDER / "results.png"  # quality against size, from the records of the committed run
 
-BOOTSTRAP = '''\
+BOOTSTRAP = """\
 import importlib.util, os, pathlib, runpy, subprocess  # finds the course, or clones it, and prepares this process
 here, other = pathlib.Path.cwd(), importlib.util.find_spec("helpers")
 known = [pathlib.Path(place).parent for place in getattr(other, "submodule_search_locations", None) or []]
@@ -21,7 +21,7 @@ places = [here, *here.parents, *known, here / "quantization-course"]
 course = next((place for place in places if (place / "helpers" / "bootstrap.py").is_file()), places[-1])
 clone = ["git", "clone", "--quiet", "--depth", "1", os.environ.get("COURSE_SOURCE", "{repository}"), str(course)]
 assert course.is_dir() or not subprocess.run(clone).returncode, "No course at that address: set COURSE_SOURCE to yours."
-runpy.run_path(str(course / "helpers" / "bootstrap.py"))["start"]({packages})'''
+runpy.run_path(str(course / "helpers" / "bootstrap.py"))["start"]({packages})"""
 
 
 def paths():
@@ -168,7 +168,9 @@ def readme_table():
     for path in paths():
         notebook = read(path)
         cpu = notebook.metadata.get("course", {}).get("cost", {}).get("cpu")
-        cost = f"{cpu['seconds'] / 60:.1f} min | {cpu['peak_ram_bytes'] / 1e9:.1f} GB" if cpu else "not measured yet | –"
+        cost = (
+            f"{cpu['seconds'] / 60:.1f} min | {cpu['peak_ram_bytes'] / 1e9:.1f} GB" if cpu else "not measured yet | –"
+        )
         opens = f" {badge(path.name)}" if is_public() else ""
         lines.append(f"| [{title(notebook)}](notebooks/{path.name}){opens} | {promise(notebook)} | {cost} |")
     return "\n".join(lines)

@@ -86,7 +86,10 @@ def plot(found, against="weight_bytes"):
         f"On the frontier (filled), which no other method beats: {', '.join(names)}."
     )
     table = pandas.DataFrame(
-        [[record["method"], point[0], record["kl_divergence"], "yes" if n in best else "no"] for n, (record, point) in enumerate(zip(shown, points))],
+        [
+            [record["method"], point[0], record["kl_divergence"], "yes" if n in best else "no"]
+            for n, (record, point) in enumerate(zip(shown, points))
+        ],
         columns=["method", label, "KL", "on the frontier"],
     )
     return fig, alt, table
@@ -100,7 +103,11 @@ def _finding(shown, points, best, against):
         return f"{len(best)} of {len(shown)} methods are beaten by no other one."
     first = four[0]
     name, ratio = shown[first]["method"], points[first][0] / points[whole][0]
-    what = f"takes {ratio:.0%} of bf16's bytes" if against == "weight_bytes" else f"decodes {ratio:.1f} times as fast as bf16"
+    what = (
+        f"takes {ratio:.0%} of bf16's bytes"
+        if against == "weight_bytes"
+        else f"decodes {ratio:.1f} times as fast as bf16"
+    )
     return f"The closest 4-bit method, {name}, {what} at a KL of {points[first][1]:.2f}."
 
 
@@ -120,13 +127,24 @@ def _panels(shown, points, best, label, more, finding):
     groups = {name: list(group) for name, group in groups.items() if name == "All methods" or len(group) > 1}
     fig, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups) + 0.6, 4.6), squeeze=False, layout="constrained")
     for ax, (title, group) in zip(axes[0], groups.items()):
-        zoomed = set().union(*(other for name, other in groups.items() if name != title)) if title == "All methods" else set()
+        zoomed = (
+            set().union(*(other for name, other in groups.items() if name != title))
+            if title == "All methods"
+            else set()
+        )
         if title == "All methods":
             ax.plot(*zip(*(points[n] for n in best)), color="#1a1a1a", linewidth=1, drawstyle="steps-post", zorder=2)
         for n in group:
             color = COLORS.get(widths[n], MIXED)
             marker = "s" if shown[n]["method"].startswith("gguf") else "o"
-            ax.scatter(*points[n], marker=marker, edgecolor=color, facecolor=color if n in best else "white", linewidth=1.5, zorder=3)
+            ax.scatter(
+                *points[n],
+                marker=marker,
+                edgecolor=color,
+                facecolor=color if n in best else "white",
+                linewidth=1.5,
+                zorder=3,
+            )
         ax.set(xlabel=label, yscale="log", title=title)
         ax.title.set_fontsize("medium")
         ax.margins(x=0.25, y=0.12)
@@ -136,12 +154,28 @@ def _panels(shown, points, best, label, more, finding):
         _plain_ticks(ax)
     axes[0][0].set_ylabel("KL from the untouched model, nats")
     better = "lower right" if more else "lower left"
-    axes[0][0].text(0.02 if not more else 0.98, 0.02, f"better: {better}", transform=axes[0][0].transAxes, ha="right" if more else "left", fontsize=9, style="italic")
+    axes[0][0].text(
+        0.02 if not more else 0.98,
+        0.02,
+        f"better: {better}",
+        transform=axes[0][0].transAxes,
+        ha="right" if more else "left",
+        fontsize=9,
+        style="italic",
+    )
     widths_shown = sorted({width for width in widths if width})
     for place, width in enumerate(widths_shown):
         fig.text(0.02 + 0.1 * place, -0.035, f"\u25cf {width} bits", color=COLORS.get(width, MIXED), fontsize=10)
-    fig.text(0.02 + 0.1 * len(widths_shown), -0.035, "\u25cf mixed   \u25a0 GGUF file   filled: on the frontier", color=MIXED, fontsize=10)
-    fig.suptitle(f"{finding}\n{shown[0]['model'].split()[0]}, {shown[0]['device']}", fontsize="medium", ha="left", x=0.01)
+    fig.text(
+        0.02 + 0.1 * len(widths_shown),
+        -0.035,
+        "\u25cf mixed   \u25a0 GGUF file   filled: on the frontier",
+        color=MIXED,
+        fontsize=10,
+    )
+    fig.suptitle(
+        f"{finding}\n{shown[0]['model'].split()[0]}, {shown[0]['device']}", fontsize="medium", ha="left", x=0.01
+    )
     return fig
 
 
@@ -163,14 +197,34 @@ def _label(ax, labels):
     for point, text, color in sorted(labels):
         x, y = ax.transData.transform(point)
         width, on_the_left = 5.5 * scale * len(text), x > middle
-        texts.append({"x": x - width if on_the_left else x, "width": width, "y": y, "at": y, "left": on_the_left, "what": (point, text, color)})
+        texts.append(
+            {
+                "x": x - width if on_the_left else x,
+                "width": width,
+                "y": y,
+                "at": y,
+                "left": on_the_left,
+                "what": (point, text, color),
+            }
+        )
     _push_apart(texts, 12 * scale)
     for text in texts:
         point, name, color = text["what"]
         moved = text["at"] - text["y"]
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkB": 3} if abs(moved) > 5 * scale else None
         offset = (-7 if text["left"] else 7, moved / scale)
-        ax.annotate(name, point, offset, textcoords="offset points", fontsize=9, color=color, va="center", ha="right" if text["left"] else "left", arrowprops=line, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3})
+        ax.annotate(
+            name,
+            point,
+            offset,
+            textcoords="offset points",
+            fontsize=9,
+            color=color,
+            va="center",
+            ha="right" if text["left"] else "left",
+            arrowprops=line,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3},
+        )
 
 
 def _push_apart(texts, height):
@@ -220,14 +274,18 @@ def differences(ranked: dict[str, list[dict]]) -> str:
         return "No record of a 4-bit method has an interval yet."
     if len(models) == 1:
         return f"Only {models[0]} has records of 4-bit methods, so whether another model ranks them alike is not known here."
-    return " ".join(_difference(one, other, ranked[one], ranked[other]) for one, other in itertools.combinations(models, 2))
+    return " ".join(
+        _difference(one, other, ranked[one], ranked[other]) for one, other in itertools.combinations(models, 2)
+    )
 
 
 def _difference(one, other, first, second):
     """The same for two models."""
     first, second = ({record["method"]: record for record in each} for each in (first, second))
     common = [method for method in first if method in second]
-    pairs = [(a, b, order(first[a], first[b]), order(second[a], second[b])) for a, b in itertools.combinations(common, 2)]
+    pairs = [
+        (a, b, order(first[a], first[b]), order(second[a], second[b])) for a, b in itertools.combinations(common, 2)
+    ]
     if not pairs:
         return f"{one} and {other} share fewer than two methods, so there is no order to compare."
     same = sum(x == y != 0 for *_, x, y in pairs)
@@ -252,11 +310,15 @@ def plot_rankings(ranked: dict[str, list[dict]]) -> tuple[matplotlib.figure.Figu
 
     figures.style()
     height = 1.3 + 0.32 * max(map(len, ranked.values()))
-    fig, panels = plt.subplots(1, len(ranked), figsize=(max(5, 4.2 * len(ranked)), height), squeeze=False, layout="constrained")
+    fig, panels = plt.subplots(
+        1, len(ranked), figsize=(max(5, 4.2 * len(ranked)), height), squeeze=False, layout="constrained"
+    )
     for ax, (model, group) in zip(panels[0], ranked.items()):
         for place, record in enumerate(group):
             mean, low, high = (max(record[name], FLOOR) for name in ("kl_divergence", "kl_low", "kl_high"))
-            ax.errorbar(mean, place, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], fmt="o", color=COLORS[4], capsize=3)
+            ax.errorbar(
+                mean, place, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], fmt="o", color=COLORS[4], capsize=3
+            )
         ax.set_yticks(range(len(group)), [record["method"] for record in group])
         ax.set(xscale="log", xlabel="KL from the untouched model, nats", ylim=(len(group) - 0.5, -0.5))
         ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -265,7 +327,8 @@ def plot_rankings(ranked: dict[str, list[dict]]) -> tuple[matplotlib.figure.Figu
         ax.set_title(f"{model}\n{group[0]['device']}", fontsize="medium")
     columns = {
         model: pandas.Series(
-            [f"{r['method']}: {tables.interval(r['kl_divergence'], r['kl_low'], r['kl_high'])}" for r in group], index=range(1, len(group) + 1)
+            [f"{r['method']}: {tables.interval(r['kl_divergence'], r['kl_low'], r['kl_high'])}" for r in group],
+            index=range(1, len(group) + 1),
         )
         for model, group in ranked.items()
     }

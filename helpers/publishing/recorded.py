@@ -88,7 +88,9 @@ def from_records(records):
                 value = function(_Group(group))
             except _Missing:
                 continue
-            rows.append({**_row(claim, value), "model": model, "device": device, "versions": versions, "notebook": "records"})
+            rows.append(
+                {**_row(claim, value), "model": model, "device": device, "versions": versions, "notebook": "records"}
+            )
     return rows
 
 
@@ -101,7 +103,15 @@ def from_gpu(gpu):
         except KeyError:
             continue
         device = gpu["autoawq"]["device"] if claim.startswith("awq-") else gpu["device"]
-        rows.append({**_row(claim, value), "model": gpu["model"], "device": device, "versions": gpu["versions"], "notebook": "GPU reference"})
+        rows.append(
+            {
+                **_row(claim, value),
+                "model": gpu["model"],
+                "device": device,
+                "versions": gpu["versions"],
+                "notebook": "GPU reference",
+            }
+        )
     return rows
 
 

@@ -42,7 +42,9 @@ def read(folder=None):
         for method, record in reference.records.items():
             records.check(record)
             if (record["method"], record["device"], record["model"]) != (method, reference.device, reference.model):
-                raise records.RecordError(f"{path.name}: the record under {method} is of another method, device or model")
+                raise records.RecordError(
+                    f"{path.name}: the record under {method} is of another method, device or model"
+                )
         found.append(reference)
     return sorted(found, key=lambda reference: not reference.on_cpu)
 
@@ -63,9 +65,13 @@ def write(output_dir="build", folder=None):
     paths = []
     for (device, model), fresh in groups.items():
         together = dict(sorted({**known.get((device, model), {}), **fresh}.items()))
-        protocols = {tuple(record[name] for name in records.PROTOCOL) for record in together.values() if record["eval_tokens"]}
+        protocols = {
+            tuple(record[name] for name in records.PROTOCOL) for record in together.values() if record["eval_tokens"]
+        }
         if len(protocols) > 1:
-            raise records.RecordError(f"{device}: records of {len(protocols)} evaluation protocols cannot stand side by side: {sorted(protocols)}")
+            raise records.RecordError(
+                f"{device}: records of {len(protocols)} evaluation protocols cannot stand side by side: {sorted(protocols)}"
+            )
         facts = {"device": device, "model": model, "date": time.strftime("%Y-%m-%d"), "records": together}
         path = folder / f"{file_name(device, model)}.json"
         files.write_text(path, json.dumps(facts, indent=1, allow_nan=False) + "\n")
@@ -91,7 +97,9 @@ def gpu_rows(facts):
     """[what, weights in GB, peak in GB, tokens a second at batch 1] of what `gpu()` holds; None where it was not measured."""
     rows = []
     for name, row in facts.get("memory", {}).items():
-        rows.append([f"{name}: load and answer", _giga(row.get("weight_bytes")), _giga(row.get("answering_peak_bytes")), None])
+        rows.append(
+            [f"{name}: load and answer", _giga(row.get("weight_bytes")), _giga(row.get("answering_peak_bytes")), None]
+        )
     for tokens, row in facts.get("qlora", {}).items():
         if isinstance(row, dict):
             rows.append([f"QLoRA step of {tokens} tokens", None, _giga(row.get("peak_bytes")), None])
@@ -99,7 +107,14 @@ def gpu_rows(facts):
         if step.startswith("decode_"):
             for variant, found in row.items():
                 if isinstance(found, dict) and "tokens_per_s" in found.get("1", {}):
-                    rows.append([f"{step.removeprefix('decode_')}: decode, {variant}", _giga(row.get("bytes")), None, found["1"]["tokens_per_s"]])
+                    rows.append(
+                        [
+                            f"{step.removeprefix('decode_')}: decode, {variant}",
+                            _giga(row.get("bytes")),
+                            None,
+                            found["1"]["tokens_per_s"],
+                        ]
+                    )
     return rows
 
 
@@ -140,8 +155,6 @@ def costs(output_dir="build"):
         told.append(path.stem)
     pages.refresh_all()
     return told
-
-
 
 
 def file_name(device, model):

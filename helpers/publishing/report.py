@@ -58,7 +58,9 @@ def write(build, results):
     """Write `report.html` into the build folder from its records and notebooks and these `run.Result`s; returns its path."""
     found, references = records.read(build), reference.read()
     evaluated = [record for record in found.values() if record["eval_tokens"]]
-    protocols = sorted({f"{r['eval_tokens']:,} tokens of {r['eval_text']} in windows of {r['eval_context']}" for r in evaluated})
+    protocols = sorted(
+        {f"{r['eval_tokens']:,} tokens of {r['eval_text']} in windows of {r['eval_context']}" for r in evaluated}
+    )
     judged, gpu = claims.ledger(build), reference.gpu()
     page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
         date=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"), device=", ".join(sorted({r["device"] for r in found.values()})) or "no records",
@@ -73,7 +75,10 @@ def write(build, results):
 
 
 def _gpu_table(gpu):
-    rows = [[(what, None), *((tables.NOT_MEASURED, "") if value is None else (f"{value:.1f}", value) for value in values)] for what, *values in reference.gpu_rows(gpu)]
+    rows = [
+        [(what, None), *((tables.NOT_MEASURED, "") if value is None else (f"{value:.1f}", value) for value in values)]
+        for what, *values in reference.gpu_rows(gpu)
+    ]
     return tables.table(["what", "weights, GB", "peak, GB", "tokens/s"], rows, f"Reference: {gpu['device']}")
 
 
@@ -115,5 +120,13 @@ def _plot(found, against):
     if plot is None:
         return None
     png, alt, table = plot
-    rows = [[(row[0], None), (f"{row[1]:.1f}", row[1]), (f"{row[2]:.4f}", row[2]), (row[3], None)] for row in table.values.tolist()]
-    return {"title": TITLES[against], "png": base64.b64encode(png).decode(), "alt": alt, "html": Markup(tables.table(list(table.columns), rows, TITLES[against]))}
+    rows = [
+        [(row[0], None), (f"{row[1]:.1f}", row[1]), (f"{row[2]:.4f}", row[2]), (row[3], None)]
+        for row in table.values.tolist()
+    ]
+    return {
+        "title": TITLES[against],
+        "png": base64.b64encode(png).decode(),
+        "alt": alt,
+        "html": Markup(tables.table(list(table.columns), rows, TITLES[against])),
+    }

@@ -63,7 +63,9 @@ def execute(path, output, parameters=None, cwd=None, timeout=1800, kernel_name="
     """
     check_names(parameters or {})
     with gpu_memory() as vram, memory.track(interval=0.1, children=True) as used:
-        verdict = _verdict(Path(path), Path(output), parameters or {}, str(cwd or Path(path).parent), timeout, kernel_name, env or {})
+        verdict = _verdict(
+            Path(path), Path(output), parameters or {}, str(cwd or Path(path).parent), timeout, kernel_name, env or {}
+        )
     return Result(Path(path).stem, used.seconds, used.peak_ram, redact.redact(verdict), max(vram, default=0))
 
 
@@ -153,7 +155,9 @@ def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=F
         memory.parse_size(cap)  # a wrong one is said now, not by every notebook
     chosen = [path for path in pages.paths() if not only or any(path.name.startswith(prefix) for prefix in only)]
     if not chosen:
-        raise ValueError(f"no notebook begins with {', '.join(only or ['?'])}; there are {', '.join(path.stem[:2] for path in pages.paths())}")
+        raise ValueError(
+            f"no notebook begins with {', '.join(only or ['?'])}; there are {', '.join(path.stem[:2] for path in pages.paths())}"
+        )
     build = files.folder(output_dir)
     if output_dir != "build":
         parameters = {"output_dir": str(build), **(parameters or {})}
@@ -218,7 +222,9 @@ def commit_outputs(path, executed, result, disk):
         if cell.cell_type == "code":
             cell.outputs = merged([output for output in cell.outputs if output.get("name") != "stderr"])
             for output in cell.outputs:
-                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # JupyterLab finds no model for it
+                output.get("data", {}).pop(
+                    "application/vnd.jupyter.widget-view+json", None
+                )  # JupyterLab finds no model for it
     nbformat.write(notebook, path)
 
 
@@ -254,7 +260,9 @@ def main(arguments):
         name, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"-p takes name=value, not {item!r}")
-        parameters[name] = {"True": True, "False": False}.get(value, int(value) if value.lstrip("-").isdigit() else value)
+        parameters[name] = {"True": True, "False": False}.get(
+            value, int(value) if value.lstrip("-").isdigit() else value
+        )
     if arguments.model != "auto":
         parameters["model"] = arguments.model
     results = run(arguments.only, arguments.output, parameters, arguments.timeout, arguments.in_place, arguments.cap)

@@ -70,7 +70,9 @@ def build(output_dir="build"):
         if report.is_file():
             shutil.copy(report, scratch)
         words = [{"page": s["page"], "heading": s["heading"], "link": s["link"], "text": s["text"]} for s in index]
-        files.write_text(scratch / "search-index.js", f"window.courseIndex = {json.dumps(words, ensure_ascii=False)};\n")
+        files.write_text(
+            scratch / "search-index.js", f"window.courseIndex = {json.dumps(words, ensure_ascii=False)};\n"
+        )
     return folder / "site" / "index.html"
 
 
@@ -103,7 +105,13 @@ def _exporter():
             return config
 
     loader = jinja2.DictLoader({"course.html.j2": CELLS})
-    return Cells(template_name="basic", template_file="course.html.j2", extra_loaders=[loader], exclude_input_prompt=True, exclude_output_prompt=True)
+    return Cells(
+        template_name="basic",
+        template_file="course.html.j2",
+        extra_loaders=[loader],
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
 
 
 def _body(exporter, page, names):
@@ -113,7 +121,9 @@ def _body(exporter, page, names):
     for cell in page.notebook.cells:
         if cell.cell_type == "markdown":  # these stand around the cells
             cell.source = re.sub(r"<!-- (badge|navigation) -->.*?<!-- /\1 -->", "", cell.source, flags=re.S)
-        cell.outputs = [output for output in cell.get("outputs", []) if output.get("name") != "stderr" and not _only_live(output)]
+        cell.outputs = [
+            output for output in cell.get("outputs", []) if output.get("name") != "stderr" and not _only_live(output)
+        ]
     html, _ = exporter.from_notebook_node(page.notebook)
     soup = bs4.BeautifulSoup(html, "html.parser")
     for element in soup(["style", "script"]):
@@ -182,10 +192,24 @@ def _front(shown, scratch):
 {% endfor %}</ul>
 {% if alt %}<p><img src="{{ picture }}" alt="{{ alt }}"></p><p><em>{{ alt }}</em></p>{% endif %}
 {% if repository %}<p><a href="{{ repository }}">Source, installation and licence</a></p>{% endif %}"""
-    body = jinja2.Environment(autoescape=True).from_string(template).render(
-        course=COURSE, rows=rows, alt=picture and picture[1], picture=pages.PICTURE.name, repository=pages.is_public() and pages.repository()
+    body = (
+        jinja2.Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            course=COURSE,
+            rows=rows,
+            alt=picture and picture[1],
+            picture=pages.PICTURE.name,
+            repository=pages.is_public() and pages.repository(),
+        )
     )
-    return {"name": "index", "title": COURSE, "description": "Quantization of language models, measured", "body": body, "next": shown[0]}
+    return {
+        "name": "index",
+        "title": COURSE,
+        "description": "Quantization of language models, measured",
+        "body": body,
+        "next": shown[0],
+    }
 
 
 def _write(target, shown, report, values):
@@ -194,5 +218,7 @@ def _write(target, shown, report, values):
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(SITE), autoescape=True)
     values = dict(values, body=markupsafe.Markup(values["body"]))
-    text = environment.get_template("page.html.j2").render(course=COURSE, pages=shown, report=report.is_file(), **values)
+    text = environment.get_template("page.html.j2").render(
+        course=COURSE, pages=shown, report=report.is_file(), **values
+    )
     files.write_text(target, text)

@@ -52,7 +52,9 @@ def build(source, target=None):
         return _with_ids(fresh)
     old = nbformat.read(target, as_version=4)
     fresh.metadata = old.metadata
-    matcher = difflib.SequenceMatcher(a=[_key(cell) for cell in old.cells], b=[_key(cell) for cell in fresh.cells], autojunk=False)
+    matcher = difflib.SequenceMatcher(
+        a=[_key(cell) for cell in old.cells], b=[_key(cell) for cell in fresh.cells], autojunk=False
+    )
     for block in matcher.get_matching_blocks():
         for step in range(block.size):
             before, cell = old.cells[block.a + step], fresh.cells[block.b + step]

@@ -37,7 +37,10 @@ def methods(found, expected=(), sort_by="weight_bytes", caption="All methods of 
     """
     if sort_by != "method" and sort_by not in COLUMNS:
         raise ValueError(f"sort_by must be method or one of {', '.join(COLUMNS)}, not {sort_by!r}")
-    rows = [[(method, None), (record["notebook"][:2], None), *(_cell(record, name) for name in COLUMNS)] for method, record in found.items()]
+    rows = [
+        [(method, None), (record["notebook"][:2], None), *(_cell(record, name) for name in COLUMNS)]
+        for method, record in found.items()
+    ]
     at = 0 if sort_by == "method" else 2 + list(COLUMNS).index(sort_by)
     rows.sort(key=lambda row: (row[at][1] == "", row[at][0] if at == 0 else row[at][1] or 0))
     missing = [[(method, None), (notebook[:2], None), (NOT_RUN, ""), *[("", "")] * (len(COLUMNS) - 1)]
@@ -50,7 +53,10 @@ def table(heads, rows, caption, last=()):
 
     last  rows that stay at the end, whatever is sorted
     """
-    head = "".join(f'<th scope="col"><button type="button" style="{BUTTON}" onclick="{html.escape(SORT)}">{html.escape(text)}</button></th>' for text in heads)
+    head = "".join(
+        f'<th scope="col"><button type="button" style="{BUTTON}" onclick="{html.escape(SORT)}">{html.escape(text)}</button></th>'
+        for text in heads
+    )
     bodies = "".join(f"<tbody>{''.join(map(_row, part))}</tbody>" for part in (rows, last) if part)
     return (
         f'<div style="overflow-x:auto" tabindex="0" role="region" aria-label="{html.escape(caption)}"><table><caption>{html.escape(caption)}</caption>'

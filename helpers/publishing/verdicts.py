@@ -11,7 +11,9 @@ NOT_TESTED, NO_HARDWARE, NOT_RUN = "not tested on its subject", "needs hardware 
 WORDS = (HOLDS, PARTLY, FAILS, CLOSE, NOT_TESTED, NO_HARDWARE, NOT_RUN)
 # Relative error of a value without an interval: two speeds, each within 10 %; a KL on few windows. Sizes and errors are exact.
 SPREAD = {"memory": 0.0, "behaviour": 0.0, "speed": 0.2, "quality": 0.2}
-JUDGE_PARAMETERS = 1e9  # smaller models lose more to rounding: they do not judge what is said about a 7B model's quality
+JUDGE_PARAMETERS = (
+    1e9  # smaller models lose more to rounding: they do not judge what is said about a 7B model's quality
+)
 COMPUTED = "computed from its config"
 
 
@@ -81,7 +83,11 @@ class Verdict:
 
 def judge(claim, findings):
     """`Verdict` on a claim by the finding nearest to its subject; of equally near ones, the first."""
-    about = [each for each in findings if each.claim == claim["id"] and not (_is_shape(each) and claim["subject"]["kind"] == "quality")]
+    about = [
+        each
+        for each in findings
+        if each.claim == claim["id"] and not (_is_shape(each) and claim["subject"]["kind"] == "quality")
+    ]
     fitting = [each for each in about if on_subject(claim["subject"], each)]
     if not fitting:
         word = NOT_TESTED if about else NO_HARDWARE if claim.get("needs") else NOT_RUN

@@ -53,7 +53,9 @@ def settings(group_size: int):
         yield {"method": "bitsandbytes", "kind": kind}
     gptq = {"method": "gptq", "samples": 32, "length": 256, "sym": False, "order": "desc_act", "damp_percent": 0.05}
     yield gptq | {"source": "pydoc", "samples": 24, "length": 128, "sym": True, "order": "", "damp_percent": 0.01}
-    for source, sym, order in itertools.product(("own", "pydoc", "mix"), (False, True), ("desc_act", "act_group_aware", "")):
+    for source, sym, order in itertools.product(
+        ("own", "pydoc", "mix"), (False, True), ("desc_act", "act_group_aware", "")
+    ):
         yield gptq | {"source": source, "sym": sym, "order": order}
     for samples in (8, 16, 64):
         yield gptq | {"source": "own", "samples": samples}
@@ -76,12 +78,18 @@ class Study:
         self.own = own_text(self.load(), self.tokenizer, 64, 256)
 
     def load(self, **options):
-        return AutoModelForCausalLM.from_pretrained(self.found.path, dtype=torch.bfloat16, device_map={"": "cuda"}, **options)
+        return AutoModelForCausalLM.from_pretrained(
+            self.found.path, dtype=torch.bfloat16, device_map={"": "cuda"}, **options
+        )
 
     def calibration(self, source, samples, length):
         pydoc = evaluation.windows(self.tokenizer, "calibration", samples * length, length, source="pydoc")
         half = samples // 2
-        return {"own": self.own[:samples, :length], "pydoc": pydoc, "mix": torch.cat([self.own[:half, :length], pydoc[:half]])}[source]
+        return {
+            "own": self.own[:samples, :length],
+            "pydoc": pydoc,
+            "mix": torch.cat([self.own[:half, :length], pydoc[:half]]),
+        }[source]
 
     def rounding(self, group_size, sym):
         return self.round_all(self.load(), group_size, sym)
@@ -103,7 +111,10 @@ class Study:
     def gptq(self, source, samples, length, sym, order, damp_percent):
         from gptqmodel import GPTQModel, QuantizeConfig
 
-        rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in self.calibration(source, samples, length)]
+        rows = [
+            {"input_ids": row.tolist(), "attention_mask": [1] * len(row)}
+            for row in self.calibration(source, samples, length)
+        ]
         config = QuantizeConfig(
             bits=4, group_size=self.group_size, sym=sym, desc_act=order == "desc_act", act_group_aware=order == "act_group_aware",
             damp_percent=damp_percent, offload_to_disk=False,
@@ -114,7 +125,9 @@ class Study:
             quantized.save(folder)
             del quantized
             kernel = GPTQConfig(bits=4, backend="gptq_triton")
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": "cuda"}, quantization_config=kernel)
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.bfloat16, device_map={"": "cuda"}, quantization_config=kernel
+            )
 
     def autoawq(self, source, samples, length):
         from helpers import archived
@@ -122,7 +135,9 @@ class Study:
         with archived.enable("autoawq"):
             from awq import AutoAWQForCausalLM
 
-            awq = AutoAWQForCausalLM.from_pretrained(self.found.path, low_cpu_mem_usage=True, use_cache=False, device_map={"": "cuda"})
+            awq = AutoAWQForCausalLM.from_pretrained(
+                self.found.path, low_cpu_mem_usage=True, use_cache=False, device_map={"": "cuda"}
+            )
             awq.quantize(
                 self.tokenizer, quant_config={"zero_point": True, "q_group_size": self.group_size, "w_bit": 4, "version": "GEMM"},
                 calib_data=self.calibration(source, samples, length).tolist(), max_calib_seq_len=length, apply_clip=False,

@@ -66,7 +66,10 @@ def fuse(model):
     """Make one matrix of q, k, v and one of gate and up, before quantizing: fewer and larger products, the same numbers."""
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        joints = (attention, "qkv_proj", ("q_proj", "k_proj", "v_proj")), (mlp, "gate_up_proj", ("gate_proj", "up_proj"))
+        joints = (
+            (attention, "qkv_proj", ("q_proj", "k_proj", "v_proj")),
+            (mlp, "gate_up_proj", ("gate_proj", "up_proj")),
+        )
         for owner, name, parts in joints:
             weight = torch.cat([getattr(owner, part).weight.data for part in parts])
             joint = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -85,7 +88,9 @@ class LeanDecoder:
         config, weight = model.config, model.get_input_embeddings().weight
         plain = config.model_type == "llama" or config.model_type == "mistral" and not config.sliding_window
         if not plain or getattr(config, "attention_bias", False):
-            raise ValueError(f"this forward pass is that of Llama and Mistral (no sliding window, no biases), not of {config.model_type}")
+            raise ValueError(
+                f"this forward pass is that of Llama and Mistral (no sliding window, no biases), not of {config.model_type}"
+            )
         if length % 8:
             raise ValueError(f"length must be a multiple of 8, which the attention kernels want, not {length}")
         self.model, self.length, self.heads, self.graph = model, length, config.num_attention_heads, None
@@ -157,7 +162,9 @@ class LeanDecoder:
         """The greedy continuation of prompt [batch, tokens], int64 [batch, new_tokens]."""
         start, room = prompt.shape[1], self.length - prompt.shape[1]
         if not 1 <= new_tokens <= room:
-            raise ValueError(f"new_tokens must be 1 to {room}: the cache holds {self.length} tokens, {start} of them the prompt's")
+            raise ValueError(
+                f"new_tokens must be 1 to {room}: the cache holds {self.length} tokens, {start} of them the prompt's"
+            )
         if self.token.is_cuda and self.graph is None:
             self.capture()
         self.prefill(prompt)

@@ -80,7 +80,9 @@ def facts():
 
     import torch
 
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    )
     names = ("torch", "triton", "transformers", "torchao", "bitsandbytes", "peft", "gptqmodel", "auto-gptq", "autoawq")
     return {
         "device": torch.cuda.get_device_name(),
@@ -89,7 +91,8 @@ def facts():
         "date": time.strftime("%Y-%m-%d"),
         "command": "python notebooks/gpu/reference.py",
         "model": "mistral-7b-geometry (random weights in Mistral-7B's shape)",
-        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda} | {name: metadata.version(name) for name in names},
+        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
+        | {name: metadata.version(name) for name in names},
         "protocol": {"prompt_tokens": PROMPT, "new_tokens": NEW, "cache_tokens": LENGTH},
     }
 
@@ -211,7 +214,10 @@ def eager(model, batches=(1, 8)):
     rows = {}
     for batch in batches:
         rate = speed.decode(model, prompt_tokens=PROMPT, new_tokens=32, batch=batch)
-        rows[str(batch)] = {"prefill_s": batch * PROMPT / rate.prefill_tokens_per_s, "tokens_per_s": rate.decode_tokens_per_s}
+        rows[str(batch)] = {
+            "prefill_s": batch * PROMPT / rate.prefill_tokens_per_s,
+            "tokens_per_s": rate.decode_tokens_per_s,
+        }
     return rows
 
 
@@ -247,7 +253,10 @@ def generate(model):
     """transformers' own compiled path: `generate` with a static cache."""
     import torch
 
-    ids, options = prompt(1), dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, cache_implementation="static")
+    ids, options = (
+        prompt(1),
+        dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, cache_implementation="static"),
+    )
 
     def answer():
         return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
@@ -425,11 +434,17 @@ def qlora():
 
     memory.cap_vram(SMALL)
     model = prepare_model_for_kbit_training(
-        load(quantization_config=nf4()), use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+        load(quantization_config=nf4()),
+        use_gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
     )
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).train()
+    model = get_peft_model(
+        model, LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    ).train()
     model.config.use_cache = False
-    optimizer = bitsandbytes.optim.PagedAdamW8bit([tensor for tensor in model.parameters() if tensor.requires_grad], lr=1e-4)
+    optimizer = bitsandbytes.optim.PagedAdamW8bit(
+        [tensor for tensor in model.parameters() if tensor.requires_grad], lr=1e-4
+    )
     rows = {"under": SMALL}
     for tokens in (512, 2048):
         ids = torch.randint(3, 32768, (1, tokens), generator=torch.Generator().manual_seed(0)).cuda()

@@ -45,9 +45,16 @@ def budget(record):
     """Peak bytes of each thing done with the 7B shape, largest first: [(what, bytes)]."""
     rows = []
     for name, row in record["memory"].items():
-        rows += [(f"{name}: load", row["loading_peak_bytes"]), (f"{name}: answer 512 + 32 tokens", row["answering_peak_bytes"])]
+        rows += [
+            (f"{name}: load", row["loading_peak_bytes"]),
+            (f"{name}: answer 512 + 32 tokens", row["answering_peak_bytes"]),
+        ]
     rows += [(f"QLoRA step of {tokens} tokens", record["qlora"][tokens]["peak_bytes"]) for tokens in ("512", "2048")]
-    for step, name in (("gptq", "GPTQ of 32 x 512 tokens"), ("autoawq", "AWQ (autoawq)"), ("auto_gptq", "GPTQ (auto-gptq)")):
+    for step, name in (
+        ("gptq", "GPTQ of 32 x 512 tokens"),
+        ("autoawq", "AWQ (autoawq)"),
+        ("auto_gptq", "GPTQ (auto-gptq)"),
+    ):
         if "peak_bytes" in record.get(step, {}):
             where = f", on an {record[step]['device']}" if "device" in record[step] else ""
             rows.append((name + where, record[step]["peak_bytes"]))
@@ -121,7 +128,9 @@ def section(record):
     for row in rows:
         eight = f"{row['batch 8']:.0f}" if row["batch 8"] else ""
         prompt = f"{1e3 * row['prefill_s']:.0f}" if row["prefill_s"] else ""
-        lines.append(f"| {row['what']} | {row['bytes'] / 1e9:.2f} GB | {row['batch 1']:.0f} | {row['share']:.0%} | {eight} | {prompt} |")
+        lines.append(
+            f"| {row['what']} | {row['bytes'] / 1e9:.2f} GB | {row['batch 1']:.0f} | {row['share']:.0%} | {eight} | {prompt} |"
+        )
     lines += [
         "",
         f"Four bits are {best['batch 1'] / fp16['batch 1']:.1f} times as fast as fp16 in the same lean loop, and "
@@ -133,14 +142,20 @@ def section(record):
         + ". At batch 8 the kernels of tinygemm and bitsandbytes, made for one row, lose their lead; Marlin keeps it."
         + (f" (NF4: with a cache of {cache} tokens instead of {record['protocol']['cache_tokens']}.)" if cache else ""),
         "",
-        "| peak of GPU memory | GB | " + " | ".join(f"fits {size // 10**9} GB ({card})" for card, size in CARDS.items()) + " |",
+        "| peak of GPU memory | GB | "
+        + " | ".join(f"fits {size // 10**9} GB ({card})" for card, size in CARDS.items())
+        + " |",
         "|---|---|" + "---|" * len(CARDS),
     ]
     for name, peak in budget(record):
-        lines.append(f"| {name} | {peak / 1e9:.2f} | " + " | ".join("yes" if fits(record, peak, size) else "no" for size in CARDS.values()) + " |")
+        lines.append(
+            f"| {name} | {peak / 1e9:.2f} | "
+            + " | ".join("yes" if fits(record, peak, size) else "no" for size in CARDS.values())
+            + " |"
+        )
     lines += [
         "",
-        "All of it ran with torch held to 16 GB, fp16 to 24 GB. QLoRA: r=16 on q and v, checkpointing, paged 8-bit AdamW. \"Fits\" adds "
+        'All of it ran with torch held to 16 GB, fp16 to 24 GB. QLoRA: r=16 on q and v, checkpointing, paged 8-bit AdamW. "Fits" adds '
         f"the driver's context ({record['bandwidth']['context_bytes'] / 1e9:.2f} GB here) to the peak. GPTQ took {record['gptq']['seconds']:.0f} s.",
         "",
         *([said, ""] if (said := quality()) else []),
@@ -158,7 +173,9 @@ def headline(record):
     rows = {row["what"]: row for row in ladder(record)}
     fp16, eager, best = rows["fp16, lean"], rows["int4 (torchao), eager"], rows[LADDER[-1][0]]
     peaks = dict(budget(record))
-    nf4, step = (peaks[name] / 1e9 for name in ("nf4, double quantization: answer 512 + 32 tokens", "QLoRA step of 2048 tokens"))
+    nf4, step = (
+        peaks[name] / 1e9 for name in ("nf4, double quantization: answer 512 + 32 tokens", "QLoRA step of 2048 tokens")
+    )
     return "\n".join(
         [
             f"![{alt(record)}](notebooks/gpu/{PICTURE.name})",
@@ -180,11 +197,16 @@ def both():
 
     Empty where no model has been measured on both.
     """
-    from helpers import reference
+    from helpers.publishing import reference
 
     every = reference.read()
     pairs = [(gpu, cpu) for gpu in every for cpu in every if cpu.on_cpu and not gpu.on_cpu and gpu.model == cpu.model]
-    return [(name, gpu.records[name], cpu.records[name]) for gpu, cpu in pairs[:1] for name in COMPARED if name in gpu.records and name in cpu.records]
+    return [
+        (name, gpu.records[name], cpu.records[name])
+        for gpu, cpu in pairs[:1]
+        for name in COMPARED
+        if name in gpu.records and name in cpu.records
+    ]
 
 
 def quality():
@@ -197,7 +219,11 @@ def quality():
     far = [name for name, gpu, cpu in rows if abs(gpu["kl_divergence"] / cpu["kl_divergence"] - 1) > APART]
     text = (f"Quality: the notebooks themselves ran on an {gpu['device']} with {gpu['model'].split()[0]} and the CPU's {cpu['eval_tokens']:,} tokens of "
             f"text. KL divergence: {', '.join(said)}.")  # fmt: skip
-    return text + (f" More than {APART:.0%} apart: {', '.join(far)}; [what is known of it](notebooks/gpu/README.md)." if far else "")
+    return text + (
+        f" More than {APART:.0%} apart: {', '.join(far)}; [what is known of it](notebooks/gpu/README.md)."
+        if far
+        else ""
+    )
 
 
 def fits(record, peak, size):
@@ -205,12 +231,13 @@ def fits(record, peak, size):
 
 
 def main():
-    from helpers import figures, notebooks, records
+    from helpers import figures
+    from helpers.publishing import pages
 
     record = read()
     PICTURE.write_bytes(figures.to_png(plot(record)))
     for readme, text in ((ROOT / "README.md", headline(record)), (HERE / "README.md", section(record))):
-        records.write_text(readme, notebooks.replace_part(readme.read_text(encoding="utf-8"), "gpu", text))
+        files.write_text(readme, pages.replace_part(readme.read_text(encoding="utf-8"), "gpu", text))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ with torch.inference_mode():
 answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)
 if torch.distributed.get_rank() == 0:
     layer = model.model.layers[0]
-    slices = {name: torch.tensor(layer.get_submodule(name).weight.to_local().shape) for name in ("self_attn.q_proj", "mlp.down_proj")}
+    slices = {
+        name: torch.tensor(layer.get_submodule(name).weight.to_local().shape)
+        for name in ("self_attn.q_proj", "mlp.down_proj")
+    }
     save_file({"logits": logits.float().cpu().contiguous(), "answer": answer.cpu(), **slices}, args.output)
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()

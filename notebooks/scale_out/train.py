@@ -21,7 +21,15 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import set_seed
 
 
@@ -97,7 +105,9 @@ def main():
         device_map=None if sharded else {"": state.device},
     )
     model.config.use_cache = False
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+    )
     model = get_peft_model(model, lora, autocast_adapter_dtype=not sharded)
     model.enable_input_require_grads()
 
@@ -128,9 +138,13 @@ def main():
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     folder = args.output / "adapter"
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # every process gives its shards
-    if state.is_main_process and sharded:  # peft does not find its layers inside FSDP's, so the adapter is picked out by name
+    if (
+        state.is_main_process and sharded
+    ):  # peft does not find its layers inside FSDP's, so the adapter is picked out by name
         folder.mkdir(parents=True, exist_ok=True)
-        adapter = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in weights.items() if "lora_" in name}
+        adapter = {
+            name.replace(".default.", "."): tensor.contiguous() for name, tensor in weights.items() if "lora_" in name
+        }
         save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         lora.save_pretrained(folder)
     elif state.is_main_process:

@@ -25,7 +25,7 @@
 # <!-- contents -->
 # <!-- /contents -->
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -45,7 +45,8 @@ import torch
 from huggingface_hub import get_token
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
-from helpers import chat, doctor, evaluation, exercises, figures, grid, memory, models, records, speed
+from helpers import chat, evaluation, exercises, figures, grid, memory, models, records, speed, widgets
+from helpers.diagnosis import doctor
 
 figures.style()
 warnings.filterwarnings("ignore", message="Using the model-agnostic default")  # the guide's `generate` says no length
@@ -372,11 +373,11 @@ checked.round(2)
 # is what the process (or the GPU) really took while it loaded, buffers and libraries included.
 
 # %% [markdown]
-# `memory.Monitor` shows RAM and VRAM live while you work (one line of text where there is no Jupyter front end).
+# `widgets.Monitor` shows RAM and VRAM live while you work (one line of text where there is no Jupyter front end).
 # `monitor.stop()` ends it.
 
 # %%
-monitor = memory.Monitor().start()
+monitor = widgets.Monitor().start()
 monitor
 
 # %% [markdown]
@@ -496,7 +497,7 @@ print(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
 
 # %%
 session = chat.ChatSession(net, tokenizer, max_new_tokens=max_new_tokens, enable_thinking=False)
-box = chat.ChatBox(session)
+box = widgets.ChatBox(session)
 box.ask("Name one planet with rings.")
 box
 
@@ -663,7 +664,7 @@ with pd.option_context("display.max_colwidth", None):
 # claim.
 
 # %%
-from helpers import claims
+from helpers.publishing import claims
 
 gigabytes = {name: prediction.model / 1e9 for name, prediction in predictions.items()}
 full, half = gigabytes["fp32"], gigabytes["fp16 / bf16"]

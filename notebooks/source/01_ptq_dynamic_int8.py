@@ -23,7 +23,7 @@
 # Fewer than 8 bits: [02](02_qat_fake_quant.ipynb), [04](04_nf4_bitsandbytes.ipynb). Folded cells are plumbing and
 # proofs; skip them on a first reading.
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -504,7 +504,7 @@ import base64
 import ipywidgets
 from IPython.display import HTML
 
-from helpers import batch
+from helpers.process import headless
 
 
 # %% jupyter={"source_hidden": true}
@@ -537,7 +537,7 @@ class Explorer:
 # %% jupyter={"source_hidden": true}
 explorer = Explorer()
 panel = ipywidgets.VBox([ipywidgets.HBox(explorer.controls), explorer.picture])
-HTML(explorer.picture.value) if batch() else panel  # in batch: the picture alone
+HTML(explorer.picture.value) if headless() else panel  # in batch: the picture alone
 
 # %%
 rows = []
@@ -1444,7 +1444,7 @@ for name, mistake in mistakes.items():
 # ## What the guides claim
 
 # %%
-from helpers import claims
+from helpers.publishing import claims
 
 raw = pd.Series(clipping)[list(clippings)]
 save_error = save_errors.get("int8-dynamic")

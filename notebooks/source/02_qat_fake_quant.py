@@ -21,7 +21,7 @@
 # divergence are explained in [00](00_start_here.ipynb). Folded cells are plumbing and proofs; skip them on a first
 # reading.
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -38,8 +38,10 @@ learning_rate = 1.3e-4
 guide_steps = 3
 
 # %%
-import math, tempfile, time
-from helpers import checkpoints, evaluation, exercises, figures, memory, models, records, speed
+import math
+import tempfile
+import time
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
@@ -47,6 +49,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
 from transformers.utils import logging as transformers_logging
+
+from helpers import checkpoints, evaluation, exercises, figures, memory, models, records, speed
 
 torch.manual_seed(0)
 figures.style()
@@ -380,6 +384,7 @@ def measure(net, count=None, fast=False, batch_size=4):
 
 # %%
 import warnings
+
 from torch.ao.quantization import QuantWrapper, convert, get_default_qat_qconfig, prepare_qat
 
 warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch announces torchao as successor
@@ -541,7 +546,6 @@ print(f"saved {eager_bytes / 1e6:.0f} MB")
 # %% jupyter={"source_hidden": true} tags=["reload"]
 import torch
 from safetensors.torch import load_file
-from torch.ao.nn import quantized as nnq
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
@@ -781,7 +785,6 @@ import torch
 from safetensors import safe_open
 from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.initialization import no_init_weights
 
 
 def restore(value):
@@ -1074,7 +1077,7 @@ memory.release()
 # ## What the guides claim
 
 # %%
-from helpers import claims
+from helpers.publishing import claims
 
 rounded_score, trained_score = scores["round to nearest"], scores["QAT, distillation"]
 gain = evaluation.difference(trained_score, rounded_score)  # below zero: training lowered the KL

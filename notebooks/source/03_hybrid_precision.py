@@ -20,7 +20,7 @@
 # **Before you start:** [00](00_start_here.ipynb) explains KL divergence, [01](01_ptq_dynamic_int8.ipynb) scales and
 # groups. Folded cells are plumbing; skip them on a first reading.
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -34,10 +34,15 @@ layers_per_block = 6
 group_size = 64
 
 # %%
-import copy, gc, inspect, subprocess, sys, tempfile, warnings
+import copy
+import gc
+import inspect
+import subprocess
+import sys
+import tempfile
+import warnings
 from collections import OrderedDict
 
-from helpers import checkpoints, evaluation, exercises, figures, memory, models, records, speed
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
@@ -45,6 +50,8 @@ from matplotlib.colors import LogNorm
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
+
+from helpers import checkpoints, evaluation, exercises, figures, memory, models, records, speed
 
 figures.style()
 transformers_logging.disable_progress_bar()
@@ -748,7 +755,7 @@ for name, mistake in mistakes.items():
 # ## What the guides claim
 
 # %%
-from helpers import claims
+from helpers.publishing import claims
 
 int8_share, int4_share = share["INT8 dynamic"], share["4-bit weights"]
 int8_ratio = int8_share["attention"] / int8_share["feed-forward"]

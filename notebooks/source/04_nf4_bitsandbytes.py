@@ -18,7 +18,7 @@
 #
 # **Before you start:** [00 Start here](00_start_here.ipynb) for the memory arithmetic.
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -49,7 +49,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 # %%
 import helpers
-from helpers import chat, evaluation, exercises, figures, memory, models, records, speed
+from helpers import chat, evaluation, exercises, figures, memory, models, records, speed, widgets
 
 figures.style()
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its 8-bit layers report every cast
@@ -626,7 +626,7 @@ for question in ("What is the capital of France?", "And what is it famous for?")
 # This is the same session as a chat box (live in Jupyter; a transcript elsewhere):
 
 # %%
-chat.ChatBox(session)
+widgets.ChatBox(session)
 
 # %% [markdown]
 # ### The guide's `pipeline` chat, as it stands
@@ -719,7 +719,7 @@ columns = ["weight_bytes", "loading_peak_bytes", "answering_peak_bytes"]
 # ## What the guides claim
 
 # %%
-from helpers import claims
+from helpers.publishing import claims
 
 smaller = 1 - weight_bytes / bf16.model
 parameters = net.num_parameters() / predicted.parameters

@@ -20,7 +20,7 @@
 # **Before you start:** [04 NF4](04_nf4_bitsandbytes.ipynb) for quantization without calibration, and
 # [00](00_start_here.ipynb) for sizes.
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -76,8 +76,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # %%
 import helpers
-from helpers import archived, chat, checkpoints, evaluation, exercises, figures
-from helpers import memory, models, records
+from helpers import archived, chat, checkpoints, evaluation, exercises, figures, files, memory, models, records
 
 # %%
 figures.style()
@@ -398,7 +397,7 @@ assert unlike < 0.01, "the fast version must be the simple one, rounding at the 
 # %%
 def quietly():
     """Nothing of what a library prints in a batch run; everything in Jupyter."""
-    return contextlib.redirect_stdout(io.StringIO()) if helpers.batch() else contextlib.nullcontext()
+    return contextlib.redirect_stdout(io.StringIO()) if process.headless() else contextlib.nullcontext()
 
 
 # %%
@@ -408,7 +407,7 @@ with quietly():
     from gptqmodel.quantization.gptq import GPTQ
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
-loop_processor._PROJECT_LOG_DIR = records.folder(output_dir) / "logs"  # or it makes ./logs wherever you are
+loop_processor._PROJECT_LOG_DIR = files.folder(output_dir) / "logs"  # or it makes ./logs wherever you are
 
 
 # %%
@@ -1016,7 +1015,7 @@ with tempfile.TemporaryDirectory() as scratch:
         [sys.executable, "-c", program, json.dumps(order)],
         capture_output=True,
         text=True,
-        env=helpers.child_environment(),
+        env=process.child_environment(),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     elsewhere = load_file(f"{scratch}/logits.safetensors")
@@ -1359,7 +1358,8 @@ print(
 # ## What the guides claim
 
 # %%
-from helpers import claims
+from helpers import process
+from helpers.publishing import claims
 
 # %%
 linear_bits = bits + (16 + bits) / group_size

@@ -22,7 +22,7 @@
 # **Before you start:** [00 Start here](00_start_here.ipynb) for the memory arithmetic, [05 GPTQ](05_gptq.ipynb) for
 # groups and calibration.
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -61,8 +61,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, AwqCon
 
 # %%
 import helpers
-from helpers import archived, batch, checkpoints, evaluation, exercises, figures
-from helpers import memory, models, records
+from helpers import archived, checkpoints, evaluation, exercises, figures, files, memory, models, process, records
+from helpers.process import headless
 
 figures.style()
 transformers.logging.set_verbosity_error()  # autoawq uses arguments that transformers has renamed since
@@ -74,7 +74,7 @@ for name in ("auto_gptq", "auto_gptq.modeling._base", "accelerate", "bitsandbyte
 def quietly():
     """Progress bars and pages of text: shown in Jupyter, left out of a batch run."""
     stack = contextlib.ExitStack()
-    if batch():
+    if headless():
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
     return stack
@@ -769,7 +769,7 @@ with quietly():
     from gptqmodel.looper.awq_processor import AWQProcessor
     from gptqmodel.quantization import AWQConfig
 
-loop_processor._PROJECT_LOG_DIR = records.folder(output_dir) / "logs"  # or it makes ./logs wherever you are
+loop_processor._PROJECT_LOG_DIR = files.folder(output_dir) / "logs"  # or it makes ./logs wherever you are
 
 
 # %%
@@ -847,7 +847,7 @@ with tempfile.TemporaryDirectory() as scratch:
         [sys.executable, "-c", IMPORTS + RELOAD, wanted],
         capture_output=True,
         text=True,
-        env=helpers.child_environment(),
+        env=process.child_environment(),
     )
     assert done.returncode == 0, done.stderr[-1000:]
     elsewhere = load_file(f"{scratch}/logits.safetensors")
@@ -1147,7 +1147,7 @@ print(
 # ## What the guides claim
 
 # %%
-from helpers import claims
+from helpers.publishing import claims
 
 awq_score = scores["awq"]
 lost = f"rounded {floor.kl_divergence:.3f}; "

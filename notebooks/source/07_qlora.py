@@ -18,7 +18,7 @@
 #
 # **Before you start:** [04 NF4 with bitsandbytes](04_nf4_bitsandbytes.ipynb) for the 4-bit format.
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -51,15 +51,15 @@ import warnings
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names an optional kernel at import
 import bitsandbytes as bnb
 import datasets
-import helpers
-from helpers import chat, checkpoints, evaluation, exercises, figures, memory, models, records, speed
-from helpers import training
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
+
+import helpers
+from helpers import chat, checkpoints, evaluation, exercises, figures, files, memory, models, records, speed, training
 
 # %%
 figures.style()
@@ -712,7 +712,7 @@ everywhere = {
 # %%
 format_steps = max(4, 3 * steps // 4)
 sft_arguments = SFTConfig(
-    str(records.folder(output_dir) / "training" / "07_sft"),
+    str(files.folder(output_dir) / "training" / "07_sft"),
     max_steps=format_steps,
     learning_rate=format_rate,
     warmup_steps=1,
@@ -795,7 +795,7 @@ class LivePlot(TrainerCallback):
 
     def on_log(self, args, state, control, **_):
         losses = {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry}
-        if helpers.batch() or not losses:
+        if process.headless() or not losses:
             return
         fig, ax = plt.subplots(figsize=(7, 2.5))
         ax.plot(losses.keys(), losses.values(), marker=".")
@@ -821,7 +821,7 @@ class StopAt(TrainerCallback):
 # runs, which this notebook does not repeat; `learning_rate` sets another one.
 
 # %%
-run_folder = records.folder(output_dir) / "training" / "07_qlora"
+run_folder = files.folder(output_dir) / "training" / "07_qlora"
 shutil.rmtree(run_folder, ignore_errors=True)  # or an older run would be resumed
 rate = learning_rate or (3e-3 if width < 2048 else 2e-4)
 arguments = TrainingArguments(
@@ -969,6 +969,7 @@ def base_in_nf4(name):
     """(the base in NF4, the type in which it computes)."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     from helpers import models
 
     found = models.find(name)
@@ -988,7 +989,9 @@ def reload(folder):
     """A fresh base in NF4 with the adapter of a checkpoint folder, ready to run."""
     import json
     import pathlib
+
     from peft import PeftModel
+
     from helpers import training
 
     config = json.loads((pathlib.Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -1271,7 +1274,8 @@ saved.to_frame().round(2)
 # ## What the guides claim
 
 # %%
-from helpers import claims
+from helpers import process
+from helpers.publishing import claims
 
 needed = short.iloc[0].sum() * 2**30 / 1e9
 tuned_loss = f"held-out loss {change:+.0%}, base unchanged, {guide_bytes / 1e6:.1f} MB for q and v"

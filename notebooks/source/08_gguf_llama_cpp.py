@@ -20,7 +20,7 @@
 # **Before you start:** [00 Start here](00_start_here.ipynb) for the measure of quality, [04
 # NF4](04_nf4_bitsandbytes.ipynb) for blocks and their scales.
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -63,8 +63,7 @@ from IPython.utils.capture import capture_output
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import helpers
-from helpers import chat, evaluation, exercises, figures, memory, models, records, speed
+from helpers import chat, evaluation, exercises, figures, files, memory, models, records, speed
 
 # %%
 figures.style()
@@ -793,7 +792,7 @@ recipes = {
     "q4_k_m-imatrix": ("Q4_K_M", importance),
     "q2_k": ("Q2_K", None),
 }
-folder = records.folder(output_dir) / "gguf"
+folder = files.folder(output_dir) / "gguf"
 files = {name: folder / f"{found.name}-{name}.gguf" for name in recipes}
 
 # %%
@@ -1054,7 +1053,7 @@ def started(path, log, **settings):
     settings = {"n_ctx": 1024, "n_parallel": 1, "threads": torch.get_num_threads(), **settings}
     command = [sys.executable, "-c", SERVER, str(path), json.dumps(settings)]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=helpers.child_environment()
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=process.child_environment()
     )
     address = process.stdout.readline().strip()
     if not address:
@@ -1521,7 +1520,7 @@ if tune and chatml:
         "PARAMETER num_ctx 2048",
         "PARAMETER temperature 0",
     ]
-    records.write_text(folder / "Modelfile", "\n".join(lines) + "\n")
+    files.write_text(folder / "Modelfile", "\n".join(lines) + "\n")
     print((folder / "Modelfile").read_text(encoding="utf-8"))
 
 # %% [markdown]
@@ -1615,7 +1614,8 @@ files["f16"].unlink()
 # NF4](04_nf4_bitsandbytes.ipynb). So the table of this notebook is empty.
 
 # %%
-from helpers import claims
+from helpers import process
+from helpers.publishing import claims
 
 findings = []
 claims.write(output_dir, notebook="08_gguf_llama_cpp", found=found, findings=findings)

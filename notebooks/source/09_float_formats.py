@@ -20,7 +20,7 @@
 # **Before you start:** [01 PTQ](01_ptq_dynamic_int8.ipynb) for scales and outliers, [04 NF4](04_nf4_bitsandbytes.ipynb)
 # for blocks.
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -49,7 +49,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from helpers import checkpoints, evaluation, exercises, figures, memory, models, records
+from helpers import checkpoints, evaluation, exercises, figures, files, memory, models, records
 
 # %%
 figures.style()
@@ -915,7 +915,7 @@ def write_checkpoint(net, method):
         "ignore": [head], "config_groups": {"group_0": scheme}}  # fmt: skip
     with checkpoints.writing(output_dir, method) as folder:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        records.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        files.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         tokenizer.save_pretrained(folder)
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -1040,7 +1040,7 @@ else:
 # levels.
 
 # %%
-from helpers import claims
+from helpers.publishing import claims
 
 findings = []
 claims.write(output_dir, notebook="09_float_formats", found=found, findings=findings)

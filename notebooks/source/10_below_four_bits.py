@@ -20,7 +20,7 @@
 # **Before you start:** [05 GPTQ](05_gptq.ipynb) for repaired errors, [03 Hybrid precision](03_hybrid_precision.ipynb)
 # for sensitivity.
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -51,7 +51,8 @@ from torch.ao.quantization import quantize_dynamic
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from helpers import batch, evaluation, exercises, figures, memory, models, records
+from helpers import evaluation, exercises, figures, memory, models, records
+from helpers.process import headless
 
 # %%
 figures.style()
@@ -764,7 +765,7 @@ for bits in (4, 3, 2) if full else (3,):
 def quietly():
     """Progress bars and log lines: shown in Jupyter, left out of a batch run."""
     stack = contextlib.ExitStack()
-    if batch():
+    if headless():
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
     return stack
@@ -1197,7 +1198,7 @@ with pd.option_context("display.max_colwidth", None):
 # this notebook is empty.
 
 # %%
-from helpers import claims
+from helpers.publishing import claims
 
 claims.write(output_dir, notebook="10_below_four_bits", found=found, findings=[])
 claims.table(output_dir, "10_below_four_bits")

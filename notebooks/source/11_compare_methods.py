@@ -22,7 +22,7 @@
 # your own numbers here. For a method that you have not run, this notebook shows the results that come with the
 # course.
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -77,7 +77,7 @@ import os
 import statistics
 import time
 
-from helpers import models
+from helpers import files, models
 
 # Compiled kernels go into the course's cache; torch reads this when it is imported.
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
@@ -103,21 +103,8 @@ from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.utils import logging
 
 # %% jupyter={"source_hidden": true}
-from helpers import (
-    claims,
-    evaluation,
-    exercises,
-    figures,
-    guide,
-    memory,
-    notebooks,
-    pareto,
-    records,
-    reference,
-    report,
-    speed,
-    tables,
-)
+from helpers import evaluation, exercises, figures, memory, records, speed
+from helpers.publishing import claims, guide, pages, pareto, reference, report, tables
 
 figures.style()
 logging.disable_progress_bar()
@@ -641,7 +628,7 @@ if compile_seconds:
 # %%
 import sys
 
-sys.path.insert(0, str(notebooks.FOLDER / "gpu"))
+sys.path.insert(0, str(pages.FOLDER / "gpu"))
 import summary
 
 gpu_record = summary.read()
@@ -797,7 +784,7 @@ from lm_eval.tasks import TaskManager
 
 logging.disable_progress_bar()
 datasets.disable_progress_bars()
-folder = notebooks.FOLDER / "data" / "course_questions"
+folder = pages.FOLDER / "data" / "course_questions"
 task = yaml.safe_load((folder / "course_questions.yaml").read_text(encoding="utf-8"))
 files = task["dataset_kwargs"]["data_files"]
 files.update({split: str(folder / name) for split, name in files.items()})

@@ -20,7 +20,7 @@
 # **Before you start:** LoRA on 4-bit weights is in [07](07_qlora.ipynb), memory arithmetic in
 # [00](00_start_here.ipynb).
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -85,7 +85,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks for names
 # %%
 found = models.find(model, copies=2)
 gpus = torch.cuda.device_count() if found.device == "cuda" else 0
-cores = helpers.cores()
+cores = process.cores()
 files = Path(helpers.__file__).parent.parent / "notebooks"
 script = files / "scale_out" / "train.py"
 data = files / "data" / "quantization_qa.jsonl"
@@ -581,7 +581,7 @@ pd.DataFrame.from_dict(choices, orient="index", columns=["take", "because"])
 # ## What the guides claim
 
 # %%
-from helpers import claims
+from helpers.publishing import claims
 
 same_answer = offload["same answer"].mean()
 offloaded = (

@@ -19,7 +19,7 @@
 # **Before you start:** [00 Start here](00_start_here.ipynb) and [04 NF4 with
 # bitsandbytes](04_nf4_bitsandbytes.ipynb).
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
 
 # %% tags=["parameters"]
@@ -70,7 +70,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 # %% jupyter={"source_hidden": true}
 from transformers.utils import logging as transformers_logging
 
-from helpers import catalogue, chat, exercises, explain, figures, memory, models, records, reproductions, speed
+from helpers import chat, exercises, figures, files, memory, models, process, records, speed
+from helpers.diagnosis import catalogue, explain, reproductions
 
 figures.style()
 transformers_logging.disable_progress_bar()
@@ -821,7 +822,7 @@ text = tokenizer.apply_chat_template(conversation, tokenize=False)
 error = quantized = None  # the error kept the model alive, as seen above
 
 # %%
-from helpers import claims
+from helpers.publishing import claims
 
 
 def kind(name):
@@ -1076,6 +1077,6 @@ record = {
     "versions": records.versions(),
     "entries": {name: plain_text(result) for name, result in outcomes.items()},
 }
-path = records.folder(output_dir) / "troubleshooting.json"
-records.write_text(path, explain.redact(json.dumps(record, indent=1)) + "\n")
+path = files.folder(output_dir) / "troubleshooting.json"
+files.write_text(path, explain.redact(json.dumps(record, indent=1)) + "\n")
 print(f"{path.name}: {len(record['entries'])} entries, {len(provoked)} provoked on this machine")

@@ -12,7 +12,13 @@ ENTRIES = tuple(
     entry for topic in (install, load, memory, generate, quantize, train, save, colab) for entry in topic.ENTRIES
 )
 BY_ID = {entry.id: entry for entry in ENTRIES}
-DISTRIBUTIONS = {"awq": "autoawq", "auto_gptq": "auto-gptq", "llama_cpp": "llama-cpp-python", "google.colab": "google-colab", "PIL": "pillow"}
+DISTRIBUTIONS = {
+    "awq": "autoawq",
+    "auto_gptq": "auto-gptq",
+    "llama_cpp": "llama-cpp-python",
+    "google.colab": "google-colab",
+    "PIL": "pillow",
+}
 
 
 def find(entry_id):

@@ -80,7 +80,9 @@ class Entry:
 
     @property
     def origin(self):
-        return f"recorded from {self.recorded}, not reproduced" if self.recorded else "reproduced by this course's tests"
+        return (
+            f"recorded from {self.recorded}, not reproduced" if self.recorded else "reproduced by this course's tests"
+        )
 
 
 @functools.cache

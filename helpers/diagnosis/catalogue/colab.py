@@ -4,7 +4,9 @@ from helpers.diagnosis.catalogue.base import Entry, L, P
 
 ENTRIES = (
     Entry(
-        "cell-not-run", "colab", "A cell above was not run",
+        "cell-not-run",
+        "colab",
+        "A cell above was not run",
         (P("NameError", r"name '\w+' is not defined"),),
         "The kernel was restarted, or cells ran out of order: the name exists in the notebook, not in the kernel.",
         "Run > Restart kernel and run all cells.",
@@ -13,8 +15,15 @@ ENTRIES = (
         where="notebook",
     ),
     Entry(
-        "running-event-loop", "colab", "asyncio.run inside a notebook",
-        (P("RuntimeError", r"asyncio\.run\(\) cannot be called from a running event loop|This event loop is already running"),),
+        "running-event-loop",
+        "colab",
+        "asyncio.run inside a notebook",
+        (
+            P(
+                "RuntimeError",
+                r"asyncio\.run\(\) cannot be called from a running event loop|This event loop is already running",
+            ),
+        ),
         "Jupyter's cells run inside an event loop already.",
         "Await it.",
         "https://ipython.readthedocs.io/en/stable/interactive/autoawait.html",
@@ -22,9 +31,14 @@ ENTRIES = (
         where="compiled",
     ),
     Entry(
-        "numpy-replaced", "colab", "numpy was replaced under packages that are in use",
+        "numpy-replaced",
+        "colab",
+        "numpy was replaced under packages that are in use",
         (
-            P("ValueError|RuntimeWarning", r"numpy\.(dtype|ndarray|ufunc) size changed, may indicate binary incompatibility"),
+            P(
+                "ValueError|RuntimeWarning",
+                r"numpy\.(dtype|ndarray|ufunc) size changed, may indicate binary incompatibility",
+            ),
             L(r"A module that was compiled using NumPy 1\.x cannot be run in"),
         ),
         "An install changed numpy (gptqmodel 7.6 pins 2.2.6) after Colab had imported it, or a package was built for the other major version.",
@@ -35,7 +49,9 @@ ENTRIES = (
         where="compiled numpy",
     ),
     Entry(
-        "widget-state-missing", "colab", "GitHub shows \"Invalid Notebook\"",
+        "widget-state-missing",
+        "colab",
+        'GitHub shows "Invalid Notebook"',
         (L(r"(?i)the 'state' key is missing from 'metadata\.widgets'"),),
         "A notebook was saved with widgets (a progress bar is enough) and without their state.",
         "Clear the widget metadata before committing.",
@@ -44,7 +60,9 @@ ENTRIES = (
         recorded="huggingface/cookbook issue 310",
     ),
     Entry(
-        "colab-locale", "colab", "Colab's shell commands want a UTF-8 locale",
+        "colab-locale",
+        "colab",
+        "Colab's shell commands want a UTF-8 locale",
         (P("NotImplementedError", r"^A UTF-8 locale is required\. Got "),),
         "Something in this process changed the locale; Colab then refuses every line with an exclamation mark. pip itself has not run.",
         "Give the answer it wants, or restart the runtime.",
@@ -54,8 +72,14 @@ ENTRIES = (
         where="google.colab",
     ),
     Entry(
-        "colab-secret", "colab", "A warning: Colab did not hand out the secret HF_TOKEN",
-        (L(r"Error while fetching `HF_TOKEN` secret value from your vault|Access to the secret `HF_TOKEN` has not been granted|The secret `HF_TOKEN` does not exist in your Colab secrets"),),
+        "colab-secret",
+        "colab",
+        "A warning: Colab did not hand out the secret HF_TOKEN",
+        (
+            L(
+                r"Error while fetching `HF_TOKEN` secret value from your vault|Access to the secret `HF_TOKEN` has not been granted|The secret `HF_TOKEN` does not exist in your Colab secrets"
+            ),
+        ),
         "The notebook was not granted access to the secret, there is none, or the notebook does not run from Colab's own page. The download goes on without a token.",
         "Nothing is to be done for open models. For gated ones grant access (the key on the left), or log in.",
         "https://github.com/huggingface/huggingface_hub/issues/4327",
@@ -64,7 +88,9 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "widget-model-missing", "colab", "A widget lost its model; the code itself ran",
+        "widget-model-missing",
+        "colab",
+        "A widget lost its model; the code itself ran",
         (L(r"^Error (displaying widget: model not found|creating widget: could not find model)"),),
         "A progress bar is drawn from a model in the kernel, which is gone (restarted, not saved), or the front end's widget manager has another version.",
         "Restart the kernel and run the cell again. jupyterlab_widgets must fit ipywidgets.",
@@ -74,7 +100,9 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "cell-timeout", "colab", "A cell took longer than the runner allows",
+        "cell-timeout",
+        "colab",
+        "A cell took longer than the runner allows",
         (P("CellTimeoutError|TimeoutError", r"^A cell timed out while it was being executed, after \d+ seconds"),),
         "nbclient (nbconvert, papermill, jupyter-book) stops a cell after its timeout; quantizing takes longer.",
         "Raise the timeout or switch it off.",
@@ -84,7 +112,9 @@ ENTRIES = (
         where="nbclient",
     ),
     Entry(
-        "kernel-does-not-start", "colab", "The kernel did not answer in time",
+        "kernel-does-not-start",
+        "colab",
+        "The kernel did not answer in time",
         (P("RuntimeError", r"^Kernel didn't respond in \d+ seconds"),),
         "Starting took too long on a busy machine, or the kernel's environment is broken and it never came up.",
         "Start the same kernel in JupyterLab to see its own message; if it works there, give it more time.",
@@ -94,7 +124,9 @@ ENTRIES = (
         where="jupyter_client nbclient",
     ),
     Entry(
-        "kernel-died-at-start", "colab", "The kernel ended while it started",
+        "kernel-died-at-start",
+        "colab",
+        "The kernel ended while it started",
         (P("RuntimeError", r"^Kernel died before replying to kernel_info"),),
         "Its environment is broken: ipykernel is missing or does not fit, or a file of yours hides a module that it imports.",
         "Start the kernel by hand in the same folder and read its own error.",

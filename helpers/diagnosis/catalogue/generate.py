@@ -4,8 +4,15 @@ from helpers.diagnosis.catalogue.base import HF_DOCS, TRANSFORMERS, Entry, L, P
 
 ENTRIES = (
     Entry(
-        "no-padding-token", "generate", "The tokenizer has no padding token",
-        (P("ValueError", r"Asking to pad but the tokenizer does not have a padding token|Using pad_token, but it is not set yet"),),
+        "no-padding-token",
+        "generate",
+        "The tokenizer has no padding token",
+        (
+            P(
+                "ValueError",
+                r"Asking to pad but the tokenizer does not have a padding token|Using pad_token, but it is not set yet",
+            ),
+        ),
         "Mistral and Llama were trained without one, and a batch of different lengths needs one.",
         "For generation use the end token, padded on the left: the mask hides it. For training add a token of its own.",
         "https://github.com/mlabonne/llm-course/issues/33",
@@ -13,7 +20,9 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "lengths-differ", "generate", "Prompts of different lengths make no tensor",
+        "lengths-differ",
+        "generate",
+        "Prompts of different lengths make no tensor",
         (P("ValueError", r"Unable to create tensor, you should probably activate truncation and/or padding"),),
         "return_tensors needs rows of one length.",
         "Pad on the left for generation.",
@@ -22,8 +31,15 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "no-chat-template", "generate", "The tokenizer has no chat template",
-        (P("ValueError", r"Cannot use chat template functions because tokenizer\.chat_template is not set|Cannot use apply_chat_template"),),
+        "no-chat-template",
+        "generate",
+        "The tokenizer has no chat template",
+        (
+            P(
+                "ValueError",
+                r"Cannot use chat template functions because tokenizer\.chat_template is not set|Cannot use apply_chat_template",
+            ),
+        ),
         "The folder brings none. A base model was never trained on conversations; some instruct models keep theirs elsewhere: in "
         "chat_template.jinja, beside the processor, in mistral-common, on the model card.",
         "For a base model, take the instruct version; else load the template from where it is. An invented one gives worse answers, silently.",
@@ -32,8 +48,15 @@ ENTRIES = (
         where="transformers vllm",
     ),
     Entry(
-        "roles-must-alternate", "generate", "The chat template refuses these roles",
-        (P("TemplateError|UndefinedError|ValueError", r"Conversation roles must alternate|System role not supported|Only user,? (and )?assistant|roles? must alternate"),),
+        "roles-must-alternate",
+        "generate",
+        "The chat template refuses these roles",
+        (
+            P(
+                "TemplateError|UndefinedError|ValueError",
+                r"Conversation roles must alternate|System role not supported|Only user,? (and )?assistant|roles? must alternate",
+            ),
+        ),
         "Mistral's first templates know user and assistant only, in turn; a system message or two users in a row are refused.",
         "Put the system text in front of the first user turn.",
         "https://github.com/microsoft/autogen/issues/1037",
@@ -41,7 +64,9 @@ ENTRIES = (
         where="transformers jinja2 vllm llama_cpp",
     ),
     Entry(
-        "batch-encoding-as-ids", "generate", "A whole BatchEncoding was passed where ids belong",
+        "batch-encoding-as-ids",
+        "generate",
+        "A whole BatchEncoding was passed where ids belong",
         (
             P("AttributeError", r"\A(?:\n|\Z)", r"tokenization_utils_base.*__getattr__"),
             P("KeyError", r"^'shape'$"),
@@ -55,9 +80,16 @@ ENTRIES = (
         where="transformers torch",
     ),
     Entry(
-        "different-devices", "generate", "Model and inputs are on different devices",
-        (P("RuntimeError", r"Expected all tensors to be on the same device|[Tt]ensor on device \w+(:\d+)? is not on the expected device",
-           frames=r"\A(?![\s\S]*[/\\](auto_gptq|gptqmodel|awq)[/\\])"),),
+        "different-devices",
+        "generate",
+        "Model and inputs are on different devices",
+        (
+            P(
+                "RuntimeError",
+                r"Expected all tensors to be on the same device|[Tt]ensor on device \w+(:\d+)? is not on the expected device",
+                frames=r"\A(?![\s\S]*[/\\](auto_gptq|gptqmodel|awq)[/\\])",
+            ),
+        ),
         "The tokenizer makes its tensors on the CPU; the model is on the GPU, or a part of it is somewhere else.",
         "Move the inputs to where the model is.",
         "https://docs.pytorch.org/docs/stable/notes/cuda.html",
@@ -65,7 +97,9 @@ ENTRIES = (
         where="compiled",
     ),
     Entry(
-        "unused-model-kwargs", "generate", "generate() got an argument that nobody uses",
+        "unused-model-kwargs",
+        "generate",
+        "generate() got an argument that nobody uses",
         (P("ValueError", r"The following `model_kwargs` are not used by the model"),),
         "A typing error, or a field of the tokenizer's output that this model does not take, such as token_type_ids.",
         "Correct the name, or drop the field.",
@@ -74,7 +108,9 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "prompt-longer-than-max-length", "generate", "max_length counts the prompt too",
+        "prompt-longer-than-max-length",
+        "generate",
+        "max_length counts the prompt too",
         (P("ValueError", r"Input length of input_ids is \d+, but `max_length` is set to \d+"),),
         "The prompt alone is longer than max_length (its old default is 20).",
         "Say how many new tokens you want.",
@@ -83,7 +119,9 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "beyond-the-context", "generate", "Prompt and answer are longer than the model's context",
+        "beyond-the-context",
+        "generate",
+        "Prompt and answer are longer than the model's context",
         (
             L(r"exceeded the model's predefined maximum length"),
             L(r"Token indices sequence length is longer than the specified maximum sequence length"),
@@ -95,8 +133,13 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "probabilities-not-finite", "generate", "The model's output holds inf or nan",
-        (P("RuntimeError", r"probability tensor contains either `?inf`?,? ?`?nan`? or element < 0"), L(r"device-side assert triggered[\s\S]*probability tensor|Assertion `probability tensor")),
+        "probabilities-not-finite",
+        "generate",
+        "The model's output holds inf or nan",
+        (
+            P("RuntimeError", r"probability tensor contains either `?inf`?,? ?`?nan`? or element < 0"),
+            L(r"device-side assert triggered[\s\S]*probability tensor|Assertion `probability tensor"),
+        ),
         "An activation overflowed float16, or the quantized weights are broken. do_sample=False hides it and answers nonsense.",
         "Compute in bfloat16 or float32; test the logits; if they are still not finite, the checkpoint is broken.",
         "https://github.com/casper-hansen/AutoAWQ/issues/458",
@@ -104,10 +147,14 @@ ENTRIES = (
         where="compiled",
     ),
     Entry(
-        "token-id-outside", "generate", "A token id that the model has no embedding for",
+        "token-id-outside",
+        "generate",
+        "A token id that the model has no embedding for",
         (
             P("IndexError", r"index out of range in self"),
-            L(r"(?s)(Indexing|indexSelect)\w*.*Assertion `srcIndex < srcSelectDimSize` failed|vectorized_gather_kernel.*Assertion"),
+            L(
+                r"(?s)(Indexing|indexSelect)\w*.*Assertion `srcIndex < srcSelectDimSize` failed|vectorized_gather_kernel.*Assertion"
+            ),
         ),
         "Tokenizer and model do not belong together, or tokens were added and the embeddings were not resized.",
         "Load both from one folder; after adding tokens, resize. On a GPU it shows as a device-side assert.",
@@ -116,7 +163,9 @@ ENTRIES = (
         where="compiled",
     ),
     Entry(
-        "quantized-cache-backend", "generate", "The quantized KV cache wants another package",
+        "quantized-cache-backend",
+        "generate",
+        "The quantized KV cache wants another package",
         (P("ImportError", r"You need to install (optimum-quanto|hqq|`?HQQ`?|quanto)\b.*(cache|KV)"),),
         "The default backend of the quantized cache is optimum-quanto, which the course does not install.",
         "Use the backend that needs nothing, or install it.",
@@ -125,7 +174,9 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "right-padding", "generate", "A batch padded on the right",
+        "right-padding",
+        "generate",
+        "A batch padded on the right",
         (L(r"right-padding was detected"),),
         "Generation goes on after the last position, so the padding stands between prompt and answer. The answers differ, without an error.",
         "Pad on the left.",
@@ -134,7 +185,9 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "double-bos", "generate", "Two BOS tokens in front of the prompt",
+        "double-bos",
+        "generate",
+        "Two BOS tokens in front of the prompt",
         (L(r"(?i)double bos|detected duplicate leading \"?<s>"),),
         "The chat template writes a BOS into the text, and the tokenizer puts another in front. Nothing warns.",
         "Let the template make the ids, or tokenize its text without special tokens.",
@@ -143,7 +196,9 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "never-stops", "generate", "A fine-tuned model that does not stop",
+        "never-stops",
+        "generate",
+        "A fine-tuned model that does not stop",
         (),
         "Training used the end token as padding, and padding is masked in the labels: the end was never learned.",
         "Give padding a token of its own before training.",

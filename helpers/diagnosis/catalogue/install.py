@@ -15,8 +15,15 @@ from helpers.diagnosis.catalogue.base import (
 
 ENTRIES = (
     Entry(
-        "package-missing", "install", "A package is not installed in the Python that runs this",
-        (P("ModuleNotFoundError|ImportError", r"No module named '(?!helpers')(?!(?:utils?|src|configs?|models?|data|common|lib|scripts?|tools?|modules|core|train)')\w+'"),),
+        "package-missing",
+        "install",
+        "A package is not installed in the Python that runs this",
+        (
+            P(
+                "ModuleNotFoundError|ImportError",
+                r"No module named '(?!helpers')(?!(?:utils?|src|configs?|models?|data|common|lib|scripts?|tools?|modules|core|train)')\w+'",
+            ),
+        ),
         "The kernel's Python is not the one you installed into, or the package was never installed.",
         "Install into the kernel's own Python from within the notebook, then restart the kernel.",
         f"{TRANSFORMERS}/issues/25210",
@@ -25,8 +32,15 @@ ENTRIES = (
         where="anywhere",
     ),
     Entry(
-        "own-module-missing", "install", "A file of the project is not found",
-        (P("ModuleNotFoundError", r"^No module named '(?:utils?|src|configs?|models?|data|common|lib|scripts?|tools?|modules|core|train)(?:\.\w+)*'"),),
+        "own-module-missing",
+        "install",
+        "A file of the project is not found",
+        (
+            P(
+                "ModuleNotFoundError",
+                r"^No module named '(?:utils?|src|configs?|models?|data|common|lib|scripts?|tools?|modules|core|train)(?:\.\w+)*'",
+            ),
+        ),
         "A name like this is a file of the project, not a package to install. Python looks for it beside the script, not in the current folder.",
         "Start from the folder that holds it, or put that folder on the path.",
         "https://docs.python.org/3/tutorial/modules.html#the-module-search-path",
@@ -34,7 +48,9 @@ ENTRIES = (
         where="own",
     ),
     Entry(
-        "helpers-missing", "install", "The course's helpers cannot be imported",
+        "helpers-missing",
+        "install",
+        "The course's helpers cannot be imported",
         (P("ModuleNotFoundError", r"No module named 'helpers(\.\w+)?'"),),
         "The notebook was opened outside the course's checkout, and its first code cell did not run.",
         "Run the first code cell: it finds the checkout above the working directory, or fetches it (COURSE_SOURCE overrides where from).",
@@ -43,7 +59,9 @@ ENTRIES = (
         where="own",
     ),
     Entry(
-        "bitsandbytes-missing", "install", "bitsandbytes or accelerate is not installed for this kernel",
+        "bitsandbytes-missing",
+        "install",
+        "bitsandbytes or accelerate is not installed for this kernel",
         (
             P("ImportError", r"Using `?bitsandbytes`? (4-bit|8-bit)?.*requires"),
             P("ImportError", r"requires (the latest version of )?(bitsandbytes|[Aa]ccelerate)\b"),
@@ -56,7 +74,9 @@ ENTRIES = (
         where="transformers accelerate peft diffusers importlib_metadata python own",
     ),
     Entry(
-        "optimum-missing", "install", "GPTQ and AWQ checkpoints need optimum and gptqmodel",
+        "optimum-missing",
+        "install",
+        "GPTQ and AWQ checkpoints need optimum and gptqmodel",
         (
             P("ImportError", r"Loading an? (GPTQ|AWQ) quantized model requires"),
             P("NameError", r"name 'QuantizeConfig' is not defined"),
@@ -69,7 +89,9 @@ ENTRIES = (
         where="transformers optimum gptqmodel peft",
     ),
     Entry(
-        "pip-finds-no-version", "install", "pip has no such version for this Python",
+        "pip-finds-no-version",
+        "install",
+        "pip has no such version for this Python",
         (L(r"(No matching distribution found for|Could not find a version that satisfies the requirement) \S+"),),
         "The pin is older than your Python (torch 2.1 has no wheels for 3.12), or newer than what the index offers, or pip is offline.",
         "Use the course's pins, which were resolved together. Read the `from versions:` list: `none` means that no index was reached.",
@@ -77,7 +99,9 @@ ENTRIES = (
         code=PIN,
     ),
     Entry(
-        "pip-conflict", "install", "pip cannot satisfy two packages at once",
+        "pip-conflict",
+        "install",
+        "pip cannot satisfy two packages at once",
         (L(r"these package versions have conflicting dependencies|ResolutionImpossible"),),
         "Two requirements exclude each other, such as a guide's old pins beside today's packages.",
         "Install the pins that were resolved together, in an environment of their own.",
@@ -85,7 +109,9 @@ ENTRIES = (
         code="python -m venv .venv && .venv/bin/pip install -r requirements.txt",
     ),
     Entry(
-        "torch-replaced", "install", "Installing a quantizer replaced torch",
+        "torch-replaced",
+        "install",
+        "Installing a quantizer replaced torch",
         (
             L(r"requires torch[=<>~!]\S+, but you have torch \S+ which is incompatible"),
             P("RuntimeError", r"operator torchvision::nms does not exist", where="compiled torchvision"),
@@ -93,13 +119,18 @@ ENTRIES = (
         "gptqmodel 7.7 asks for torch>=2.14.1; an unpinned install upgrades torch under the running kernel and under torchvision.",
         "Pin gptqmodel, hold torch with a constraint, and restart the kernel.",
         f"{GPTQMODEL}/issues/2253",
-        code='pip install gptqmodel==7.6.0 "torch==$(python -c \'import torch; print(torch.__version__)\')"',
+        code="pip install gptqmodel==7.6.0 \"torch==$(python -c 'import torch; print(torch.__version__)')\"",
         recorded="GPTQModel issue 2253",
     ),
     Entry(
-        "auto-gptq-import", "install", "auto-gptq does not import on transformers 5",
+        "auto-gptq-import",
+        "install",
+        "auto-gptq does not import on transformers 5",
         (
-            P("ImportError", r"cannot import name '(no_init_weights|create_commit|create_repo|CommitOperationAdd|PEFT_TYPE_TO_MODEL_MAPPING)'"),
+            P(
+                "ImportError",
+                r"cannot import name '(no_init_weights|create_commit|create_repo|CommitOperationAdd|PEFT_TYPE_TO_MODEL_MAPPING)'",
+            ),
         ),
         "auto-gptq is archived; it imports names that transformers and peft have moved since.",
         "Use gptqmodel, its successor. To run an old tutorial, put the names back first, as notebook 05 does.",
@@ -108,7 +139,9 @@ ENTRIES = (
         where="auto_gptq own",
     ),
     Entry(
-        "auto-gptq-wants-cuda", "install", "auto-gptq refuses to work without CUDA",
+        "auto-gptq-wants-cuda",
+        "install",
+        "auto-gptq refuses to work without CUDA",
         (P("OSError|EnvironmentError", r"requires CUDA available"),),
         "It checks for CUDA before it quantizes or loads, although its arithmetic runs on a CPU.",
         "Use gptqmodel, or the patches that notebook 05 applies.",
@@ -118,7 +151,9 @@ ENTRIES = (
         where="auto_gptq",
     ),
     Entry(
-        "auto-gptq-build", "install", "auto-gptq does not build",
+        "auto-gptq-build",
+        "install",
+        "auto-gptq does not build",
         (L(r"Building cuda extension requires PyTorch"), L(r"CUDA extension not installed")),
         "Only Python up to 3.11 has wheels. pip builds in isolation, where there is no torch.",
         "Skip the CUDA extension, or do not install it at all: gptqmodel is its successor.",
@@ -127,7 +162,9 @@ ENTRIES = (
         recorded="AutoGPTQ issues 339, 249 and 751",
     ),
     Entry(
-        "autoawq-import", "install", "autoawq does not import on this transformers",
+        "autoawq-import",
+        "install",
+        "autoawq does not import on this transformers",
         (P("ImportError", r"cannot import name 'PytorchGELUTanh'"),),
         "autoawq is archived (last tested with transformers 4.51). Some later transformers no longer have the activation it imports; 5.23 has.",
         "Quantize with gptqmodel, or use the versions pinned here.",
@@ -137,10 +174,15 @@ ENTRIES = (
         where="awq peft",
     ),
     Entry(
-        "torch-without-cuda", "install", "This torch has no CUDA, or finds no GPU",
+        "torch-without-cuda",
+        "install",
+        "This torch has no CUDA, or finds no GPU",
         (
             P("AssertionError", r"Torch not compiled with CUDA enabled"),
-            P("RuntimeError|AcceleratorError", r"Found no NVIDIA driver|No CUDA GPUs are available|CUDA driver version is insufficient|driver on your system is too old"),
+            P(
+                "RuntimeError|AcceleratorError",
+                r"Found no NVIDIA driver|No CUDA GPUs are available|CUDA driver version is insufficient|driver on your system is too old",
+            ),
             P("RuntimeError", r"No GPU found\. A GPU is needed for quantization|GPU is required to quantize"),
         ),
         "A CPU build of torch was installed, the machine has no GPU, the Colab runtime is set to CPU, or the driver is older than the build.",
@@ -150,8 +192,13 @@ ENTRIES = (
         where="compiled torch transformers gptqmodel bitsandbytes accelerate",
     ),
     Entry(
-        "bitsandbytes-without-gpu", "install", "An old bitsandbytes that knows no CPU",
-        (L(r"compiled without GPU support"), P("AttributeError", r"'NoneType' object has no attribute 'c(adam|get_managed|quantize|dequantize)\w*'")),
+        "bitsandbytes-without-gpu",
+        "install",
+        "An old bitsandbytes that knows no CPU",
+        (
+            L(r"compiled without GPU support"),
+            P("AttributeError", r"'NoneType' object has no attribute 'c(adam|get_managed|quantize|dequantize)\w*'"),
+        ),
         "Versions before 0.43 load an empty library where they find no CUDA and fail at the first kernel; 0.49 and later run on a CPU.",
         "Upgrade bitsandbytes; on a GPU check that torch itself sees CUDA.",
         f"{BITSANDBYTES}/issues/853",
@@ -160,10 +207,18 @@ ENTRIES = (
         where="bitsandbytes",
     ),
     Entry(
-        "bitsandbytes-cuda-mismatch", "install", "bitsandbytes has no library for this CUDA or GPU",
+        "bitsandbytes-cuda-mismatch",
+        "install",
+        "bitsandbytes has no library for this CUDA or GPU",
         (
-            L(r"No compatible CUDA library found|libbitsandbytes_cuda\w+\.so[^\n]*(not found|cannot open|No such file)"),
-            P("RuntimeError|AcceleratorError", r"no kernel image is available for execution on the device", where="bitsandbytes"),
+            L(
+                r"No compatible CUDA library found|libbitsandbytes_cuda\w+\.so[^\n]*(not found|cannot open|No such file)"
+            ),
+            P(
+                "RuntimeError|AcceleratorError",
+                r"no kernel image is available for execution on the device",
+                where="bitsandbytes",
+            ),
         ),
         "Its binary must match torch's CUDA, and the GPU must be one that the build knows.",
         "Install a matching build, or name one it carries.",
@@ -172,7 +227,9 @@ ENTRIES = (
         recorded="the page on errors in bitsandbytes' documentation",
     ),
     Entry(
-        "gptqmodel-workers", "install", "gptqmodel asks for more workers than it gives itself",
+        "gptqmodel-workers",
+        "install",
+        "gptqmodel asks for more workers than it gives itself",
         (L(r"Virtual pool '[\w:]+' requests \d+ workers? but parent"),),
         "On two cores its own rule leaves one worker for a pool that wants two.",
         "Set the number before gptqmodel is imported (the course's helpers do).",
@@ -181,17 +238,24 @@ ENTRIES = (
         recorded="this course's own run on two cores (gptqmodel 7.6.0)",
     ),
     Entry(
-        "gptqmodel-kernel-download", "install", "gptqmodel wants to download a kernel's sources",
-        (P("URLError", r"", r"(?i)machete|cutlass|gptqmodel"), L(r"(?i)(machete|cutlass).*(urlopen|URLError|download)")),
+        "gptqmodel-kernel-download",
+        "install",
+        "gptqmodel wants to download a kernel's sources",
+        (
+            P("URLError", r"", r"(?i)machete|cutlass|gptqmodel"),
+            L(r"(?i)(machete|cutlass).*(urlopen|URLError|download)"),
+        ),
         "On Hopper GPUs it prefers its Machete kernel, which it compiles from CUTLASS, fetched at first use.",
         "Name a backend that is there.",
         f"{GPTQMODEL}/pull/1597",
-        code='from gptqmodel import BACKEND, GPTQModel\nmodel = GPTQModel.load(folder, backend=BACKEND.TRITON)',
+        code="from gptqmodel import BACKEND, GPTQModel\nmodel = GPTQModel.load(folder, backend=BACKEND.TRITON)",
         recorded="this course's own run on an H100 without internet (gptqmodel 7.6.0)",
         where="gptqmodel python",
     ),
     Entry(
-        "no-quantized-engine", "install", "torch has no engine for its quantized layers here",
+        "no-quantized-engine",
+        "install",
+        "torch has no engine for its quantized layers here",
         (P("RuntimeError", r"quantized engine NoQEngine|NoQEngine|Didn't find engine for operation quantized::"),),
         "torch.ao's int8 layers need FBGEMM, x86, oneDNN or QNNPACK; builds for Apple silicon start with none selected.",
         "Select one of the engines the build has, or use torchao, which needs none.",
@@ -200,8 +264,15 @@ ENTRIES = (
         where="compiled",
     ),
     Entry(
-        "accelerate-missing-inside", "install", "transformers uses accelerate, which is not installed",
-        (P("NameError", r"^name '(init_empty_weights|init_on_device|dispatch_model|infer_auto_device_map|AlignDevicesHook|add_hook_to_module|PartialState|AcceleratorState)' is not defined"),),
+        "accelerate-missing-inside",
+        "install",
+        "transformers uses accelerate, which is not installed",
+        (
+            P(
+                "NameError",
+                r"^name '(init_empty_weights|init_on_device|dispatch_model|infer_auto_device_map|AlignDevicesHook|add_hook_to_module|PartialState|AcceleratorState)' is not defined",
+            ),
+        ),
         "The name is accelerate's. transformers imports it only where accelerate is installed; 4.51.0 used it without. No cell is missing.",
         "Install accelerate (or transformers 4.51.1 and later), then restart the kernel.",
         "https://github.com/docling-project/docling/issues/1310",
@@ -210,7 +281,9 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "triton-ops", "install", "This bitsandbytes is too old for the installed triton",
+        "triton-ops",
+        "install",
+        "This bitsandbytes is too old for the installed triton",
         (P("ModuleNotFoundError", r"No module named 'triton\.ops"),),
         "Nothing is missing: triton 3.2 (torch 2.6) removed triton.ops, and bitsandbytes before 0.45.2 imports it.",
         "Upgrade bitsandbytes, then restart the kernel.",
@@ -220,17 +293,26 @@ ENTRIES = (
         where="anywhere",
     ),
     Entry(
-        "module-removed", "install", "The installed version of a package has no such module",
-        (P("ModuleNotFoundError", r"No module named '(?!(?:helpers|utils?|src|configs?|models?|data|common|lib|scripts?|tools?|modules|core|train)\.)\w+(\.\w+)+'(?!; )"),),
+        "module-removed",
+        "install",
+        "The installed version of a package has no such module",
+        (
+            P(
+                "ModuleNotFoundError",
+                r"No module named '(?!(?:helpers|utils?|src|configs?|models?|data|common|lib|scripts?|tools?|modules|core|train)\.)\w+(\.\w+)+'(?!; )",
+            ),
+        ),
         "The package itself is there: Python names the top of the path if that is missing. The module was moved or removed, or it is newer than the installed version.",
         "Upgrade the package whose file imports it (the last frame), or install the version it was written for.",
         f"{BITSANDBYTES}/issues/1492",
-        code='python -c "from importlib.metadata import version; print(version(\'transformers\'))"',
+        code="python -c \"from importlib.metadata import version; print(version('transformers'))\"",
         where="anywhere",
         general=True,
     ),
     Entry(
-        "peft-behind-transformers", "install", "This peft is too old for the installed transformers",
+        "peft-behind-transformers",
+        "install",
+        "This peft is too old for the installed transformers",
         (P("ImportError", r"cannot import name '\w+' from 'transformers[\w.]*'", where="peft"),),
         "peft imports a name that transformers has removed: HybridCache, for example, which peft before 0.18 takes from transformers 4.",
         "Upgrade peft, then restart the kernel.",
@@ -239,8 +321,15 @@ ENTRIES = (
         recorded="peft issue 3333, transformers issue 44351",
     ),
     Entry(
-        "torchao-functions-removed", "install", "torchao's quantization functions are config classes now",
-        (P("ImportError", r"cannot import name '(int4|int8|float8|fpx|uintx|gemlite)_\w+' from 'torchao\.quantization[\w.]*'"),),
+        "torchao-functions-removed",
+        "install",
+        "torchao's quantization functions are config classes now",
+        (
+            P(
+                "ImportError",
+                r"cannot import name '(int4|int8|float8|fpx|uintx|gemlite)_\w+' from 'torchao\.quantization[\w.]*'",
+            ),
+        ),
         "int4_weight_only() and its like were deprecated in torchao 0.14 and removed in 0.15.",
         "Import the class of the same meaning: Int4WeightOnlyConfig, Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig.",
         "https://github.com/pytorch/ao/pull/3145",
@@ -248,7 +337,9 @@ ENTRIES = (
         where="anywhere",
     ),
     Entry(
-        "bitsandbytes-config-elsewhere", "install", "BitsAndBytesConfig is a class of transformers",
+        "bitsandbytes-config-elsewhere",
+        "install",
+        "BitsAndBytesConfig is a class of transformers",
         (P("ImportError", r"cannot import name 'BitsAndBytesConfig' from 'bitsandbytes'"),),
         "bitsandbytes brings the kernels; the config that from_pretrained takes is transformers' own.",
         "Import it from transformers.",
@@ -257,10 +348,15 @@ ENTRIES = (
         where="anywhere",
     ),
     Entry(
-        "shadowed-package", "install", "A file of yours has the name of a package and is imported in its place",
+        "shadowed-package",
+        "install",
+        "A file of yours has the name of a package and is imported in its place",
         (
-            P("ImportError|AttributeError|ModuleNotFoundError|RuntimeError", r"cannot import name|has no attribute|No module named|partially initialized",
-              frames=r"(?m)^\s*File \"(?![^\"\n]*(?:-packages|lib/python))[^\"\n]*[/\\](bitsandbytes|torch|transformers|peft|accelerate|datasets|tokenizers|trl|vllm|gguf)\.py\""),
+            P(
+                "ImportError|AttributeError|ModuleNotFoundError|RuntimeError",
+                r"cannot import name|has no attribute|No module named|partially initialized",
+                frames=r"(?m)^\s*File \"(?![^\"\n]*(?:-packages|lib/python))[^\"\n]*[/\\](bitsandbytes|torch|transformers|peft|accelerate|datasets|tokenizers|trl|vllm|gguf)\.py\"",
+            ),
             P("ModuleNotFoundError", r"No module named '(\w+)\.[\w.]+'; '\1' is not a package"),
         ),
         "Python looks into the script's folder first, so `import bitsandbytes` finds your bitsandbytes.py.",
@@ -271,7 +367,9 @@ ENTRIES = (
         where="anywhere",
     ),
     Entry(
-        "numpy-not-available", "install", "torch cannot use the installed numpy",
+        "numpy-not-available",
+        "install",
+        "torch cannot use the installed numpy",
         (P("RuntimeError", r"^Numpy is not available"),),
         "torch before 2.3 was built for numpy 1, and numpy 2 is installed, or numpy is missing.",
         "Upgrade torch, or hold numpy below 2; then restart the kernel.",
@@ -281,17 +379,21 @@ ENTRIES = (
         where="compiled",
     ),
     Entry(
-        "name-removed", "install", "The installed version of a package has no such name",
+        "name-removed",
+        "install",
+        "The installed version of a package has no such name",
         (P("ImportError", r"cannot import name '\w+' from '(?!helpers\b)[\w.]+' \(\S*(site|dist)-packages\b"),),
         "The code that imports it (the last frame) was written for another version: the name was removed, renamed, or is not there yet. Or it is misspelt.",
         "Where the last frame is a library, upgrade that library. Where it is yours, check the spelling, then look the name up in the package's release notes.",
         f"{TRANSFORMERS}/issues/44351",
-        code='python -c "from importlib.metadata import version; print(version(\'transformers\'), version(\'peft\'))"',
+        code="python -c \"from importlib.metadata import version; print(version('transformers'), version('peft'))\"",
         where="anywhere",
         general=True,
     ),
     Entry(
-        "dependency-check", "install", "transformers refuses the installed version of another package",
+        "dependency-check",
+        "install",
+        "transformers refuses the installed version of another package",
         (P("ImportError", r"^[\w.-]+[<>=!~][^\n]* is required for a normal functioning of this module, but found "),),
         "transformers checks its dependencies when it is imported. Another installation has upgraded (or held) one of them.",
         "Install what the message asks for, or the transformers that fits the version found; then restart the kernel.",
@@ -300,8 +402,16 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "torch-behind", "install", "torch is older than the libraries above it expect",
-        (P("AttributeError", r"module 'torch' has no attribute '(float8_\w+|float4_e2m1fn_x2|uint16|uint32|uint64|xpu|compiler|accelerator)'", frames=r"-packages[/\\](accelerate|transformers|torchao|safetensors|peft|diffusers|bitsandbytes)\b"),),
+        "torch-behind",
+        "install",
+        "torch is older than the libraries above it expect",
+        (
+            P(
+                "AttributeError",
+                r"module 'torch' has no attribute '(float8_\w+|float4_e2m1fn_x2|uint16|uint32|uint64|xpu|compiler|accelerator)'",
+                frames=r"-packages[/\\](accelerate|transformers|torchao|safetensors|peft|diffusers|bitsandbytes)\b",
+            ),
+        ),
         "Nobody typed this name: accelerate or transformers asks torch for it at import. float8 types came with torch 2.1.",
         "Upgrade torch, or hold the library that asks at a version of torch's age.",
         f"{TRANSFORMERS}/issues/32185",
@@ -310,12 +420,30 @@ ENTRIES = (
         where="torch accelerate transformers torchao safetensors peft diffusers bitsandbytes",
     ),
     Entry(
-        "bf16-on-an-old-gpu", "install", "The GPU is too old for this number format",
+        "bf16-on-an-old-gpu",
+        "install",
+        "The GPU is too old for this number format",
         (
-            P("RuntimeError|PTXASError|PtxasError", r"(?s)Feature '\S*bf16\S*' requires \.target sm_80", where="torch triton vllm"),
-            P("RuntimeError|PTXASError|NoTritonConfigsError", r"Internal Triton PTX codegen error[\s\S]*requires \.target sm_", where="torch triton vllm"),
-            P("ValueError|ValidationError", r"Bfloat16 is only supported on GPUs with compute capability of at least", where="vllm pydantic"),
-            P("RuntimeError|ValueError|ValidationError", r"(?s)Quantization scheme is not supported for .*the current GPU|quantization method \S+ is not supported for the current GPU", where="vllm pydantic"),
+            P(
+                "RuntimeError|PTXASError|PtxasError",
+                r"(?s)Feature '\S*bf16\S*' requires \.target sm_80",
+                where="torch triton vllm",
+            ),
+            P(
+                "RuntimeError|PTXASError|NoTritonConfigsError",
+                r"Internal Triton PTX codegen error[\s\S]*requires \.target sm_",
+                where="torch triton vllm",
+            ),
+            P(
+                "ValueError|ValidationError",
+                r"Bfloat16 is only supported on GPUs with compute capability of at least",
+                where="vllm pydantic",
+            ),
+            P(
+                "RuntimeError|ValueError|ValidationError",
+                r"(?s)Quantization scheme is not supported for .*the current GPU|quantization method \S+ is not supported for the current GPU",
+                where="vllm pydantic",
+            ),
             P("RuntimeError", r"FlashAttention only supports Ampere GPUs or newer", where="compiled flash_attn"),
         ),
         "bfloat16 kernels, FlashAttention 2 and several quantized kernels need compute capability 8.0 (Ampere). A T4 has 7.5, a V100 7.0.",

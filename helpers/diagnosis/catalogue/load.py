@@ -4,7 +4,9 @@ from helpers.diagnosis.catalogue.base import BITSANDBYTES, HF_DOCS, TRANSFORMERS
 
 ENTRIES = (
     Entry(
-        "load-in-4bit", "load", "load_in_4bit is no argument of from_pretrained any more",
+        "load-in-4bit",
+        "load",
+        "load_in_4bit is no argument of from_pretrained any more",
         (P("TypeError", r"unexpected keyword argument '(load_in_(4|8)bit|bnb_4bit_\w+|llm_int8_\w+)'"),),
         "transformers 5 removed the shortcut; the model's class receives the argument and refuses it.",
         "Put it into a quantization config.",
@@ -13,7 +15,9 @@ ENTRIES = (
         where="transformers trl own",
     ),
     Entry(
-        "cast-quantized", "load", "A quantized model cannot be cast to another dtype",
+        "cast-quantized",
+        "load",
+        "A quantized model cannot be cast to another dtype",
         (
             P("ValueError", r"You cannot cast a (bitsandbytes|GPTQ|\w+) model in a new `?dtype`?"),
             P("ValueError", r"`?\.(half|float|bfloat16)\(\)`? is not supported for (quantized|`?4-bit)"),
@@ -25,7 +29,9 @@ ENTRIES = (
         where="transformers accelerate bitsandbytes",
     ),
     Entry(
-        "move-8bit", "load", "An 8-bit model cannot be moved by .cuda() (before transformers 5: no quantized one by .to())",
+        "move-8bit",
+        "load",
+        "An 8-bit model cannot be moved by .cuda() (before transformers 5: no quantized one by .to())",
         (
             P("ValueError", r"Calling `cuda\(\)` is not supported for `(4|8)-bit`"),
             P("ValueError", r"`?\.to`? is not supported for `?4-bit`? or `?8-bit`?"),
@@ -38,7 +44,9 @@ ENTRIES = (
         where="transformers accelerate bitsandbytes",
     ),
     Entry(
-        "four-and-eight-bit", "load", "Four and eight bits at once",
+        "four-and-eight-bit",
+        "load",
+        "Four and eight bits at once",
         (P("ValueError", r"load_in_4bit and load_in_8bit are both True"),),
         "The config can hold one width.",
         "Leave one of them out.",
@@ -47,8 +55,15 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "dtype-name", "load", "torch has no dtype of this name",
-        (P("AttributeError", r"module 'torch' has no attribute '(bf16|fp16|fp32|b?f16|f32|float4|int4|half16|nf4|(?!float8_|float4_e2m1)\w*float\w*)'"),),
+        "dtype-name",
+        "load",
+        "torch has no dtype of this name",
+        (
+            P(
+                "AttributeError",
+                r"module 'torch' has no attribute '(bf16|fp16|fp32|b?f16|f32|float4|int4|half16|nf4|(?!float8_|float4_e2m1)\w*float\w*)'",
+            ),
+        ),
         "A dtype given as text is looked up in torch, which says bfloat16 and float16, not bf16 and fp16.",
         "Write torch's name, or pass the dtype itself.",
         "https://docs.pytorch.org/docs/stable/tensor_attributes.html",
@@ -56,7 +71,9 @@ ENTRIES = (
         where="torch own",
     ),
     Entry(
-        "quant-type-name", "load", "bitsandbytes knows nf4 and fp4, nothing else",
+        "quant-type-name",
+        "load",
+        "bitsandbytes knows nf4 and fp4, nothing else",
         (
             P("RuntimeError", r"issues during automatic conversion of the weights", r"(?i)from_pretrained"),
             P("NotImplementedError|ValueError", r"4-bit quantization data type \w+ is not implemented"),
@@ -68,7 +85,9 @@ ENTRIES = (
         where="transformers bitsandbytes",
     ),
     Entry(
-        "two-quantization-configs", "load", "A second quantization config for a quantized checkpoint",
+        "two-quantization-configs",
+        "load",
+        "A second quantization config for a quantized checkpoint",
         (
             P("ValueError", r"The model is quantized with \w+ but you are passing a \w+"),
             P("AttributeError", r"^'\w+Config' object has no attribute 'get_loading_attributes'"),
@@ -80,7 +99,9 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "awq-on-plain-weights", "load", "transformers loads AWQ, it does not quantize with it",
+        "awq-on-plain-weights",
+        "load",
+        "transformers loads AWQ, it does not quantize with it",
         (P("ValueError", r"does require the model to be pre-quantized"),),
         "AWQ needs calibration; transformers only reads checkpoints that another tool has made.",
         "Quantize with gptqmodel first (notebook 06), or load a checkpoint that is AWQ already.",
@@ -89,7 +110,9 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "torchao-config-as-text", "load", "TorchAoConfig takes a config object, not its name",
+        "torchao-config-as-text",
+        "load",
+        "TorchAoConfig takes a config object, not its name",
         (P("ValueError", r"String-based quantization type '\w+' is no longer supported"),),
         "Names such as 'int8_weight_only' were replaced by torchao's own config classes.",
         "Pass the object.",
@@ -98,7 +121,9 @@ ENTRIES = (
         where="transformers torchao",
     ),
     Entry(
-        "remote-code", "load", "The checkpoint brings its own Python code",
+        "remote-code",
+        "load",
+        "The checkpoint brings its own Python code",
         (P("ValueError", r"contains custom code which must be executed"),),
         "Its config names classes in files of the repository. Running them is running a stranger's program.",
         "Prefer an architecture that transformers has. If you must, read the code, and pin the revision you have read.",
@@ -107,7 +132,9 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "unknown-architecture", "load", "This transformers does not know the architecture",
+        "unknown-architecture",
+        "load",
+        "This transformers does not know the architecture",
         (P("ValueError|KeyError", r"has model type `[\w-]+` but Transformers does not recognize this architecture"),),
         "The model is younger than the installed transformers, or model_type in config.json is wrong.",
         "Upgrade in a new environment: gptqmodel and peft must fit the new version too.",
@@ -116,8 +143,13 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "folder-without-config", "load", "The folder has no config.json",
-        (P("ValueError", r"Unrecognized model in .* Should have a `model_type` key"), P("OSError", r"does not appear to have a file named config\.json")),
+        "folder-without-config",
+        "load",
+        "The folder has no config.json",
+        (
+            P("ValueError", r"Unrecognized model in .* Should have a `model_type` key"),
+            P("OSError", r"does not appear to have a file named config\.json"),
+        ),
         "An empty or half-written folder, the parent of the right one, or an adapter's folder (adapter_config.json).",
         "Look into it. An adapter is loaded with peft, on top of its base model.",
         f"{HF_DOCS}/transformers/main_classes/configuration",
@@ -125,7 +157,9 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "folder-without-weights", "load", "The folder has no weights",
+        "folder-without-weights",
+        "load",
+        "The folder has no weights",
         (P("OSError", r"Error no file named (model\.safetensors|pytorch_model\.bin)"),),
         "Saving was interrupted, or only the config and tokenizer were copied or downloaded.",
         "Save or download again.",
@@ -134,7 +168,9 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "folder-that-is-not-there", "load", "Not a folder, and not a name of the hub either",
+        "folder-that-is-not-there",
+        "load",
+        "Not a folder, and not a name of the hub either",
         (
             P("OSError|HFValidationError", r"Repo id must be in the form|Repo id must use alphanumeric"),
             P("OSError", r"is not a local folder and is not a valid model identifier"),
@@ -147,8 +183,15 @@ ENTRIES = (
         where="transformers huggingface_hub",
     ),
     Entry(
-        "damaged-safetensors", "load", "A safetensors file is cut off, or no safetensors file at all",
-        (P("SafetensorError|Exception", r"Error while deserializing header|HeaderTooLarge|HeaderTooSmall|MetadataIncompleteBuffer|incomplete metadata|InvalidHeaderDeserialization"),),
+        "damaged-safetensors",
+        "load",
+        "A safetensors file is cut off, or no safetensors file at all",
+        (
+            P(
+                "SafetensorError|Exception",
+                r"Error while deserializing header|HeaderTooLarge|HeaderTooSmall|MetadataIncompleteBuffer|incomplete metadata|InvalidHeaderDeserialization",
+            ),
+        ),
         "`incomplete metadata`: the download broke off. `header too large`: it is a web page or a git-lfs pointer of 130 bytes.",
         "Compare its size with the repository's; delete it and download again (git clone needs git-lfs).",
         "https://github.com/codefuse-ai/MFTCoder/issues/20",
@@ -156,7 +199,9 @@ ENTRIES = (
         where="compiled safetensors transformers",
     ),
     Entry(
-        "pickle-refused", "load", "torch.load refuses to run code from a file",
+        "pickle-refused",
+        "load",
+        "torch.load refuses to run code from a file",
         (P("UnpicklingError", r"Weights only load failed|Unsupported global"),),
         "Since torch 2.6 torch.load reads tensors only. The file holds Python objects, and unpickling those can run any code.",
         "Get the weights as safetensors, or save a state dict. weights_only=False only for a file you made yourself.",
@@ -165,10 +210,15 @@ ENTRIES = (
         where="torch",
     ),
     Entry(
-        "sizes-do-not-match", "load", "The checkpoint's tensors have other sizes than the model",
+        "sizes-do-not-match",
+        "load",
+        "The checkpoint's tensors have other sizes than the model",
         (
             P("RuntimeError", r"You set `ignore_mismatched_sizes` to `False`"),
-            P("RuntimeError", r"\A(?![\s\S]*quant_state\.bitsandbytes)[\s\S]*size mismatch for [\w.]+: copying a param with shape"),
+            P(
+                "RuntimeError",
+                r"\A(?![\s\S]*quant_state\.bitsandbytes)[\s\S]*size mismatch for [\w.]+: copying a param with shape",
+            ),
         ),
         "config.json and weights belong to different models; often the vocabulary, after tokens were added.",
         "Load with the checkpoint's own config and resize afterwards. Do not ignore it: the weights would be random.",
@@ -177,7 +227,9 @@ ENTRIES = (
         where="torch transformers peft",
     ),
     Entry(
-        "weights-made-up", "load", "Weights missing from the checkpoint were made up",
+        "weights-made-up",
+        "load",
+        "Weights missing from the checkpoint were made up",
         (L(r"newly initialized because missing from the checkpoint|were not initialized from the model checkpoint"),),
         "The model loads, and some of its weights are random numbers: layers or names differ from the checkpoint's.",
         "Ask for the loading report and refuse missing keys.",
@@ -186,7 +238,9 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "meta-tensor", "load", "Weights that exist in name only",
+        "meta-tensor",
+        "load",
+        "Weights that exist in name only",
         (P("NotImplementedError", r"Cannot copy out of meta tensor"),),
         "The model was built on the meta device (shapes without data), or parts of it lie on disk and are moved by hand.",
         "Load it with from_pretrained and its device_map; do not move a dispatched model.",
@@ -195,10 +249,15 @@ ENTRIES = (
         where="torch compiled",
     ),
     Entry(
-        "hub-offline", "load", "The hub cannot be reached and the model is not in the cache",
+        "hub-offline",
+        "load",
+        "The hub cannot be reached and the model is not in the cache",
         (
             P("OSError|ConnectionError", r"We couldn't connect to 'https?://"),
-            P("LocalEntryNotFoundError|OfflineModeIsEnabled", r"\A(?![\s\S]*X-Repo-Commit)[\s\S]*(outgoing traffic has been disabled|An error happened while trying to locate|offline mode is enabled)"),
+            P(
+                "LocalEntryNotFoundError|OfflineModeIsEnabled",
+                r"\A(?![\s\S]*X-Repo-Commit)[\s\S]*(outgoing traffic has been disabled|An error happened while trying to locate|offline mode is enabled)",
+            ),
             P("ConnectError|ConnectTimeout|MaxRetryError|NameResolutionError", r""),
         ),
         "No internet, a firewall, or HF_HUB_OFFLINE=1.",
@@ -208,7 +267,9 @@ ENTRIES = (
         where="transformers huggingface_hub requests httpx httpx2 httpcore httpcore2 urllib3",
     ),
     Entry(
-        "gated-model", "load", "The model is gated",
+        "gated-model",
+        "load",
+        "The model is gated",
         (
             P("GatedRepoError|OSError", r"(?i)gated repo"),
             P("OSError|HfHubHTTPError", r"(?i)access to model \S+ is restricted|you are not in the authorized list"),
@@ -220,10 +281,17 @@ ENTRIES = (
         where="transformers huggingface_hub",
     ),
     Entry(
-        "bad-token", "load", "The hub refuses the token",
+        "bad-token",
+        "load",
+        "The hub refuses the token",
         (
-            P("HfHubHTTPError|HTTPError|OSError|RepositoryNotFoundError|HTTPStatusError", r"(?i)Invalid credentials in Authorization header|Invalid user token|User Access Token .* is expired"),
-            P("HfHubHTTPError|HTTPError|OSError|HTTPStatusError", r"(?i)Invalid username or password"),  # as RepositoryNotFoundError: no such repository
+            P(
+                "HfHubHTTPError|HTTPError|OSError|RepositoryNotFoundError|HTTPStatusError",
+                r"(?i)Invalid credentials in Authorization header|Invalid user token|User Access Token .* is expired",
+            ),
+            P(
+                "HfHubHTTPError|HTTPError|OSError|HTTPStatusError", r"(?i)Invalid username or password"
+            ),  # as RepositoryNotFoundError: no such repository
             P("LocalTokenNotFoundError", r""),
         ),
         "A wrong, expired or revoked token. It is sent for open models too, and then even those are refused.",
@@ -233,8 +301,15 @@ ENTRIES = (
         where="transformers huggingface_hub requests httpx httpx2",
     ),
     Entry(
-        "token-with-newline", "load", "The token carries a line end or a blank",
-        (P("LocalProtocolError|ValueError|InvalidHeader", r"(?i)(Illegal|Invalid) header value|Invalid leading whitespace, reserved character"),),
+        "token-with-newline",
+        "load",
+        "The token carries a line end or a blank",
+        (
+            P(
+                "LocalProtocolError|ValueError|InvalidHeader",
+                r"(?i)(Illegal|Invalid) header value|Invalid leading whitespace, reserved character",
+            ),
+        ),
         "It was read from a file with its line end, or is empty. The message shows the token: do not post it.",
         "Strip it. If you have posted it, revoke it.",
         f"{HF_DOCS}/hub/security-tokens",
@@ -242,7 +317,9 @@ ENTRIES = (
         where="httpx httpx2 httpcore httpcore2 h11 requests urllib3 huggingface_hub python",
     ),
     Entry(
-        "no-such-model", "load", "The hub has no such repository, file or revision, or you may not see it",
+        "no-such-model",
+        "load",
+        "The hub has no such repository, file or revision, or you may not see it",
         (
             P("RepositoryNotFoundError", r"Repository Not Found|404"),
             P("RevisionNotFoundError|EntryNotFoundError|RemoteEntryNotFoundError", r""),
@@ -255,8 +332,15 @@ ENTRIES = (
         where="huggingface_hub transformers",
     ),
     Entry(
-        "not-the-hub", "load", "Something else answers in the hub's place",
-        (P("LocalEntryNotFoundError|FileMetadataError|OSError", r"(?s)missing the 'X-Repo-Commit' header|Distant resource does not seem to be on huggingface\.co"),),
+        "not-the-hub",
+        "load",
+        "Something else answers in the hub's place",
+        (
+            P(
+                "LocalEntryNotFoundError|FileMetadataError|OSError",
+                r"(?s)missing the 'X-Repo-Commit' header|Distant resource does not seem to be on huggingface\.co",
+            ),
+        ),
         "A login page, a proxy or a mirror answers, or HF_ENDPOINT points to something that is no hub.",
         "Open the address in a browser, log in to the network, or correct HF_ENDPOINT.",
         f"{HF_DOCS}/huggingface_hub/package_reference/environment_variables",
@@ -264,7 +348,9 @@ ENTRIES = (
         where="huggingface_hub transformers",
     ),
     Entry(
-        "quantization-type-unknown", "load", "The checkpoint's quantization format is not known to this transformers",
+        "quantization-type-unknown",
+        "load",
+        "The checkpoint's quantization format is not known to this transformers",
         (
             P("ValueError", r"^Unknown quantization type, got [\w-]+ - supported types are"),
             L(r"Unknown quantization type, got [\w-]+ - supported types are.*we will skip the quantization"),
@@ -276,7 +362,9 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "torch-load-refused", "load", "transformers refuses torch.load below torch 2.6",
+        "torch-load-refused",
+        "load",
+        "transformers refuses torch.load below torch 2.6",
         (P("ValueError", r"^Due to a serious vulnerability issue in `torch\.load`"),),
         "A .bin or .pt file (also the optimizer's, on resume_from_checkpoint) would be read with a torch whose weights_only is not safe (CVE-2025-32434).",
         "Upgrade torch to 2.6 or later, or use safetensors.",
@@ -286,10 +374,19 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "tokenizer-of-transformers-5", "load", "The tokenizer was saved by transformers 5 and is read by transformers 4",
+        "tokenizer-of-transformers-5",
+        "load",
+        "The tokenizer was saved by transformers 5 and is read by transformers 4",
         (
-            P("AttributeError", r"^'list' object has no attribute 'keys'", frames=r"_set_model_specific_special_tokens"),
-            P("ValueError", r"^Tokenizer class (TokenizersBackend|PythonBackend|SentencePieceBackend) does not exist or is not currently imported"),
+            P(
+                "AttributeError",
+                r"^'list' object has no attribute 'keys'",
+                frames=r"_set_model_specific_special_tokens",
+            ),
+            P(
+                "ValueError",
+                r"^Tokenizer class (TokenizersBackend|PythonBackend|SentencePieceBackend) does not exist or is not currently imported",
+            ),
         ),
         "Version 5 writes extra_special_tokens as a list and has tokenizer classes that version 4 does not know.",
         "Upgrade to transformers 5, or rewrite the key in tokenizer_config.json.",
@@ -299,7 +396,9 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "tokenizer-json-newer", "load", "tokenizer.json was written by a newer tokenizers",
+        "tokenizer-json-newer",
+        "load",
+        "tokenizer.json was written by a newer tokenizers",
         (P("Exception", r"^data did not match any variant of untagged enum \w+"),),
         "The file describes its parts in a way that the installed tokenizers (before 0.20, for example) cannot read. It is not damaged.",
         "Upgrade transformers and tokenizers together, then restart the kernel.",
@@ -308,7 +407,9 @@ ENTRIES = (
         where="transformers tokenizers own",
     ),
     Entry(
-        "wrong-auto-class", "load", "This AutoModel class does not load models of this kind",
+        "wrong-auto-class",
+        "load",
+        "This AutoModel class does not load models of this kind",
         (P("ValueError", r"^Unrecognized configuration class <class '[\w.]+'> for this kind of AutoModel: \w+"),),
         "The checkpoint belongs to another task: a vision-language model is no AutoModelForCausalLM, nor is an encoder-decoder.",
         "Look at `architectures` in its config.json and take the class of that task, or the text-only checkpoint.",
@@ -317,7 +418,9 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "xet-download", "load", "A download through hf_xet broke off",
+        "xet-download",
+        "load",
+        "A download through hf_xet broke off",
         (P("RuntimeError|OSError|HfHubHTTPError", r"CAS service error|Data processing error: .*(?:CAS|Xet|xet)"),),
         "hf_xet, which fetches large files in chunks, lost its connection or its storage service did not answer.",
         "Run again: finished files stay. If it comes back, upgrade hf_xet or switch it off.",
@@ -327,7 +430,9 @@ ENTRIES = (
         where="huggingface_hub hf_xet",
     ),
     Entry(
-        "gguf-architecture-unknown", "load", "This llama.cpp does not know the architecture in the GGUF file",
+        "gguf-architecture-unknown",
+        "load",
+        "This llama.cpp does not know the architecture in the GGUF file",
         (L(r"error loading model(?: architecture)?: unknown model architecture: '"),),
         "The file was made for a newer llama.cpp than the one installed (or bundled with llama-cpp-python).",
         "Upgrade it.",
@@ -336,9 +441,14 @@ ENTRIES = (
         recorded="textgen issue 6223",
     ),
     Entry(
-        "remote-code-too-old", "load", "The checkpoint's own Python code was written for an older transformers",
+        "remote-code-too-old",
+        "load",
+        "The checkpoint's own Python code was written for an older transformers",
         (
-            P("AttributeError", r"^'(Dynamic|Static)?Cache' object has no attribute '(seen_tokens|get_max_length|get_usable_length|_seen_tokens)'"),
+            P(
+                "AttributeError",
+                r"^'(Dynamic|Static)?Cache' object has no attribute '(seen_tokens|get_max_length|get_usable_length|_seen_tokens)'",
+            ),
             P("ImportError", r"^cannot import name '\w+' from 'transformers[\w.]*'"),
         ),
         "The failing file came with the checkpoint (trust_remote_code=True) and uses what transformers has removed or moved.",
@@ -349,8 +459,15 @@ ENTRIES = (
         where="transformers_modules",
     ),
     Entry(
-        "remote-code-wants-packages", "load", "The checkpoint's own Python code needs packages that are not installed",
-        (P("ImportError", r"^This modeling file requires the following packages that were not found in your environment"),),
+        "remote-code-wants-packages",
+        "load",
+        "The checkpoint's own Python code needs packages that are not installed",
+        (
+            P(
+                "ImportError",
+                r"^This modeling file requires the following packages that were not found in your environment",
+            ),
+        ),
         "transformers reads the imports of the checkpoint's files before it runs them.",
         "Read that code, then install the packages it names (flash_attn needs a GPU and a compiler), or use the architecture that transformers has.",
         f"{HF_DOCS}/transformers/custom_models",

@@ -4,18 +4,30 @@ from helpers.diagnosis.catalogue.base import HF_DOCS, TRANSFORMERS, Entry, L, P
 
 ENTRIES = (
     Entry(
-        "cuda-out-of-memory", "memory", "The GPU's memory is full",
-        (P("OutOfMemoryError|RuntimeError|AcceleratorError", r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"),),
+        "cuda-out-of-memory",
+        "memory",
+        "The GPU's memory is full",
+        (
+            P(
+                "OutOfMemoryError|RuntimeError|AcceleratorError",
+                r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED",
+            ),
+        ),
         "Weights, KV cache, activations and what an earlier cell still holds exceed the card. Only `reserved but unallocated` is fragmentation.",
         "Restart the kernel first. Then: fewer bits, batch 1, shorter context, gradient checkpointing.",
         "https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management",
-        code='del model; import gc; gc.collect(); torch.cuda.empty_cache()\n# fragmentation only: PYTORCH_ALLOC_CONF=expandable_segments:True, before torch is imported',
+        code="del model; import gc; gc.collect(); torch.cuda.empty_cache()\n# fragmentation only: PYTORCH_ALLOC_CONF=expandable_segments:True, before torch is imported",
         recorded="PyTorch issue 16417, with the newer wording of later comments",
         where="compiled torch vllm",
     ),
     Entry(
-        "ram-exhausted", "memory", "The computer's memory cannot give this much",
-        (P("RuntimeError", r"DefaultCPUAllocator: (can't allocate memory|not enough memory)"), P("MemoryError|ArrayMemoryError|_ArrayMemoryError", r"")),
+        "ram-exhausted",
+        "memory",
+        "The computer's memory cannot give this much",
+        (
+            P("RuntimeError", r"DefaultCPUAllocator: (can't allocate memory|not enough memory)"),
+            P("MemoryError|ArrayMemoryError|_ArrayMemoryError", r""),
+        ),
         "One tensor alone is larger than what is free: float32 instead of bfloat16, a batch or context too long, or a wrong shape.",
         "Compare the bytes in the message with what you expected; predict a model's size before loading it.",
         "https://huggingface.co/docs/transformers/big_models",
@@ -23,12 +35,16 @@ ENTRIES = (
         where="compiled numpy",
     ),
     Entry(
-        "process-killed", "memory", "The system killed the process: out of memory",
+        "process-killed",
+        "memory",
+        "The system killed the process: out of memory",
         (
             P("CalledProcessError|ProcessExitedException", r"SIGKILL|exit (status|code) (-9|137)"),
             P("ChildFailedError", r"exitcode *: -9\b|Signal 9 \(SIGKILL\)"),
             P("DeadKernelError", r"(?i)kernel died"),
-            L(r"(?i:kernel (appears to have|has) died)|(?m:^Killed$)|exit(ed with)? code:? 137|exitcode *: -9 |Signal 9 \(SIGKILL\)|Your session crashed after using all available RAM"),
+            L(
+                r"(?i:kernel (appears to have|has) died)|(?m:^Killed$)|exit(ed with)? code:? 137|exitcode *: -9 |Signal 9 \(SIGKILL\)|Your session crashed after using all available RAM"
+            ),
         ),
         "Linux ends the largest process when memory runs out; Python cannot say anything any more. No traceback is the sign.",
         "Use a smaller model or fewer bits, load in bfloat16, close other notebooks: each kernel keeps its models.",
@@ -37,7 +53,9 @@ ENTRIES = (
         where="anywhere",
     ),
     Entry(
-        "disk-full", "memory", "The disk is full",
+        "disk-full",
+        "memory",
+        "The disk is full",
         (P("OSError|SafetensorError|RuntimeError", r"No space left on device|[Dd]isk quota exceeded"),),
         "Checkpoints and the hub's cache add up: a 7B model is 14 GB in 16 bits, and downloads stay.",
         "Look what lies in the cache; move it to a larger disk.",
@@ -46,7 +64,9 @@ ENTRIES = (
         where="compiled python own anywhere",
     ),
     Entry(
-        "modules-on-cpu-or-disk", "memory", "A quantized model that does not fit the device",
+        "modules-on-cpu-or-disk",
+        "memory",
+        "A quantized model that does not fit the device",
         (P("ValueError", r"Some modules are dispatched on the CPU or the disk"),),
         'device_map="auto" found too little memory for all of it, and 4-bit layers stay on one device unless you allow offloading.',
         "Free memory, or put everything on one device and see the plain shortage.",
@@ -55,7 +75,9 @@ ENTRIES = (
         where="transformers",
     ),
     Entry(
-        "spilled-to-disk", "memory", "device_map put a part of the model on the disk",
+        "spilled-to-disk",
+        "memory",
+        "device_map put a part of the model on the disk",
         (L(r"Some parameters are on the meta device because they were offloaded to the (disk|cpu)"),),
         'device_map="auto" does not fail when memory is short: it offloads to RAM, then to disk, and every token reads it from there.',
         "Look at hf_device_map after loading; give one device to fail instead of crawling.",
@@ -64,7 +86,9 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "loaded-twice", "memory", "The old model is still there while the new one loads",
+        "loaded-twice",
+        "memory",
+        "The old model is still there while the new one loads",
         (),
         "`model = from_pretrained(...)` in a second run builds the new model before the name lets go of the old one; so do other names, "
         "Jupyter's Out[...] and the last traceback.",
@@ -74,8 +98,14 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "mxfp4-dequantized", "memory", "A warning: the MXFP4 checkpoint becomes a bfloat16 model, three times as large",
-        (L(r"MXFP4 quant\w+ .*default to dequantizing the model to bf16|(requires|need) [Tt]riton[^\n]{0,200}default to dequantizing the model to bf16"),),
+        "mxfp4-dequantized",
+        "memory",
+        "A warning: the MXFP4 checkpoint becomes a bfloat16 model, three times as large",
+        (
+            L(
+                r"MXFP4 quant\w+ .*default to dequantizing the model to bf16|(requires|need) [Tt]riton[^\n]{0,200}default to dequantizing the model to bf16"
+            ),
+        ),
         "The MXFP4 kernels cannot be used here (triton or kernels is missing or too old, or the GPU is), so gpt-oss-20b takes 41.8 GB and not 13.8.",
         "Install triton 3.4 or later and kernels, or plan for the larger model.",
         f"{TRANSFORMERS}/issues/42723",

@@ -4,10 +4,15 @@ from helpers.diagnosis.catalogue.base import AUTO_GPTQ, BITSANDBYTES, GPTQMODEL,
 
 ENTRIES = (
     Entry(
-        "group-size", "quantize", "group_size does not divide the layer's inputs",
+        "group-size",
+        "quantize",
+        "group_size does not divide the layer's inputs",
         (
             P("AssertionError", r"Expecting input size at \d+ dimension: \d+ to be divisible by block_size"),
-            P("ValueError|AssertionError|NotImplementedError", r"in_features \(?\d*\)? ?% group_size|in_features.*divisible by.*group_size|org_w_shape.*multiple|% group_size|w\.shape\[-1\] % self\.group_size"),
+            P(
+                "ValueError|AssertionError|NotImplementedError",
+                r"in_features \(?\d*\)? ?% group_size|in_features.*divisible by.*group_size|org_w_shape.*multiple|% group_size|w\.shape\[-1\] % self\.group_size",
+            ),
         ),
         "Weights are grouped along the inputs. SmolLM2's 576 is 4.5 x 128: the usual 128 fits Mistral-7B, not every small model.",
         "Take 64 or 32.",
@@ -16,7 +21,9 @@ ENTRIES = (
         where="torchao gptqmodel auto_gptq awq transformers optimum",
     ),
     Entry(
-        "qat-base-config", "quantize", "torchao has no QAT for this config",
+        "qat-base-config",
+        "quantize",
+        "torchao has no QAT for this config",
         (P("ValueError", r"Unexpected base config"),),
         "QATConfig fakes the formats it can convert to: 4-bit weights, with or without int8 activations. int8 weights are not among them.",
         "Use a base config that it supports.",
@@ -25,7 +32,9 @@ ENTRIES = (
         where="torchao",
     ),
     Entry(
-        "int4-packing-needs-mslk", "quantize", "torchao's packed int4 needs a GPU package",
+        "int4-packing-needs-mslk",
+        "quantize",
+        "torchao's packed int4 needs a GPU package",
         (P("ImportError", r"Requires mslk\b|Requires fbgemm-gpu-genai"),),
         "Int4WeightOnlyConfig packs for a CUDA kernel by default; the kernel lives in a package of its own.",
         "On a CPU use IntxWeightOnlyConfig; on a GPU install the package or choose another packing format.",
@@ -34,7 +43,9 @@ ENTRIES = (
         where="torchao",
     ),
     Entry(
-        "embedding-qconfig", "quantize", "One qconfig for the whole model includes the embeddings",
+        "embedding-qconfig",
+        "quantize",
+        "One qconfig for the whole model includes the embeddings",
         (P("AssertionError", r"Embedding quantization is only supported with float_qparams_weight_only_qconfig"),),
         "torch.ao converts embeddings too, and those want a qconfig of their own.",
         "Take the embeddings out, or use torchao's QATConfig.",
@@ -43,8 +54,15 @@ ENTRIES = (
         where="torch",
     ),
     Entry(
-        "quantized-op-on-floats", "quantize", "A quantized layer was given float tensors, or stands on the wrong device",
-        (P("NotImplementedError|RuntimeError", r"Could not run 'quantized::\w+' with arguments from the '\w+' backend"),),
+        "quantized-op-on-floats",
+        "quantize",
+        "A quantized layer was given float tensors, or stands on the wrong device",
+        (
+            P(
+                "NotImplementedError|RuntimeError",
+                r"Could not run 'quantized::\w+' with arguments from the '\w+' backend",
+            ),
+        ),
         "Statically quantized layers want quantized inputs; and torch.ao's int8 layers run on a CPU only.",
         "Wrap the model in quantize and dequantize stubs, or use dynamic quantization; on a GPU use torchao.",
         f"{PYTORCH}/issues/90986",
@@ -52,7 +70,9 @@ ENTRIES = (
         where="compiled",
     ),
     Entry(
-        "dynamic-int8-on-half", "quantize", "torch.ao's dynamic int8 wants float32 activations",
+        "dynamic-int8-on-half",
+        "quantize",
+        "torch.ao's dynamic int8 wants float32 activations",
         (P("RuntimeError", r"expected scalar type Float but found (Half|BFloat16)"),),
         "quantize_dynamic was applied to a float16 or bfloat16 model.",
         "Convert to float32 first.",
@@ -61,7 +81,9 @@ ENTRIES = (
         where="torch",
     ),
     Entry(
-        "torch-ao-deprecated", "quantize", "torch.ao.quantization is deprecated",
+        "torch-ao-deprecated",
+        "quantize",
+        "torch.ao.quantization is deprecated",
         (L(r"torch\.ao\.quantization is deprecated"),),
         "It still works in torch 2.13; its successor is torchao.",
         "Nothing breaks today. For new code use torchao.",
@@ -70,7 +92,9 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "fx-trace", "quantize", "FX cannot trace this model",
+        "fx-trace",
+        "quantize",
+        "FX cannot trace this model",
         (
             P("ValueError", r"code: co_varnames is too small"),
             P("TraceError", r"symbolically traced variables cannot be used as inputs to control flow"),
@@ -82,8 +106,15 @@ ENTRIES = (
         where="torch",
     ),
     Entry(
-        "hessian-not-positive-definite", "quantize", "GPTQ's Hessian is not positive-definite",
-        (P("_LinAlgError|LinAlgError|RuntimeError|AcceleratorError", r"(linalg\.)?cholesky.*(not positive-definite|singular)|leading minor of order \d+ is not positive"),),
+        "hessian-not-positive-definite",
+        "quantize",
+        "GPTQ's Hessian is not positive-definite",
+        (
+            P(
+                "_LinAlgError|LinAlgError|RuntimeError|AcceleratorError",
+                r"(linalg\.)?cholesky.*(not positive-definite|singular)|leading minor of order \d+ is not positive",
+            ),
+        ),
         "Fewer calibration tokens than input channels, or a channel that is always zero.",
         "More and longer calibration text; a larger damp_percent.",
         f"{AUTO_GPTQ}/issues/98",
@@ -91,7 +122,9 @@ ENTRIES = (
         where="compiled",
     ),
     Entry(
-        "not-implemented-for-half", "quantize", "This operation does not exist in 16 bits on this device",
+        "not-implemented-for-half",
+        "quantize",
+        "This operation does not exist in 16 bits on this device",
         (P("RuntimeError|NotImplementedError", r"\"\w+\" not implemented for '(Half|BFloat16|Char|Int)'"),),
         "CPU kernels are missing for some dtypes: linear algebra everywhere, matrix products in torch before 2.2.",
         "Do this step in float32.",
@@ -100,7 +133,9 @@ ENTRIES = (
         where="compiled",
     ),
     Entry(
-        "empty-calibration-set", "quantize", "No calibration sample was short enough",
+        "empty-calibration-set",
+        "quantize",
+        "No calibration sample was short enough",
         (P("ValueError|RuntimeError|NotImplementedError", r"expected a non-empty list of Tensors"),),
         "autoawq drops every sample longer than max_calib_seq_len, without a word, and then joins what is left: nothing.",
         "Cut long texts into pieces first.",
@@ -109,8 +144,15 @@ ENTRIES = (
         where="awq",
     ),
     Entry(
-        "bits-not-supported", "quantize", "This number of bits does not exist in the format",
-        (P("ValueError", r"Only support quantization to \[[\d,\s]+\] bits|only support quantize to \[?[\d,\s]+\]? bits"),),
+        "bits-not-supported",
+        "quantize",
+        "This number of bits does not exist in the format",
+        (
+            P(
+                "ValueError",
+                r"Only support quantization to \[[\d,\s]+\] bits|only support quantize to \[?[\d,\s]+\]? bits",
+            ),
+        ),
         "GPTQ packs 2, 3, 4 or 8 bits into 32.",
         "Use 4 (or 8).",
         "https://arxiv.org/abs/2210.17323",
@@ -118,7 +160,9 @@ ENTRIES = (
         where="transformers gptqmodel auto_gptq optimum",
     ),
     Entry(
-        "float32-compute", "quantize", "4-bit weights that are multiplied in float32",
+        "float32-compute",
+        "quantize",
+        "4-bit weights that are multiplied in float32",
         (L(r"bnb_4bit_compute_dtype=torch\.float32 \(default\)\. This will lead to slow"),),
         "float32 is the default of bnb_4bit_compute_dtype. It is right, and slow on a GPU, and the warning comes for half inputs only.",
         "Name the dtype.",
@@ -127,7 +171,9 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "autoawq-garbage-on-cpu", "quantize", "autoawq ruins the model on a CPU",
+        "autoawq-garbage-on-cpu",
+        "quantize",
+        "autoawq ruins the model on a CPU",
         (),
         "Its search saves the weights with v.cpu(), which copies on a GPU only: on a CPU every trial stays in the weights.",
         "Clone them (helpers.archived does), or use gptqmodel. Always measure a quantized model before you keep it.",
@@ -136,7 +182,9 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "gptqmodel-model-unknown", "quantize", "This gptqmodel has no definition for the model",
+        "gptqmodel-model-unknown",
+        "quantize",
+        "This gptqmodel has no definition for the model",
         (P("TypeError|ValueError", r"^[\w.-]+ isn't supported yet\."),),
         "GPTQ goes through a model layer by layer, and gptqmodel needs to know their names and order for each model_type.",
         "Upgrade gptqmodel, or take a model of a type that it lists.",
@@ -146,11 +194,21 @@ ENTRIES = (
         where="gptqmodel auto_gptq awq",
     ),
     Entry(
-        "autoawq-behind-transformers", "quantize", "autoawq calls layers as an older transformers wanted it",
+        "autoawq-behind-transformers",
+        "quantize",
+        "autoawq calls layers as an older transformers wanted it",
         (
-            P("TypeError", r"forward\(\) missing \d+ required (positional|keyword-only) arguments?: .*'(attention_mask|position_embeddings)'", frames=r"[/\\]awq[/\\]"),
+            P(
+                "TypeError",
+                r"forward\(\) missing \d+ required (positional|keyword-only) arguments?: .*'(attention_mask|position_embeddings)'",
+                frames=r"[/\\]awq[/\\]",
+            ),
             P("AttributeError", r"^'Catcher' object has no attribute '\w+'", frames=r"[/\\]awq[/\\]"),
-            P("TypeError", r"^cannot unpack non-iterable NoneType object", frames=r"(?s)[/\\]awq[/\\].*(position_embeddings|apply_rotary)"),
+            P(
+                "TypeError",
+                r"^cannot unpack non-iterable NoneType object",
+                frames=r"(?s)[/\\]awq[/\\].*(position_embeddings|apply_rotary)",
+            ),
         ),
         "autoawq is archived. transformers 4.48 made attention_mask an argument without a default, and later versions ask the layer for more.",
         "Quantize with gptqmodel (notebook 06), or hold transformers at 4.47.1.",
@@ -160,7 +218,9 @@ ENTRIES = (
         where="awq torch transformers",
     ),
     Entry(
-        "calibration-row-empty", "quantize", "A calibration row has no tokens",
+        "calibration-row-empty",
+        "quantize",
+        "A calibration row has no tokens",
         (P("RuntimeError", r"^cannot reshape tensor of 0 elements into shape \[", frames=r"gptqmodel|auto_gptq"),),
         "An empty text becomes a batch with no positions, which no layer can reshape.",
         "Drop empty and very short rows before quantize().",
@@ -170,7 +230,9 @@ ENTRIES = (
         where="compiled",
     ),
     Entry(
-        "expert-without-tokens", "quantize", "An expert or layer that no calibration token reached",
+        "expert-without-tokens",
+        "quantize",
+        "An expert or layer that no calibration token reached",
         (P("AttributeError", r"^'GPTQ' object has no attribute 'H'"),),
         "GPTQ collects the Hessian of a layer while calibration text runs through. A rarely chosen expert may see no token at all.",
         "More and longer calibration rows, or gptqmodel 5 and later with its routing override for mixtures of experts.",
@@ -180,7 +242,9 @@ ENTRIES = (
         where="gptqmodel auto_gptq optimum",
     ),
     Entry(
-        "nan-loss", "quantize", "GPTQ's error of a layer is not a number",
+        "nan-loss",
+        "quantize",
+        "GPTQ's error of a layer is not a number",
         (P("ValueError", r"^Quantization: Failed due to `NaN` loss for"),),
         "inf or nan among the activations or in the Hessian: float16 that overflowed, or too few calibration tokens for the layer.",
         "Load in bfloat16, use more calibration rows, set calibration_dataset_concat_size=0 and look at damp_percent.",
@@ -190,8 +254,16 @@ ENTRIES = (
         where="gptqmodel",
     ),
     Entry(
-        "gguf-behind", "quantize", "The gguf package is older than llama.cpp's script",
-        (P("AttributeError", r"^(type object 'MODEL_(ARCH|TENSOR)'|'GGUFWriter' object) has no attribute", where="gguf own"),),
+        "gguf-behind",
+        "quantize",
+        "The gguf package is older than llama.cpp's script",
+        (
+            P(
+                "AttributeError",
+                r"^(type object 'MODEL_(ARCH|TENSOR)'|'GGUFWriter' object) has no attribute",
+                where="gguf own",
+            ),
+        ),
         "convert_hf_to_gguf.py uses the gguf package of its own checkout; an older one from PyPI is imported instead.",
         "Install the one that lies beside the script.",
         "https://github.com/ggml-org/llama.cpp/issues/14315",
@@ -199,8 +271,16 @@ ENTRIES = (
         recorded="llama.cpp issue 14315",
     ),
     Entry(
-        "gguf-from-quantized", "quantize", "A quantized checkpoint cannot be converted to GGUF",
-        (P("ValueError", r"^Can not map tensor '[\w.]+\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight\.\w*absmax\w*)'", where="gguf own"),),
+        "gguf-from-quantized",
+        "quantize",
+        "A quantized checkpoint cannot be converted to GGUF",
+        (
+            P(
+                "ValueError",
+                r"^Can not map tensor '[\w.]+\.(qweight|qzeros|g_idx|absmax|quant_map|SCB|weight\.\w*absmax\w*)'",
+                where="gguf own",
+            ),
+        ),
         "The tensor's name shows GPTQ, AWQ or bitsandbytes codes, which the converter does not read.",
         "Convert the 16-bit model (merge an adapter into the 16-bit base first), then quantize the GGUF.",
         "https://github.com/ggml-org/llama.cpp/issues/8134",

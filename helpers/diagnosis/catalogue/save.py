@@ -4,7 +4,9 @@ from helpers.diagnosis.catalogue.base import HF_DOCS, PYTORCH, Entry, P
 
 ENTRIES = (
     Entry(
-        "save-dynamic-int8", "save", "save_pretrained on a torch.ao int8 model",
+        "save-dynamic-int8",
+        "save",
+        "save_pretrained on a torch.ao int8 model",
         (P("AttributeError", r"'torch\.dtype' object has no attribute '(data_ptr|numel)'"),),
         "Its packed layers keep tuples and dtypes in the state dict; save_pretrained expects tensors only.",
         "Save the state dict and rebuild the model, or quantize through TorchAoConfig.",
@@ -13,7 +15,9 @@ ENTRIES = (
         where="transformers safetensors huggingface_hub",
     ),
     Entry(
-        "save-torchao", "save", "save_pretrained after quantize_",
+        "save-torchao",
+        "save",
+        "save_pretrained after quantize_",
         (P("RuntimeError", r"Attempted to access the data pointer on an invalid python storage"),),
         "quantize_ puts tensor subclasses into the model, and its config does not know: nothing tells save_pretrained how to write them.",
         "Quantize while loading, through TorchAoConfig; that model saves and loads.",
@@ -22,7 +26,9 @@ ENTRIES = (
         where="compiled",
     ),
     Entry(
-        "tensors-share-memory", "save", "safetensors refuses tensors that share memory",
+        "tensors-share-memory",
+        "save",
+        "safetensors refuses tensors that share memory",
         (P("RuntimeError", r"Some tensors share memory|shared tensors"),),
         "Tied embeddings: lm_head and embed_tokens are one tensor, and save_file would write it twice.",
         "Use save_pretrained, or safetensors' save_model.",
@@ -31,7 +37,9 @@ ENTRIES = (
         where="safetensors transformers",
     ),
     Entry(
-        "tensor-not-contiguous", "save", "safetensors wants contiguous tensors",
+        "tensor-not-contiguous",
+        "save",
+        "safetensors wants contiguous tensors",
         (P("ValueError", r"You are trying to save a non contiguous tensor"),),
         "A transposed or sliced view; its numbers do not lie in order.",
         "Make a contiguous copy.",
@@ -40,8 +48,15 @@ ENTRIES = (
         where="safetensors transformers",
     ),
     Entry(
-        "4bit-state-dict-in-plain-model", "save", "A 4-bit state dict was loaded into an unquantized model",
-        (P("RuntimeError", r"(?s)Error\(s\) in loading state_dict.*quant_state\.bitsandbytes__|Unexpected key\(s\) in state_dict:.*\.absmax"),),
+        "4bit-state-dict-in-plain-model",
+        "save",
+        "A 4-bit state dict was loaded into an unquantized model",
+        (
+            P(
+                "RuntimeError",
+                r"(?s)Error\(s\) in loading state_dict.*quant_state\.bitsandbytes__|Unexpected key\(s\) in state_dict:.*\.absmax",
+            ),
+        ),
         "Quantized layers save codes, absmax and quant_map, which plain Linear layers do not know.",
         "save_pretrained and from_pretrained: the config.json beside the weights says how they are quantized.",
         f"{HF_DOCS}/transformers/quantization/bitsandbytes",
@@ -49,7 +64,9 @@ ENTRIES = (
         where="torch",
     ),
     Entry(
-        "adapter-config-missing", "save", "No adapter in this folder",
+        "adapter-config-missing",
+        "save",
+        "No adapter in this folder",
         (P("ValueError|OSError", r"Can't find 'adapter_config\.json'"),),
         "It holds a whole model, or a Trainer checkpoint's parent, not an adapter.",
         "Point to the folder with adapter_config.json; a merged model is loaded with transformers.",
@@ -58,7 +75,9 @@ ENTRIES = (
         where="peft",
     ),
     Entry(
-        "dtype-in-json", "save", "A dtype cannot be written as JSON",
+        "dtype-in-json",
+        "save",
+        "A dtype cannot be written as JSON",
         (P("TypeError", r"Object of type (dtype|bfloat16|Tensor|float32|int64) is not JSON serializable"),),
         "Settings and results hold torch objects; JSON knows numbers and text.",
         "Write the dtype's name, and .item() of a tensor.",

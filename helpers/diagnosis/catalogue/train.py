@@ -4,7 +4,9 @@ from helpers.diagnosis.catalogue.base import BITSANDBYTES, HF_DOCS, PEFT, TRANSF
 
 ENTRIES = (
     Entry(
-        "training-purely-quantized", "train", "Quantized weights cannot be trained",
+        "training-purely-quantized",
+        "train",
+        "Quantized weights cannot be trained",
         (P("ValueError", r"You cannot perform fine-tuning on purely quantized models"),),
         "4-bit codes have no gradient; Trainer refuses a quantized model without adapters.",
         "Attach LoRA adapters (notebook 07).",
@@ -13,7 +15,9 @@ ENTRIES = (
         where="transformers trl",
     ),
     Entry(
-        "nothing-requires-grad", "train", "Nothing in the model requires a gradient",
+        "nothing-requires-grad",
+        "train",
+        "Nothing in the model requires a gradient",
         (P("RuntimeError", r"element 0 of tensors does not require grad and does not have a grad_fn"),),
         "Everything is frozen: no adapters, adapters loaded for inference, or gradient checkpointing that cuts the graph.",
         "Look what is trainable before the first step.",
@@ -22,7 +26,9 @@ ENTRIES = (
         where="compiled",
     ),
     Entry(
-        "checkpointing-cuts-gradients", "train", "Gradient checkpointing cuts the gradients off",
+        "checkpointing-cuts-gradients",
+        "train",
+        "Gradient checkpointing cuts the gradients off",
         (L(r"None of the inputs have requires_grad=True"),),
         "With use_reentrant=True the inputs of a block must require gradients; a frozen embedding's output does not.",
         "Use the non-reentrant kind, the default of transformers 5.",
@@ -31,7 +37,9 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "unscale-fp16-gradients", "train", "Trainable weights are in float16",
+        "unscale-fp16-gradients",
+        "train",
+        "Trainable weights are in float16",
         (P("ValueError", r"Attempting to unscale FP16 gradients"),),
         "Mixed precision keeps the weights it trains in float32; here the adapters were loaded in float16.",
         "Cast what is trainable to float32, or train in bfloat16.",
@@ -40,17 +48,31 @@ ENTRIES = (
         where="torch",
     ),
     Entry(
-        "matrices-differ-in-dtype", "train", "Two matrices of different dtypes",
-        (P("RuntimeError", r"(mat1 and mat2|m1 and m2) (must|to) have the same dtype|expected (mat1 and mat2|m1 and m2) to have the same dtype"),),
+        "matrices-differ-in-dtype",
+        "train",
+        "Two matrices of different dtypes",
+        (
+            P(
+                "RuntimeError",
+                r"(mat1 and mat2|m1 and m2) (must|to) have the same dtype|expected (mat1 and mat2|m1 and m2) to have the same dtype",
+            ),
+        ),
         "float32 adapters or norms meet 16-bit weights outside autocast.",
         "Use autocast, or load everything in one dtype.",
         "https://github.com/hiyouga/LLaMA-Factory/issues/4432",
-        code='with torch.autocast(device, dtype=torch.bfloat16):\n    model.generate(**inputs)',
+        code="with torch.autocast(device, dtype=torch.bfloat16):\n    model.generate(**inputs)",
         where="compiled",
     ),
     Entry(
-        "target-modules", "train", "No layer has the name that LoRA looks for",
-        (P("ValueError|NoMatchingPeftModuleError", r"Target modules .* not found in the base model|Please specify `target_modules`"),),
+        "target-modules",
+        "train",
+        "No layer has the name that LoRA looks for",
+        (
+            P(
+                "ValueError|NoMatchingPeftModuleError",
+                r"Target modules .* not found in the base model|Please specify `target_modules`",
+            ),
+        ),
         "Names differ between architectures: c_attn is GPT-2's; Llama and Mistral say q_proj, k_proj, v_proj.",
         "Print the names, or take every Linear layer.",
         f"{HF_DOCS}/peft/developer_guides/lora",
@@ -58,7 +80,9 @@ ENTRIES = (
         where="peft",
     ),
     Entry(
-        "merge-into-4bit", "train", "An adapter merged into 4-bit weights is rounded",
+        "merge-into-4bit",
+        "train",
+        "An adapter merged into 4-bit weights is rounded",
         (L(r"Merge lora module to (4|8)-bit linear may get different generations due to rounding errors"),),
         "The merged weight is quantized again, and the adapter's small changes are smaller than the steps between the levels.",
         "Merge into the full-precision base, then quantize again.",
@@ -67,7 +91,9 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "adapter-twice", "train", "A second adapter on a model that has one",
+        "adapter-twice",
+        "train",
+        "A second adapter on a model that has one",
         (L(r"You are trying to modify a model with PEFT for a second time"),),
         "The cell ran twice: get_peft_model changes the model it is given, and the first adapter is still inside.",
         "Unload the first, or load the base model again.",
@@ -76,10 +102,18 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "training-argument-renamed", "train", "Trainer's arguments have new names",
+        "training-argument-renamed",
+        "train",
+        "Trainer's arguments have new names",
         (
-            P("TypeError", r"(TrainingArguments|Trainer|SFTTrainer|SFTConfig)\.__init__\(\) got an unexpected keyword argument '\w+'"),
-            P("TypeError", r"__init__\(\) got an unexpected keyword argument '(evaluation_strategy|tokenizer|max_seq_length|no_cuda)'"),
+            P(
+                "TypeError",
+                r"(TrainingArguments|Trainer|SFTTrainer|SFTConfig)\.__init__\(\) got an unexpected keyword argument '\w+'",
+            ),
+            P(
+                "TypeError",
+                r"__init__\(\) got an unexpected keyword argument '(evaluation_strategy|tokenizer|max_seq_length|no_cuda)'",
+            ),
         ),
         "transformers 5 removed names that were deprecated before: evaluation_strategy is eval_strategy, tokenizer is processing_class.",
         "Use the new name.",
@@ -88,8 +122,15 @@ ENTRIES = (
         where="own transformers trl",
     ),
     Entry(
-        "bf16-needs-a-gpu", "train", "bf16=True without a GPU",
-        (P("ValueError", r"Your setup doesn't support bf16|fp16 mixed precision requires a GPU|bf16 mixed precision requires"),),
+        "bf16-needs-a-gpu",
+        "train",
+        "bf16=True without a GPU",
+        (
+            P(
+                "ValueError",
+                r"Your setup doesn't support bf16|fp16 mixed precision requires a GPU|bf16 mixed precision requires",
+            ),
+        ),
         "TrainingArguments looks for a GPU that can do bfloat16 (Ampere or later) unless it is told to use the CPU.",
         "Say use_cpu=True here; on a T4 use fp16=True.",
         f"{HF_DOCS}/transformers/perf_train_cpu",
@@ -97,7 +138,9 @@ ENTRIES = (
         where="transformers accelerate",
     ),
     Entry(
-        "rows-of-different-length", "train", "Training rows of different lengths make no batch",
+        "rows-of-different-length",
+        "train",
+        "Training rows of different lengths make no batch",
         (
             P("RuntimeError", r"stack expects each tensor to be equal size"),
             P("ValueError", r"^expected sequence of length \d+ at dim \d+ \(got \d+\)"),
@@ -109,7 +152,9 @@ ENTRIES = (
         where="compiled transformers",
     ),
     Entry(
-        "learns-nothing", "train", "A 4-bit model that was used on a CPU learns nothing afterwards",
+        "learns-nothing",
+        "train",
+        "A 4-bit model that was used on a CPU learns nothing afterwards",
         (L(r"bitsandbytes::\w+: an autograd kernel was not registered"),),
         "On CPUs with AVX512-BF16 the first forward pass in eval mode repacks the weights for inference; they pass no gradient on. "
         "Adapters on q and v learn nothing, adapters everywhere only in part, without an error.",
@@ -119,7 +164,9 @@ ENTRIES = (
         silent=True,
     ),
     Entry(
-        "fsdp-uniform-dtype", "train", "FSDP cannot put quantized and other weights into one flat tensor",
+        "fsdp-uniform-dtype",
+        "train",
+        "FSDP cannot put quantized and other weights into one flat tensor",
         (P("ValueError", r"^Must flatten tensors with uniform dtype but got torch\.\w+ and torch\.\w+"),),
         "FSDP joins the weights of a block. 4-bit weights are stored as uint8 unless told otherwise; the norms beside them are bfloat16.",
         "Store the 4-bit codes in the dtype of everything else. 8-bit weights cannot be sharded like this.",
@@ -129,7 +176,9 @@ ENTRIES = (
         where="torch",
     ),
     Entry(
-        "ddp-ready-twice", "train", "A parameter was finished twice in one DDP step",
+        "ddp-ready-twice",
+        "train",
+        "A parameter was finished twice in one DDP step",
         (P("RuntimeError", r"^Expected to mark a variable ready only once"),),
         "Reentrant gradient checkpointing runs a block's backward pass by itself, so DDP sees its adapters twice.",
         "Use the non-reentrant kind.",
@@ -139,10 +188,18 @@ ENTRIES = (
         where="torch",
     ),
     Entry(
-        "quantized-on-another-device", "train", "A quantized model is not on the device that trains it",
+        "quantized-on-another-device",
+        "train",
+        "A quantized model is not on the device that trains it",
         (
-            P("ValueError", r"^You can't train a model that has been loaded in 8-bit or 4-bit precision on (a different device|multiple devices)"),
-            P("ValueError", r"^You can't train a model that has been loaded with `device_map='auto'` in any distributed mode"),
+            P(
+                "ValueError",
+                r"^You can't train a model that has been loaded in 8-bit or 4-bit precision on (a different device|multiple devices)",
+            ),
+            P(
+                "ValueError",
+                r"^You can't train a model that has been loaded with `device_map='auto'` in any distributed mode",
+            ),
         ),
         "device_map='auto' spread the model over the GPUs, or every process loaded it onto the first one. Quantized weights are not moved.",
         "Give every process the whole model on its own device, with LoRA adapters.",
@@ -152,10 +209,15 @@ ENTRIES = (
         where="accelerate",
     ),
     Entry(
-        "trainer-passes-more", "train", "A Trainer method of yours lacks an argument that Trainer passes",
+        "trainer-passes-more",
+        "train",
+        "A Trainer method of yours lacks an argument that Trainer passes",
         (
             P("TypeError", r"compute_loss\(\) got an unexpected keyword argument 'num_items_in_batch'"),
-            P("TypeError", r"training_step\(\) takes 3 positional arguments but 4 were given|\blog\(\) takes 2 positional arguments but 3 were given"),
+            P(
+                "TypeError",
+                r"training_step\(\) takes 3 positional arguments but 4 were given|\blog\(\) takes 2 positional arguments but 3 were given",
+            ),
         ),
         "Since transformers 4.46 Trainer passes num_items_in_batch to compute_loss and training_step (4.47: start_time to log).",
         "Add the argument to your method.",
@@ -164,8 +226,15 @@ ENTRIES = (
         where="transformers trl accelerate",
     ),
     Entry(
-        "target-is-no-layer", "train", "LoRA's target_modules name a container, not a layer",
-        (P("ValueError", r"^Target module [\s\S]* is not supported\. Currently, only the following modules are supported"),),
+        "target-is-no-layer",
+        "train",
+        "LoRA's target_modules name a container, not a layer",
+        (
+            P(
+                "ValueError",
+                r"^Target module [\s\S]* is not supported\. Currently, only the following modules are supported",
+            ),
+        ),
         "LoRA replaces single layers (Linear, Embedding, Conv). The name fits a block or a class of its own.",
         "Name Linear layers; for a vision-language model those of the language model.",
         "https://github.com/hiyouga/LLaMA-Factory/issues/8894",

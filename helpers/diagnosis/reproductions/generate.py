@@ -1,6 +1,5 @@
 """Failures while text is generated, each with its repair."""
 
-
 import torch
 
 from helpers.diagnosis.reproductions.parts import IDS, MISTRAL, hidden, tiny_model, tiny_tokenizer
@@ -26,7 +25,9 @@ def _():
 
 @works("lengths-differ")
 def _():
-    batch = tiny_tokenizer(pad_token="<pad>", padding_side="left")(["hi", "the cat sat"], return_tensors="pt", padding=True)
+    batch = tiny_tokenizer(pad_token="<pad>", padding_side="left")(
+        ["hi", "the cat sat"], return_tensors="pt", padding=True
+    )
     return f"a tensor of {tuple(batch.input_ids.shape)}"
 
 
@@ -73,7 +74,9 @@ def _():
 @fails("different-devices")
 def _():
     model = tiny_model()
-    model.model.layers[1].to("cuda" if torch.cuda.is_available() else "meta")  # shapes without data: every machine's second device
+    model.model.layers[1].to(
+        "cuda" if torch.cuda.is_available() else "meta"
+    )  # shapes without data: every machine's second device
     model(IDS)
 
 

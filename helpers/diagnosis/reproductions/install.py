@@ -42,7 +42,9 @@ def _():
 def _():
     folder = Path(scratch())
     (folder / "utils.py").write_text("rows = 3\n")
-    return other_python(f"import sys; sys.path.insert(0, {str(folder)!r}); import utils; print(utils.rows, 'rows')").strip()
+    return other_python(
+        f"import sys; sys.path.insert(0, {str(folder)!r}); import utils; print(utils.rows, 'rows')"
+    ).strip()
 
 
 @fails("helpers-missing")
@@ -53,7 +55,9 @@ def _():
 @works("helpers-missing")
 def _():
     course = files.COURSE
-    other_python_with_path = f"import sys; sys.path.insert(0, {str(course)!r}); import helpers; print(helpers.__version__)"
+    other_python_with_path = (
+        f"import sys; sys.path.insert(0, {str(course)!r}); import helpers; print(helpers.__version__)"
+    )
     return "helpers " + other_python(other_python_with_path).strip()
 
 

@@ -53,7 +53,9 @@ def _():
 def _():
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    AutoModelForCausalLM.from_pretrained(tiny_folder(), quantization_config=BitsAndBytesConfig(load_in_8bit=True)).cuda()
+    AutoModelForCausalLM.from_pretrained(
+        tiny_folder(), quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    ).cuda()
 
 
 @works("move-8bit")
@@ -149,7 +151,9 @@ def _():
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import AutoModelForCausalLM, TorchAoConfig
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder(), quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_folder(), quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+    )
     return f"weights are {type(model.model.layers[0].mlp.up_proj.weight).__name__}"
 
 
@@ -157,7 +161,9 @@ def _():
 def _():
     from transformers import AutoModelForCausalLM
 
-    folder = tiny_folder(model_type="mine", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})
+    folder = tiny_folder(
+        model_type="mine", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    )
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -165,7 +171,9 @@ def _():
 def _():
     from transformers import AutoModelForCausalLM
 
-    return f"an architecture that transformers has: {type(AutoModelForCausalLM.from_pretrained(tiny_folder())).__name__}"
+    return (
+        f"an architecture that transformers has: {type(AutoModelForCausalLM.from_pretrained(tiny_folder())).__name__}"
+    )
 
 
 @fails("remote-code-wants-packages")

@@ -56,7 +56,9 @@ def _():
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_4bit=True)
-    AutoModelForCausalLM.from_pretrained(tiny_folder(), quantization_config=config, device_map="auto", max_memory={"cpu": 60_000})
+    AutoModelForCausalLM.from_pretrained(
+        tiny_folder(), quantization_config=config, device_map="auto", max_memory={"cpu": 60_000}
+    )
 
 
 @works("modules-on-cpu-or-disk")

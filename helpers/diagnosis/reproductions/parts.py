@@ -35,9 +35,19 @@ def tiny_model(dtype=torch.float32, **config):
     """A Llama of two layers with random weights (110,000 parameters)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, **config)).to(dtype).eval()
+    return (
+        LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, **config))
+        .to(dtype)
+        .eval()
+    )
 
 
 WORDS = "<s> </s> <unk> <pad> user assistant system [INST] [/INST] what is a four bit model hi the cat dog sat on mat sun is up down . ?"
@@ -58,7 +68,9 @@ def tiny_tokenizer(bos=False, **options):
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     options = {"model_input_names": ["input_ids", "attention_mask"], **options}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **options)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **options
+    )
 
 
 def tiny_folder(**changes):
@@ -90,7 +102,9 @@ def lora(model, **options):
     """The model with a LoRA adapter on its query and value projections."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ["q_proj", "v_proj"], **options}))
+    return get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ["q_proj", "v_proj"], **options})
+    )
 
 
 IDS = torch.tensor([[3, 4, 5, 6]])
@@ -114,7 +128,10 @@ def hub():
                 status, headers = 401, {"X-Error-Message": "Invalid credentials in Authorization header"}
             elif self.path.startswith("/someone/gated/") and not token:
                 status = 401
-                headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model someone/gated is restricted. Please log in."}
+                headers = {
+                    "X-Error-Code": "GatedRepo",
+                    "X-Error-Message": "Access to model someone/gated is restricted. Please log in.",
+                }
             elif not self.path.startswith("/someone/"):
                 status, headers = 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
             self.send_response(status)
@@ -145,7 +162,9 @@ def download(repository, endpoint, token=False):
     from huggingface_hub import constants, hf_hub_download
 
     with mock.patch.object(constants, "HF_HUB_OFFLINE", False):
-        return Path(hf_hub_download(repository, "config.json", endpoint=endpoint, token=token, cache_dir=scratch())).name
+        return Path(
+            hf_hub_download(repository, "config.json", endpoint=endpoint, token=token, cache_dir=scratch())
+        ).name
 
 
 def other_python(code):

@@ -1,6 +1,5 @@
 """Failures while a model is quantized, each with its repair."""
 
-
 import torch
 from torch import nn
 

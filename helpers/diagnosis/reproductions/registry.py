@@ -58,7 +58,9 @@ def provoke(entry_id):
         except Exception as error:
             return explain.as_text(error)
     if not said:
-        raise DidNotHappen(f"{entry_id} neither raised nor printed anything: {sys.version.split()[0]}, torch {torch.__version__}")
+        raise DidNotHappen(
+            f"{entry_id} neither raised nor printed anything: {sys.version.split()[0]}, torch {torch.__version__}"
+        )
     return said
 
 
@@ -79,7 +81,11 @@ def source(entry_id, repaired=False):
 def quiet():
     """No progress bars, banners, log lines and warnings from the libraries: what a failure says is in its text."""
     handlers = {logging.getLogger(name): logging.getLogger(name).handlers for name in LIBRARIES}
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         try:
             for logger in handlers:

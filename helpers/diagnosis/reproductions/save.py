@@ -109,7 +109,9 @@ def _():
 
     folder = scratch()
     lora(tiny_model()).save_pretrained(folder)
-    return f"{type(PeftModel.from_pretrained(tiny_model(), folder)).__name__} from " + ", ".join(sorted(os.listdir(folder)))
+    return f"{type(PeftModel.from_pretrained(tiny_model(), folder)).__name__} from " + ", ".join(
+        sorted(os.listdir(folder))
+    )
 
 
 @fails("dtype-in-json")

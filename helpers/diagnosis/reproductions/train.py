@@ -185,7 +185,9 @@ def _():
             return model(**inputs).loss
 
     rows = [{"input_ids": IDS[0], "labels": IDS[0]}]
-    CustomTrainer(tiny_model(), TrainingArguments(scratch(), max_steps=1, use_cpu=True, report_to=[]), train_dataset=rows).train()
+    CustomTrainer(
+        tiny_model(), TrainingArguments(scratch(), max_steps=1, use_cpu=True, report_to=[]), train_dataset=rows
+    ).train()
 
 
 @works("trainer-passes-more")
@@ -197,7 +199,9 @@ def _():
             return model(**inputs).loss
 
     rows = [{"input_ids": IDS[0], "labels": IDS[0]}]
-    done = CustomTrainer(tiny_model(), TrainingArguments(scratch(), max_steps=1, use_cpu=True, report_to=[]), train_dataset=rows).train()
+    done = CustomTrainer(
+        tiny_model(), TrainingArguments(scratch(), max_steps=1, use_cpu=True, report_to=[]), train_dataset=rows
+    ).train()
     return f"{done.global_step} step, loss {done.training_loss:.2f}"
 
 
