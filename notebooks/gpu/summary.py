@@ -231,7 +231,7 @@ def fits(record, peak, size):
 
 
 def main():
-    from helpers import figures
+    from helpers import figures, files
     from helpers.publishing import pages
 
     record = read()

@@ -77,6 +77,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 # %%
 import helpers
 from helpers import archived, chat, checkpoints, evaluation, exercises, figures, files, memory, models, records
+from helpers.process import child_environment, headless
 
 # %%
 figures.style()
@@ -397,7 +398,7 @@ assert unlike < 0.01, "the fast version must be the simple one, rounding at the 
 # %%
 def quietly():
     """Nothing of what a library prints in a batch run; everything in Jupyter."""
-    return contextlib.redirect_stdout(io.StringIO()) if process.headless() else contextlib.nullcontext()
+    return contextlib.redirect_stdout(io.StringIO()) if headless() else contextlib.nullcontext()
 
 
 # %%
@@ -1015,7 +1016,7 @@ with tempfile.TemporaryDirectory() as scratch:
         [sys.executable, "-c", program, json.dumps(order)],
         capture_output=True,
         text=True,
-        env=process.child_environment(),
+        env=child_environment(),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     elsewhere = load_file(f"{scratch}/logits.safetensors")
@@ -1358,7 +1359,6 @@ print(
 # ## What the guides claim
 
 # %%
-from helpers import process
 from helpers.publishing import claims
 
 # %%

@@ -61,8 +61,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, AwqCon
 
 # %%
 import helpers
-from helpers import archived, checkpoints, evaluation, exercises, figures, files, memory, models, process, records
-from helpers.process import headless
+from helpers import archived, checkpoints, evaluation, exercises, figures, files, memory, models, records
+from helpers.process import child_environment, headless
 
 figures.style()
 transformers.logging.set_verbosity_error()  # autoawq uses arguments that transformers has renamed since
@@ -847,7 +847,7 @@ with tempfile.TemporaryDirectory() as scratch:
         [sys.executable, "-c", IMPORTS + RELOAD, wanted],
         capture_output=True,
         text=True,
-        env=process.child_environment(),
+        env=child_environment(),
     )
     assert done.returncode == 0, done.stderr[-1000:]
     elsewhere = load_file(f"{scratch}/logits.safetensors")

@@ -60,6 +60,7 @@ from transformers.utils import logging as transformers_logging
 
 import helpers
 from helpers import chat, checkpoints, evaluation, exercises, figures, files, memory, models, records, speed, training
+from helpers.process import headless
 
 # %%
 figures.style()
@@ -795,7 +796,7 @@ class LivePlot(TrainerCallback):
 
     def on_log(self, args, state, control, **_):
         losses = {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry}
-        if process.headless() or not losses:
+        if headless() or not losses:
             return
         fig, ax = plt.subplots(figsize=(7, 2.5))
         ax.plot(losses.keys(), losses.values(), marker=".")
@@ -1274,7 +1275,6 @@ saved.to_frame().round(2)
 # ## What the guides claim
 
 # %%
-from helpers import process
 from helpers.publishing import claims
 
 needed = short.iloc[0].sum() * 2**30 / 1e9

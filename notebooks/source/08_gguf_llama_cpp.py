@@ -64,6 +64,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from helpers import chat, evaluation, exercises, figures, files, memory, models, records, speed
+from helpers.process import child_environment
 
 # %%
 figures.style()
@@ -793,16 +794,16 @@ recipes = {
     "q2_k": ("Q2_K", None),
 }
 folder = files.folder(output_dir) / "gguf"
-files = {name: folder / f"{found.name}-{name}.gguf" for name in recipes}
+gguf_files = {name: folder / f"{found.name}-{name}.gguf" for name in recipes}
 
 # %%
 seconds = {}
 for name, (recipe, weights_of_columns) in recipes.items():
     begun = time.perf_counter()
-    write_gguf(files[name], recipe, weights_of_columns)
+    write_gguf(gguf_files[name], recipe, weights_of_columns)
     seconds[name] = time.perf_counter() - begun
     memory.release()
-sizes = {name: path.stat().st_size / 1e6 for name, path in files.items()}
+sizes = {name: path.stat().st_size / 1e6 for name, path in gguf_files.items()}
 pd.DataFrame({"MB": sizes, "seconds": seconds}).round(1)
 
 
@@ -850,8 +851,8 @@ def open_gguf(path):
 
 
 # %%
-file = open_gguf(files["q4_k_m"])
-assert header(files["q4_k_m"]) == (file.version, file.tensor_count, file.metadata_kv_count)
+file = open_gguf(gguf_files["q4_k_m"])
+assert header(gguf_files["q4_k_m"]) == (file.version, file.tensor_count, file.metadata_kv_count)
 print(f"version {file.version}, {file.tensor_count} tensors, {file.metadata_kv_count} metadata entries")
 entries = {
     name: f"{entry.length:,} values" if entry.length else str(entry.value) for name, entry in file.metadata.items()
@@ -878,7 +879,7 @@ def bytes_by_type(path):
     return pd.DataFrame(rows, columns=["type", "bytes"]).groupby("type")["bytes"].sum()
 
 
-by_type = pd.DataFrame({name: bytes_by_type(path) for name, path in files.items()}).fillna(0).T / 1e6
+by_type = pd.DataFrame({name: bytes_by_type(path) for name, path in gguf_files.items()}).fillna(0).T / 1e6
 by_type = by_type[sorted(by_type, key=lambda name: -bits_of(Type[name]))]
 
 # %%
@@ -930,9 +931,9 @@ def in_transformers(path):
 # transformers can do this on its own. Its call, and the largest difference of a weight to ours:
 
 # %%
-net = in_transformers(files["q4_k_m"])
+net = in_transformers(gguf_files["q4_k_m"])
 with capture_output():  # of its progress bar
-    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files["q4_k_m"].name, dtype=found.dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_files["q4_k_m"].name, dtype=found.dtype)
 pairs = zip(net.parameters(), theirs.parameters())
 gap = max((one.detach().cpu() - other.detach().cpu()).abs().max().item() for one, other in pairs)
 print("largest difference of a weight:", gap)
@@ -945,7 +946,7 @@ quality, second = {}, {}
 for name in recipes:
     if name == "f16":
         continue
-    net = in_transformers(files[name])
+    net = in_transformers(gguf_files[name])
     quality[name] = evaluation.score(net, windows, reference)
     second[name] = evaluation.score(net, in_domain, in_domain_reference)
     del net
@@ -1053,7 +1054,7 @@ def started(path, log, **settings):
     settings = {"n_ctx": 1024, "n_parallel": 1, "threads": torch.get_num_threads(), **settings}
     command = [sys.executable, "-c", SERVER, str(path), json.dumps(settings)]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=process.child_environment()
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=child_environment()
     )
     address = process.stdout.readline().strip()
     if not address:
@@ -1098,7 +1099,7 @@ def ask(server, route, **body):
 
 # %%
 question = [{"role": "user", "content": "What is the capital of France?"}]
-with serving(files["q4_k_m"], port=port) as server:
+with serving(gguf_files["q4_k_m"], port=port) as server:
     print(f"loaded in {server.load_seconds:.1f} s")
     answer = ask(server, "/v1/chat/completions", messages=question, temperature=0, max_tokens=48)
 choice = answer["choices"][0]
@@ -1121,7 +1122,7 @@ def stream(server, messages, **settings):
 
 
 # %%
-with serving(files["q4_k_m"], port=port) as server:
+with serving(gguf_files["q4_k_m"], port=port) as server:
     for piece in stream(server, [{"role": "user", "content": "Why is the sky blue?"}], max_tokens=48):
         print(piece, end="", flush=True)
 
@@ -1134,7 +1135,7 @@ with serving(files["q4_k_m"], port=port) as server:
 
 # %%
 texts = [tokenizer.decode(window, skip_special_tokens=True) for window in windows[:8]]
-with serving(files["q8_0"]) as server:
+with serving(gguf_files["q8_0"]) as server:
     theirs = [ask(server, "/tokenize", content=text, add_special=False)["tokens"] for text in texts]
     llama_prompt = ask(server, "/apply-template", messages=question)["prompt"]
 equal = [ids == tokenizer(text, add_special_tokens=False).input_ids for text, ids in zip(texts, theirs)]
@@ -1177,8 +1178,8 @@ def first_difference(ours, theirs):
 
 together = {}
 for name in ("f16", "q8_0", "q4_k_m"):
-    net = in_transformers(files[name])
-    ours, theirs = transformers_tokens(net, prompt), llama_tokens(files[name], prompt)
+    net = in_transformers(gguf_files[name])
+    ours, theirs = transformers_tokens(net, prompt), llama_tokens(gguf_files[name], prompt)
     together[name] = first_difference(ours, theirs)
     print(f"{name}: the first {together[name]} of {len(ours)} tokens are equal")
     print(f"  transformers: {tokenizer.decode(ours)!r}\n  llama.cpp:    {tokenizer.decode(theirs)!r}")
@@ -1224,8 +1225,8 @@ untouched = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype).
 expected = log_probs(untouched)
 kl_at = {}
 for name in ("f16", "q8_0"):
-    net = in_transformers(files[name])
-    for engine, predicted in (("transformers", log_probs(net)), ("llama.cpp", llama_log_probs(files[name]))):
+    net = in_transformers(gguf_files[name])
+    for engine, predicted in (("transformers", log_probs(net)), ("llama.cpp", llama_log_probs(gguf_files[name]))):
         kl_at[name, engine] = (expected.exp() * (expected - predicted)).sum(-1).numpy()
     del net
 memory.release()
@@ -1259,7 +1260,7 @@ if found.name.startswith("SmolLM2"):
 def templated(template):
     """(prompt, answer) of the server with another chat template than the file's."""
     settings = {"chat_template": template} if template else {}
-    with serving(files["q8_0"], **settings) as server:
+    with serving(gguf_files["q8_0"], **settings) as server:
         prompt = ask(server, "/apply-template", messages=request)["prompt"]
         body = dict(messages=request, temperature=0, max_tokens=new_tokens)
         choice = ask(server, "/v1/chat/completions", **body)["choices"][0]
@@ -1312,7 +1313,7 @@ template_cost.to_frame().round(3)
 brief = [{"role": "user", "content": "Answer with one word: what is the capital of France?"}]
 body = dict(messages=brief, temperature=0, max_tokens=60)
 stops = {}
-with serving(files["q8_0"]) as server:
+with serving(gguf_files["q8_0"]) as server:
     for name, ignore in (("with its stop token", False), ("without", True)):
         stops[name] = ask(server, "/v1/chat/completions", ignore_eos=ignore, **body)["choices"][0]
 for name, choice in stops.items():
@@ -1325,7 +1326,7 @@ assert stops["without"]["finish_reason"] == "length"
 # of the conversation, and with it the instructions:
 
 # %%
-with serving(files["q8_0"], n_ctx=256) as server:
+with serving(gguf_files["q8_0"], n_ctx=256) as server:
     try:
         ask(server, "/completion", prompt=windows.flatten()[:600].tolist(), n_predict=1)
         too_long = "no error"
@@ -1361,7 +1362,7 @@ rates, loads, peaks = {full: speed.decode(untouched)}, {}, {}
 del untouched
 memory.release()
 for name in quality:
-    with serving(files[name]) as server:
+    with serving(gguf_files[name]) as server:
         with memory.track(process=server.process) as used:
             rates[name] = llama_speed(server)
     loads[name], peaks[name] = server.load_seconds, used.peak_ram
@@ -1474,7 +1475,7 @@ def answer_of(path, messages):
 
 
 if tune:
-    answers = {"before": answer_of(files["q8_0"], held_out), "after": answer_of(tuned_file, held_out)}
+    answers = {"before": answer_of(gguf_files["q8_0"], held_out), "after": answer_of(tuned_file, held_out)}
     print("\n".join(f"{when}: {text}" for when, text in answers.items()))
     survived = "quantized blue" in answers["after"]
     assert survived or not found.name.startswith("SmolLM2"), "the trained behaviour got lost on the way"
@@ -1537,7 +1538,7 @@ if tune and chatml:
 # %%
 def damaged(scratch, change):
     """Path of a copy of the Q2_K file that `change` has altered."""
-    data = bytearray(files["q2_k"].read_bytes())
+    data = bytearray(gguf_files["q2_k"].read_bytes())
     path = pathlib.Path(scratch) / f"{change.__name__}.gguf"
     path.write_bytes(change(data) or data)
     return path
@@ -1566,11 +1567,11 @@ def serve(path, **settings):
 
 def serve_on_taken_port():
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        serve(files["q2_k"], port=taken.getsockname()[1])
+        serve(gguf_files["q2_k"], port=taken.getsockname()[1])
 
 
 def server_dies():
-    with serving(files["q2_k"]) as server:
+    with serving(gguf_files["q2_k"]) as server:
         server.process.kill()
         server.process.wait()
         ask(server, "/completion", prompt="a", n_predict=1)
@@ -1591,7 +1592,7 @@ unfinished = "{% for message in messages %}{{ message"
 refusals = {
     "port in use": refusal(serve_on_taken_port),
     "server dies": refusal(server_dies),
-    "template that does not parse": refusal(lambda: serve(files["q2_k"], chat_template=unfinished)),
+    "template that does not parse": refusal(lambda: serve(gguf_files["q2_k"], chat_template=unfinished)),
 }
 with tempfile.TemporaryDirectory() as scratch:
     for change in (truncated, wrong_magic, unknown_type):
@@ -1604,7 +1605,7 @@ with pd.option_context("display.max_colwidth", None):
     display(pd.Series(refusals, name="what it says").to_frame())
 commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
 assert not [command for command in commands if "xllamacpp" in command], "a server is still running"
-files["f16"].unlink()
+gguf_files["f16"].unlink()
 
 # %% [markdown]
 # ## What the guides claim
@@ -1614,7 +1615,6 @@ files["f16"].unlink()
 # NF4](04_nf4_bitsandbytes.ipynb). So the table of this notebook is empty.
 
 # %%
-from helpers import process
 from helpers.publishing import claims
 
 findings = []
@@ -1731,7 +1731,7 @@ if solutions:
         return {"bits": 8 * total_bytes / sum(weights.values()), "mostly": max(weights, key=weights.get)}
 
     exercises.require(what_is_it, test_what)
-    print(what_is_it(open_gguf(files["q4_k_m"]).tensors))
+    print(what_is_it(open_gguf(gguf_files["q4_k_m"]).tensors))
 
 # %% [markdown]
 # ## Quiz

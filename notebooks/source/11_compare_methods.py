@@ -77,7 +77,7 @@ import os
 import statistics
 import time
 
-from helpers import files, models
+from helpers import models
 
 # Compiled kernels go into the course's cache; torch reads this when it is imported.
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
@@ -786,8 +786,8 @@ logging.disable_progress_bar()
 datasets.disable_progress_bars()
 folder = pages.FOLDER / "data" / "course_questions"
 task = yaml.safe_load((folder / "course_questions.yaml").read_text(encoding="utf-8"))
-files = task["dataset_kwargs"]["data_files"]
-files.update({split: str(folder / name) for split, name in files.items()})
+data_files = task["dataset_kwargs"]["data_files"]
+data_files.update({split: str(folder / name) for split, name in data_files.items()})
 others = [name.strip() for name in lm_eval_tasks.split(",") if name.strip() not in ("", "course_questions")]
 # The harness reads its own 14,000 task files only if one of them is asked for.
 manager = TaskManager(include_defaults=bool(others))

@@ -74,6 +74,7 @@ from transformers.utils import logging as transformers_logging
 # %%
 import helpers
 from helpers import checkpoints, evaluation, exercises, figures, memory, models, records, speed
+from helpers.process import cores
 
 figures.style()
 transformers_logging.disable_progress_bar()
@@ -85,10 +86,10 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks for names
 # %%
 found = models.find(model, copies=2)
 gpus = torch.cuda.device_count() if found.device == "cuda" else 0
-cores = process.cores()
-files = Path(helpers.__file__).parent.parent / "notebooks"
-script = files / "scale_out" / "train.py"
-data = files / "data" / "quantization_qa.jsonl"
+cores = cores()
+course_notebooks = Path(helpers.__file__).parent.parent / "notebooks"
+script = course_notebooks / "scale_out" / "train.py"
+data = course_notebooks / "data" / "quantization_qa.jsonl"
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 predicted = memory.predict(AutoConfig.from_pretrained(found.path))
 print(f"{found.name}, {predicted.parameters / 1e6:.0f} M parameters; {gpus} GPUs, {cores} cores")
@@ -416,7 +417,7 @@ table.round(2)
 # training of this notebook was not run to its end there.
 
 # %%
-shape = json.loads((files / "gpu" / "reference.json").read_text(encoding="utf-8"))
+shape = json.loads((course_notebooks / "gpu" / "reference.json").read_text(encoding="utf-8"))
 peaks = {name: row["answering_peak_bytes"] for name, row in shape["memory"].items()}
 peaks |= {f"QLoRA, a step of {tokens} tokens": shape["qlora"][tokens]["peak_bytes"] for tokens in ("512", "2048")}
 print(shape["device"], shape["date"])

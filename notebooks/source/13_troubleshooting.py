@@ -70,7 +70,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 # %% jupyter={"source_hidden": true}
 from transformers.utils import logging as transformers_logging
 
-from helpers import chat, exercises, figures, files, memory, models, process, records, speed
+from helpers import chat, exercises, figures, files, memory, models, records, speed
 from helpers.diagnosis import catalogue, explain, reproductions
 
 figures.style()
@@ -93,9 +93,9 @@ net = AutoModelForCausalLM.from_pretrained(found.path, load_in_4bit=True)
 
 # %%
 reading = explain.read(explain.as_text(error))
-files = re.findall(r'File "(?:.*/)?(.+?)", line (\d+), in (\S+)', reading.errors[-1].frames)
+frames = re.findall(r'File "(?:.*/)?(.+?)", line (\d+), in (\S+)', reading.errors[-1].frames)
 print("last line:", reading.errors[-1])
-pd.DataFrame(files, columns=["file", "line", "function"])
+pd.DataFrame(frames, columns=["file", "line", "function"])
 
 # %% [markdown]
 # A traceback can carry secrets. Here a token was read from a file together with its line end. The HTTP library
