@@ -1211,7 +1211,9 @@ claims.table(output_dir, "10_below_four_bits")
 
 
 # %%
-def bits_with_scales(bits, group_size): ...
+def bits_with_scales(bits, group_size):
+    """Bits per weight, scale and zero point counted."""
+    ...
 
 
 # %%
@@ -1242,7 +1244,9 @@ if solutions:
 
 
 # %%
-def fast_hadamard(vector): ...
+def fast_hadamard(vector):
+    """The Hadamard matrix times a vector, by additions."""
+    ...
 
 
 # %%
@@ -1280,7 +1284,9 @@ if solutions:
 
 
 # %%
-def gptq_on_hqq(weight, bits, factor, group_size=64): ...
+def gptq_on_hqq(weight, bits, factor, group_size=64):
+    """The quantized weight, of the shape of `weight`."""
+    ...
 
 
 # %%
