@@ -71,6 +71,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from helpers import chat, exercises, figures, files, memory, models, records, speed
+from helpers import process
 from helpers.diagnosis import catalogue, explain, reproductions
 
 figures.style()
