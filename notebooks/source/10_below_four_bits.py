@@ -1344,6 +1344,8 @@ quiz.Quiz("10_below_four_bits")
 # 2. **Below four bits the order changes, and a smaller error of the weights is no promise.** At 3 bits GPTQ has a KL of
 #    0.91 where rounding has 1.64. HQQ's grid lowers the error of the weights at every width; it helps at 4 bits (0.34
 #    against 0.41) and not at 3 (1.68). At 2 bits all of them ruin this model: 7.8 nats and more.
+#    Rotated weights are better for GPTQ at 3 bits (0.69) and worse for rounding (3.32). What
+#    repairs activations need not help weights: measure both.
 # 3. **Count the scales, compare at equal bytes, and ask who decodes it.** 3 bits in groups of 64 are 3.3 bits, 3.5 with
 #    HQQ's zero point. What is measured here is quality; speed needs a kernel for exactly that format.
 #
