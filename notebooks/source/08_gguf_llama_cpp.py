@@ -64,7 +64,6 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from helpers import chat, evaluation, exercises, figures, files, memory, models, records, speed
-from helpers import process
 from helpers.process import child_environment
 
 # %%

@@ -70,8 +70,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 # %% jupyter={"source_hidden": true}
 from transformers.utils import logging as transformers_logging
 
-from helpers import chat, exercises, figures, files, memory, models, records, speed
-from helpers import process
+from helpers import chat, exercises, figures, files, memory, models, process, records, speed
 from helpers.diagnosis import catalogue, explain, reproductions
 
 figures.style()
