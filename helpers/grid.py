@@ -148,7 +148,7 @@ def _distinct_on_grid(sample, size):
 
 def _representable(blocks):
     """How many floating-point numbers lie between smallest and largest value of each sorted block, in the shortest format that holds all."""
-    for dtype, integer in ((torch.bfloat16, torch.int16), (torch.float16, torch.int16), (torch.float32, torch.int32)):
+    for dtype, integer in ((torch.bfloat16, torch.int16), (torch.float16, torch.int16), (torch.float32, torch.int32)):  # noqa: B007 - the last one is used below
         short = blocks.to(dtype)
         if torch.equal(short.float(), blocks):
             break

@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-SECRET = "[secret]"
+SECRET = "[secret]"  # noqa: S105 - a pattern, not a secret
 FORMS = re.compile(
     r"(?:hf|hf_oauth|hf_jwt|api_org)_[A-Za-z0-9]{10,}"
     r"|\b(?:gh[pousr]_|github_pat_|glpat-|pypi-|sk-)[A-Za-z0-9_-]{16,}"

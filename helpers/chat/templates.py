@@ -135,7 +135,7 @@ def _parsed(template):
     """Syntax tree of a template. {% generation %} marks what is trained on, and is transformers' own tag."""
     import jinja2
 
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])  # noqa: S701 - a prompt is text, not HTML
     return environment.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template))
 
 
@@ -434,7 +434,7 @@ class _Writer:
         for form in itertools.islice(_forms(probe), 2):
             try:
                 return plain(form).replace("zqz", "\0")
-            except Exception:  # a template that refuses even this: its literals must do
+            except Exception:  # noqa: S112 - a template that refuses even this: its literals must do
                 continue
         return ""
 

@@ -126,7 +126,8 @@ def _examine(model):
     gpu, vram = gpu_memory() if "torch" not in broken else (0, 0)
     folder = default_folder()
     machine = Machine(
-        ram=memory.free_ram(), disk=0 if "disk" in broken else free_disk(), gpu=gpu, vram=vram, missing=frozenset(missing), small=network.small_refusal(),
+        ram=memory.free_ram(), disk=0 if "disk" in broken else free_disk(), gpu=gpu, vram=vram,
+        missing=frozenset(missing), small=network.small_refusal(),
         large=network.large_refusal(), small_bytes=files.size(folder) if folder else 0,
     )  # fmt: skip
     return checks, machine, None if "torch" in broken else network.config()

@@ -151,7 +151,7 @@ def register(shell=None):
         """%explain [name]: the last error, or the one in a variable. %%explain: run the cell and explain what it raises."""
         if cell is not None:
             try:
-                exec(compile(shell.transform_cell(cell), "<cell>", "exec"), shell.user_ns)
+                exec(compile(shell.transform_cell(cell), "<cell>", "exec"), shell.user_ns)  # noqa: S102 - the reader's own cell
             except Exception as error:
                 own = error.__traceback__
                 error.__traceback__ = own and own.tb_next  # without this function's own frame

@@ -99,7 +99,7 @@ def cache():
     except OSError as error:
         raise ModelError(
             f"The cache folder {folder} cannot be made ({error.strerror}). Set COURSE_CACHE to a folder you may write to."
-        )
+        ) from error
     return folder
 
 

@@ -77,12 +77,14 @@ def _about_text(model, config, text, auto, asked):
     name = type(config).__name__
     if auto.__name__ != "AutoModelForCausalLM" or asked is text:
         return [
-            f"{name} is a model of several kinds of input (vision-language and the like): this counts its text part only; AutoModelForCausalLM does not load the whole"
+            f"{name} is a model of several kinds of input (vision-language and the like): this counts its text part only; "
+            "AutoModelForCausalLM does not load the whole"
         ]
     whole, part = (sum(p.numel() for p in parameters) for parameters in (model.parameters(), _text_parameters(model)))
     if part < whole:
         return [
-            f"{name} has a part for other inputs: this counts all that AutoModelForCausalLM loads, {whole / 1e9:.2f} billion parameters, of which the text part has {part / 1e9:.2f}"
+            f"{name} has a part for other inputs: this counts all that AutoModelForCausalLM loads, "
+            f"{whole / 1e9:.2f} billion parameters, of which the text part has {part / 1e9:.2f}"
         ]
     return [
         f"{name} is a model of several kinds of input: this counts its text part, which is all that AutoModelForCausalLM loads"

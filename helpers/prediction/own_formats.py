@@ -95,7 +95,8 @@ def _mxfp4(own):
     if own.get("dequantize"):
         return lambda weight: None, ["mxfp4 with dequantize=True: loaded in 16 bits, the files are a quarter of that"]
     notes = [
-        "as shipped in mxfp4, and as loaded where triton >= 3.4 and the kernels package are (GPU of capability 7.5 on); else transformers dequantizes it to 16 bits: {dense}"
+        "as shipped in mxfp4, and as loaded where triton >= 3.4 and the kernels package are (GPU of capability 7.5 on); "
+        "else transformers dequantizes it to 16 bits: {dense}"
     ]
     return lambda weight: layout if weight.fused and not _skips(weight.name, kept) else None, notes
 

@@ -155,7 +155,8 @@ def _about_experts(shape, bits, rest_bits, taken):
     size = f"{experts / 1e9:.2f} billion weights lie in fused experts"
     if taken:
         return [
-            f"{size}, which GPTQ and AWQ quantize; bitsandbytes (on transformers 5) and torchao leave them in {rest_bits} bits, {experts * rest_bits / 8e9:.1f} GB: ask with library="
+            f"{size}, which GPTQ and AWQ quantize; bitsandbytes (on transformers 5) and torchao leave them "
+            f"in {rest_bits} bits, {experts * rest_bits / 8e9:.1f} GB: ask with library="
         ]
     return [
         f"{size}, which this library leaves in {rest_bits} bits, {experts * rest_bits / 8e9:.1f} GB; GPTQ and AWQ quantize them"
