@@ -35,6 +35,8 @@ PACKAGES = (
     "gptqmodel",
     "autoawq",
     "auto-gptq",
+    "auto-round",
+    "compressed-tensors",
     "libgguf",
     "xllamacpp",
 )

@@ -13,6 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 sys.path.insert(0, str(ROOT))
 
+from helpers import process  # noqa: E402
+
+process.prepare()
+
 
 STARTED = time.time()
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from helpers.diagnosis import explain
 
-FOLDER = ROOT / "tests" / "error_texts"
+FOLDER = ROOT / "tests" / "unit" / "data" / "error_texts"
 TABLE = json.loads((FOLDER / "table.json").read_text(encoding="utf-8"))
 RIGHT, UNKNOWN, MISLEADING = "right", "unknown", "misleading"
 

@@ -522,7 +522,7 @@ def cpu_seconds(text):
 
 @pytest.mark.parametrize("name", ["E05", "E11", "A02", "N03", "T04"])
 def test_fast(name):
-    text = (ROOT / "tests" / "error_texts" / f"{name}.txt").read_bytes()
+    text = (ROOT / "tests" / "unit" / "data" / "error_texts" / f"{name}.txt").read_bytes()
     run(text=b"x")  # compiled once
     assert min(cpu_seconds(text) for _ in range(5)) < 0.2
 

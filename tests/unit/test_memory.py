@@ -153,7 +153,7 @@ def test_bits_outside_the_range_are_named(bits):
         memory.predict(LlamaConfig(**SMALL), bits=bits)
 
 
-CONFIGS = json.loads((Path(__file__).parent / "memory_configs.json").read_text())
+CONFIGS = json.loads((Path(__file__).parent / "data" / "memory_configs.json").read_text())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
