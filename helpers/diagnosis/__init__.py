@@ -5,4 +5,4 @@ def load_ipython_extension(shell) -> None:
     """Define `%explain` for errors to come."""
     from helpers.diagnosis import explain
 
-    explain.register()
+    explain.register(shell)

@@ -2,7 +2,7 @@
 
     python -m helpers explain error.txt      or      some_command 2>&1 | python -m helpers explain
 
-The course's notebooks define a magic in their first cell (elsewhere: `%load_ext helpers.explain`): `%explain` after an error,
+The course's notebooks define a magic in their first cell (elsewhere: `%load_ext helpers.diagnosis`): `%explain` after an error,
 `%explain name` for an exception or a text in a variable, and `%%explain` as the first line of a cell that may fail: it shows the
 explanation in place of the traceback. Nothing here imports torch, and no token that stands in the text is ever printed.
 
@@ -131,11 +131,6 @@ def main(file=None):
     answers = explain(reading)
     print(render(reading, answers))
     return KNOWN if answers else UNKNOWN
-
-
-def load_ipython_extension(shell):
-    """Called by `%load_ext helpers.explain`."""
-    register(shell)
 
 
 def register(shell=None):

@@ -346,7 +346,7 @@ def cut(name, last, **parameters):
 
 
 CHAT = """
-from helpers import chat
+from helpers import widgets
 
 class Session:
     "Answers as a model might that has read the wrong pages."
@@ -363,7 +363,7 @@ box
 """
 MONITOR = """
 import itertools
-from helpers import memory
+from helpers import widgets
 used = itertools.count(10**9, 10**7)
 widgets.Monitor.read = staticmethod(lambda: {"RAM": (next(used), 10**11)})
 monitor = widgets.Monitor(interval=0.2).start()

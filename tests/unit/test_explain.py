@@ -528,7 +528,7 @@ def test_fast(name):
 
 
 def test_without_torch():
-    code = "import sys; from helpers import explain; explain.render(explain.read('KeyError')); print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
+    code = "import sys; from helpers.diagnosis import explain; explain.render(explain.read('KeyError')); print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "set()"
     )
@@ -539,7 +539,7 @@ def shell():
     from IPython.core.interactiveshell import InteractiveShell
 
     shell = InteractiveShell()
-    shell.run_line_magic("load_ext", "helpers.explain")
+    shell.run_line_magic("load_ext", "helpers.diagnosis")
     return shell
 
 
@@ -564,7 +564,7 @@ def test_magics(shell, capsys, monkeypatch):
 
 def test_the_first_cell_of_a_notebook_defines_the_magic():
     code = "from IPython.core.interactiveshell import InteractiveShell as Shell; shell = Shell.instance()\n"
-    code += "from helpers import setup; setup.require(); shell.run_line_magic('explain', '')"
+    code += "from helpers import bootstrap; bootstrap.start(); shell.run_line_magic('explain', '')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "no error so far", done.stderr
 

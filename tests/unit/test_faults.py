@@ -443,7 +443,7 @@ def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsy
 @kills
 def test_a_run_that_is_killed_leaves_whole_files(tmp_path):
     path = write_notebook(tmp_path, "01_slow.ipynb", "print('first')", "import time; time.sleep(60)")
-    code = "import sys; from helpers import run; run.execute(*sys.argv[1:])"
+    code = "import sys; from helpers.publishing import run; run.execute(*sys.argv[1:])"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(path), str(tmp_path / "out.ipynb")], env=child_environment()
     )
