@@ -12,7 +12,6 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import helpers  # noqa: F401  first: thread counts
 from helpers import evaluation, models, speed
 
 

@@ -87,9 +87,11 @@ def copies(path):
 
 
 def reading_minutes(notebook) -> float:
-    """Minutes to read a notebook: 200 words or 20 lines of code a minute, without solutions and the folded first cell."""
-    words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
-    folded = [*tagged(notebook, "solution"), *tagged(notebook, "bootstrap")]
+    """Minutes to read a notebook: 200 words or 20 lines of code a minute, without folded cells and solutions."""
+    prose = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    words = sum(len(re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", text, flags=re.S).split()) for text in prose)
+    folded = [cell for cell in notebook.cells if cell.metadata.get("jupyter", {}).get("source_hidden")]
+    folded += tagged(notebook, "solution")
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell not in folded]
     lines = sum(1 for cell in code for line in cell.source.splitlines() if line.strip())
     return words / 200 + lines / 20

@@ -23,7 +23,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
-import helpers  # noqa: E402, F401  before torch: it sets thread counts
+from helpers import process  # noqa: E402
+
+process.prepare()  # before torch: it sets thread counts
 
 PROMPT, NEW, LENGTH = 128, 128, 264  # tokens of a decode measurement: prompt, answer, and the size of the static cache
 GB = 10**9

@@ -38,7 +38,7 @@ bits = 8
 group_size = 64
 left_out = 8
 
-# %%
+# %% jupyter={"source_hidden": true}
 import copy
 import inspect
 import logging
@@ -117,7 +117,7 @@ columns = ["scale", "zero point", "codes", "restored"]
 by_hand = pd.DataFrame.from_dict(by_hand, orient="index", columns=columns)
 assert by_hand.loc["asymmetric", "codes"] == [-4, -3, 0, 3], "the hand calculation above"
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, panels = plt.subplots(2, 1, figsize=(7, 2.6), sharex=True, layout="constrained")
 for panel, (name, row) in zip(panels, by_hand.iterrows()):
     marks = (torch.arange(-4, 4) - row["zero point"]) * row["scale"]
@@ -444,7 +444,7 @@ for (name, clip), limit in limits.items():
         }
     )
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, panels = plt.subplots(1, 2, figsize=(11, 3.2))
 for panel, (name, x) in zip(panels, tensors.items()):
     panel.hist(x.flatten().numpy(), bins=200, color=figures.PALETTE[4], log=True)
@@ -480,7 +480,7 @@ def rounded(bits, size, clipping):
     return dequantize(quantize(x, scale, zero, bits), scale, zero), limit
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def draw(bits, size, clipping):
     """Histogram of the weight before and after quantization, and the error in %."""
     restored, limit = rounded(bits, size, clipping)
@@ -633,7 +633,7 @@ columns = ["layer", "largest |x|", "median |x|", "ratio", "channel", "positions 
 activations = pd.DataFrame(rows, columns=columns).sort_values("ratio", ascending=False).set_index("layer")
 activations.head(8)
 
-# %%
+# %% jupyter={"source_hidden": true}
 body = activations[activations.index.str.contains(r"\.\d+\.")].copy()
 body["depth"] = body.index.str.extract(r"\.(\d+)\.")[0].astype(int).values
 body["kind"] = body.index.str.split(".").str[-1]
@@ -882,7 +882,7 @@ def smooth_inputs(block, layer, channel_max, alpha):
             linear.weight.mul_(s)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 @torch.no_grad()
 def smooth(net, channel_max, alpha):
     """A copy of a Llama-shaped `net` with activation range moved into weights: the same function."""
@@ -986,7 +986,7 @@ ladder_table().tail(4)
 # large values are. SmoothQuant's advantage is another one: all of its products stay in int8, so plain integer kernels
 # run it, static ones too.
 
-# %%
+# %% jupyter={"source_hidden": true}
 table = ladder_table().drop("fp32")
 fig, ax = plt.subplots(figsize=(8, 3.4))
 ax.plot(table["KL"][::-1], table.index[::-1], "o", color=figures.PALETTE[0], markersize=8)
@@ -1285,7 +1285,7 @@ def fill(net, tensors, metadata):
     return net.eval()
 
 
-# %% tags=["reload"]
+# %% jupyter={"source_hidden": true} tags=["reload"]
 def reload(folder):
     """The quantized model in a checkpoint folder of this notebook; only safetensors and JSON are read."""
     from pathlib import Path
@@ -1373,7 +1373,7 @@ table["bits per weight"] = table["MB"] * 8e6 / parameters
 table["decode tok/s"] = pd.Series({name: rate.decode_tokens_per_s for name, rate in rates.items()})
 table["prefill tok/s"] = pd.Series({name: rate.prefill_tokens_per_s for name, rate in rates.items()})
 
-# %%
+# %% jupyter={"source_hidden": true}
 fastest = table["decode tok/s"].idxmax()
 fig, ax = plt.subplots(figsize=(8, 2.8))
 ax.barh(table.index[::-1], table["decode tok/s"][::-1], color=figures.PALETTE[0])
@@ -1453,7 +1453,7 @@ quality = f"with a scale per token {ao_kl:.3f}, static after SmoothQuant {static
 weight_bits = 8 * sizes["int8-dynamic"] / parameters
 static_text = f"static INT8: KL {raw.min():.2f} to {raw.max():.2f} over four clipping ranges"
 
-# %%
+# %% jupyter={"source_hidden": true}
 findings = [
     claims.finding(
         "ptq-minimal-loss", guide_score.kl_divergence, guide_score.kl_low, guide_score.kl_high, text=quality
@@ -1489,7 +1489,7 @@ def snr_db(x, restored):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_snr(function):
     x = torch.linspace(-1, 1, 10001)
     per_bit = [function(x, round_trip(x[None], width, "channel", True)[3][0]) for width in (7, 8)]
@@ -1520,7 +1520,7 @@ def migrate(first, second, channel_max):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_migrate(function):
     torch.manual_seed(0)
     first, second, x = torch.randn(64, 32), torch.randn(16, 64), torch.randn(200, 32)
@@ -1558,7 +1558,7 @@ def int8_linear(x, codes, scale):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_linear(function):
     torch.manual_seed(0)
     x, w = torch.randn(8, 64) + 0.5, torch.randn(32, 64)
@@ -1606,7 +1606,7 @@ quiz.Quiz("01_ptq_dynamic_int8")
 # <!-- navigation -->
 # <!-- /navigation -->
 
-# %% tags=["record"]
+# %% jupyter={"source_hidden": true} tags=["record"]
 for (name, s), cost in zip(results.items(), (guide_cost, rescue_cost, ao_cost, static_cost)):
     records.write(
         output_dir,

@@ -47,7 +47,7 @@ import os
 # On two cores gptqmodel asks for two workers and gives itself one. Set this before the import.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
-# %%
+# %% jupyter={"source_hidden": true}
 import contextlib
 import copy
 import getpass
@@ -65,7 +65,7 @@ import tempfile
 import time
 import warnings
 
-# %%
+# %% jupyter={"source_hidden": true}
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
@@ -163,7 +163,7 @@ change = torch.stack([across, up], -1) - pair
 cost = torch.einsum("...i,ij,...j->...", change, H, change)
 path = torch.stack([pair, torch.tensor([1.0, pair[1]]), torch.stack([torch.tensor(1.0), moved]), repaired])
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, ax = plt.subplots(figsize=(5, 4.4))
 levels = [output_cost(repaired), output_cost(nearest)]
 ax.contour(across, up, cost, levels=levels, colors=[figures.PALETTE[0], figures.PALETTE[1]])
@@ -401,7 +401,7 @@ def quietly():
     return contextlib.redirect_stdout(io.StringIO()) if headless() else contextlib.nullcontext()
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 with quietly():
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from gptqmodel.looper import loop_processor
@@ -639,7 +639,7 @@ desc_act_gains = evaluation.difference(other_genres["own text, desc_act"], other
 own_against_docs = evaluation.difference(other_genres["16 of its own text"], beside)
 sentence_against_none = evaluation.difference(other_genres["1 sentence"], other_genres["round-to-nearest"])
 
-# %%
+# %% jupyter={"source_hidden": true}
 own_rows = [name for name in answers.index if "own text" in name]
 asked = {"Which text?": list(texts), "Which group, which order?": own_rows}
 heights = [len(names) for names in asked.values()]
@@ -982,7 +982,7 @@ def reload(folder):
 # **Reload in a new process; the logits must match.** The new process knows only the files. We measure speed there
 # too, because a process in which gptqmodel has quantized decodes more slowly afterwards.
 
-# %%
+# %% jupyter={"source_hidden": true}
 PROGRAM = """
 import json, sys
 import helpers  # as many threads as here
@@ -1128,7 +1128,7 @@ by_genre = pd.DataFrame(
     }
 ).T
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, ax = plt.subplots(figsize=(7.5, 3.6))
 for (name, row), color, marker in zip(by_genre.iterrows(), figures.PALETTE, "oDsP"):
     ax.plot(row.index, row, marker, color=color, label=name, markersize=8)
@@ -1372,7 +1372,7 @@ mistral = models.mistral_config()
 layer_inputs = [mistral.hidden_size, mistral.intermediate_size]
 divided = sum(number % 128 == 0 for number in layer_inputs) / len(layer_inputs)
 
-# %%
+# %% jupyter={"source_hidden": true}
 findings = [
     claims.finding("gptq-75", smaller, text=on_disk),
     claims.finding("gptq-quality", best.kl_divergence, best.kl_low, best.kl_high, text=lost),
@@ -1404,7 +1404,7 @@ def error_growth():
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_growth(function):
     answer = function()
     assert answer is not None, "return a number"
@@ -1438,7 +1438,7 @@ def repair_others(error, H):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_repair(function):
     noise = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
     H, e = noise @ noise.T / 40 + 0.6, 0.5
@@ -1478,7 +1478,7 @@ def round_with_search(weight, group_size=64, bits=4):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_search(function):
     answer = function(weight, group_size, bits)
     assert answer is not None and answer.shape == weight.shape, "return a tensor of the weight's shape"
@@ -1528,7 +1528,7 @@ quiz.Quiz("05_gptq")
 # <!-- navigation -->
 # <!-- /navigation -->
 
-# %% tags=["record"]
+# %% jupyter={"source_hidden": true} tags=["record"]
 costs = {"autogptq": autogptq_cost, "gptq": gptq_cost, "rtn-int4": None, "rtn-int4-asym": None}
 for method, cost in costs.items():
     size = memory.weight_bytes(nets[method]) if method in nets else None

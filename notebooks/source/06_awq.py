@@ -37,7 +37,7 @@ calibration_length = 256
 layer = -1
 max_new_tokens = 32
 
-# %%
+# %% jupyter={"source_hidden": true}
 import contextlib
 import copy
 import io
@@ -208,7 +208,7 @@ spread = (
     .round(2)
 )
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, ax = plt.subplots()
 for name, values in curves.items():
     ax.plot(range(1, len(values) + 1), values)
@@ -383,7 +383,7 @@ search = pd.DataFrame({"mean|x|^alpha": plain, "duo scaling": duo})
 search = search / plain[0.0]  # alpha 0 without duo scaling: all scales are 1
 best_alpha = search["duo scaling"].idxmin()
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, ax = plt.subplots()
 for column in search:
     ax.plot(search.index, search[column], marker=".", label=column)
@@ -762,7 +762,7 @@ del awq_model
 # packs into, or it asks for CUDA. And it always clips, with the same slow search. **For this call we replace its clip
 # search with our faster one, so the result is gptqmodel's scales with the clipping from above.**
 
-# %%
+# %% jupyter={"source_hidden": true}
 with quietly():
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.looper import loop_processor
@@ -807,7 +807,7 @@ memory.release()
 #
 # The new process has plain transformers and the files. Its logits must match the ones from before saving.
 
-# %%
+# %% jupyter={"source_hidden": true}
 IMPORTS = """
 import json, sys
 import helpers  # as many threads as here
@@ -1159,7 +1159,7 @@ layer_inputs = [mistral.hidden_size, mistral.intermediate_size]
 divided = sum(number % 128 == 0 for number in layer_inputs) / len(layer_inputs)
 own_loader = matrix.set_index(["checkpoint", "loader"]).loc[("autoawq", "autoawq")]
 
-# %%
+# %% jupyter={"source_hidden": true}
 findings = [
     claims.finding("awq-one-percent", one_percent, text=removed),
     claims.finding("awq-quality", awq_score.kl_divergence, awq_score.kl_low, awq_score.kl_high, text=lost),
@@ -1195,7 +1195,7 @@ def error_ratio():
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def measured_ratio(scale, groups=2000):
     """Mean |error| of the first weight in random groups of 64, scaled, over the one not scaled; 4 bits."""
     weights = torch.randn(groups, 64, generator=torch.Generator().manual_seed(0))
@@ -1239,7 +1239,7 @@ def fold_values(v_proj, o_proj, scales):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_fold(function):
     torch.manual_seed(0)
     v_proj, o_proj, s = nn.Linear(32, 64), nn.Linear(64, 32), torch.rand(64) + 0.5
@@ -1279,7 +1279,7 @@ def output_error(weight, changed, gram):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_error(function):
     weight, tokens = half.mlp.down_proj.weight.data, inner[0]
     changed, gram = rtn(weight, group_size), tokens.T @ tokens / len(tokens)
@@ -1324,7 +1324,7 @@ quiz.Quiz("06_awq")
 # <!-- navigation -->
 # <!-- /navigation -->
 
-# %% tags=["record"]
+# %% jupyter={"source_hidden": true} tags=["record"]
 for method, used in [("awq", awq_used), ("autoawq", autoawq_used)]:
     records.write(
         output_dir,

@@ -36,7 +36,7 @@ batch_size = 4
 max_new_tokens = 40
 seed = 0
 
-# %%
+# %% jupyter={"source_hidden": true}
 import contextlib
 import hashlib
 import io
@@ -47,7 +47,7 @@ import shutil
 import tempfile
 import warnings
 
-# %%
+# %% jupyter={"source_hidden": true}
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names an optional kernel at import
 import bitsandbytes as bnb
 import datasets
@@ -150,7 +150,7 @@ W + B @ A
 # In a real layer the saving is large. The picture is drawn to scale for one square layer of this model, with rank r =
 # 16:
 
-# %%
+# %% jupyter={"source_hidden": true}
 rank = 16
 fig, ax = plt.subplots(figsize=(7, 2.6))
 shapes = {"W, frozen, 4 bits": (width, width), "B": (width, rank), "A": (rank, width)}
@@ -465,7 +465,7 @@ ratio = step_costs / step_costs.shift(1)
 slower, smaller = ratio["seconds a step"].iloc[2], ratio["peak MB"].iloc[2]
 faster, leaner = ratio["seconds a step"].iloc[1], ratio["peak MB"].iloc[1]
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, axes = plt.subplots(1, 2, sharey=True, figsize=(8, 2))
 for ax, column, color in zip(axes, step_costs, figures.PALETTE):
     ax.barh(step_costs.index[::-1], step_costs[column][::-1], color=color)
@@ -788,7 +788,7 @@ memory.release()
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 class LivePlot(TrainerCallback):
     """The loss so far, redrawn after every step where somebody watches."""
 
@@ -900,7 +900,7 @@ train_peak = max(getattr(part, peak_name) for part in (first_half, second_half))
 per_step = training_seconds / steps
 print(f"{steps} steps of {batch_size} pairs: {training_seconds:.0f} s, {per_step:.2f} s a step")
 
-# %%
+# %% jupyter={"source_hidden": true}
 losses = pd.Series({entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry})
 some = steps // 4
 smooth = losses.rolling(some, min_periods=1).mean()
@@ -985,7 +985,7 @@ def base_in_nf4(name):
     return base, half
 
 
-# %% tags=["reload"]
+# %% jupyter={"source_hidden": true} tags=["reload"]
 def reload(folder):
     """A fresh base in NF4 with the adapter of a checkpoint folder, ready to run."""
     import json
@@ -1131,7 +1131,7 @@ with tempfile.TemporaryDirectory() as scratch:
     memory.release()
     ways["merged into full precision, then NF4"] = answer_loss(quantize_4bit(scratch), third)
 
-# %%
+# %% jupyter={"source_hidden": true}
 merges = pd.Series(ways, name="held-out loss").to_frame()
 on_scale = [name for name in ways if "repacked" not in name]
 bars = merges["held-out loss"][on_scale][::-1]
@@ -1229,7 +1229,7 @@ short = lines.groupby(lines.index.str.split(":").str[0], sort=False).sum()
 short = short.T[["weights", "activations", "CUDA context"]].copy()
 short["adapters, gradients, optimizer"] = lines.iloc[2:5].sum()
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, ax = plt.subplots(figsize=(8, 2.6))
 left = 0
 for column, color in zip(short, figures.PALETTE):
@@ -1283,7 +1283,7 @@ mixed_step = f"{leaner:.2f} times the memory of float32 at {faster:.2f} times th
 recomputing = f"{smaller:.2f} times the memory of mixed precision at {slower:.2f} times the time"
 frozen = int(theirs.base_layer.weight.grad is None)
 
-# %%
+# %% jupyter={"source_hidden": true}
 findings = [
     claims.finding("qlora-2gb", needed, computed_for="Mistral-7B"),
     claims.finding("qlora-works", change, text=tuned_loss),
@@ -1312,7 +1312,7 @@ def share_arriving():
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_share(function):
     answer = function()
     assert answer is not None, "return a share between 0 and 1"
@@ -1348,7 +1348,7 @@ def lora_gradients(x, grad_output, A, B, scale):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_gradients(function):
     torch.manual_seed(1)
     x, g = torch.randn(5, 8), torch.randn(5, 6)
@@ -1385,7 +1385,7 @@ def longest_sequence(config, gib):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_longest(function):
     answer = function(mistral, 8)
     assert answer is not None, "return a number of tokens"
@@ -1435,7 +1435,7 @@ quiz.Quiz("07_qlora")
 # <!-- navigation -->
 # <!-- /navigation -->
 
-# %% tags=["record"]
+# %% jupyter={"source_hidden": true} tags=["record"]
 records.write(
     output_dir,
     method="qlora",

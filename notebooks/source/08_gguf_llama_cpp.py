@@ -32,7 +32,7 @@ calibration_tokens = 4096
 new_tokens = 32
 port = 0
 
-# %%
+# %% jupyter={"source_hidden": true}
 import contextlib
 import functools
 import io
@@ -50,7 +50,7 @@ import tempfile
 import time
 import types
 
-# %%
+# %% jupyter={"source_hidden": true}
 import gguf
 import httpx
 import libgguf
@@ -134,7 +134,7 @@ distances = pd.DataFrame(
     {name: {"step": abs(levels[1] - levels[0]), "mean error": nearest[name].mean()} for name, levels in grids.items()}
 ).T
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, axes = plt.subplots(2, 1, figsize=(7, 2.6), sharex=True, layout="constrained")
 for ax, (name, levels) in zip(axes, grids.items()):
     ax.eventplot(levels, lineoffsets=0, linelengths=1, color=figures.PALETTE[0])
@@ -882,7 +882,7 @@ def bytes_by_type(path):
 by_type = pd.DataFrame({name: bytes_by_type(path) for name, path in gguf_files.items()}).fillna(0).T / 1e6
 by_type = by_type[sorted(by_type, key=lambda name: -bits_of(Type[name]))]
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, ax = plt.subplots(figsize=(7.5, 2.8))
 left = np.zeros(len(by_type))
 shades = plt.cm.cividis(np.linspace(0, 0.95, len(by_type.columns)))
@@ -972,7 +972,7 @@ scores = pd.DataFrame(
 ).T
 scores.round(4)
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, ax = plt.subplots(figsize=(7, 3))
 for (name, row), color in zip(scores.iterrows(), figures.PALETTE):
     place, bars = (row["bits per weight"], row["KL"]), [[row["KL"] - row["from"]], [row["to"] - row["KL"]]]
@@ -1375,7 +1375,7 @@ speeds["GB/s of weights"] = speeds["decode tok/s"] * read_bytes / 1e9
 speeds["load s"], speeds["peak RAM, MB"] = pd.Series(loads), pd.Series(peaks) / 1e6
 times_faster = speeds["decode tok/s"]["q4_k_m"] / speeds["decode tok/s"][full]
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, ax = plt.subplots(figsize=(7, 2.4))
 colors = [figures.PALETTE[4], *[figures.PALETTE[0]] * len(quality)]
 ax.barh(speeds.index, speeds["decode tok/s"], color=colors)
@@ -1614,7 +1614,7 @@ gguf_files["f16"].unlink()
 # its sources and does not use it. Their "2 to 3 times faster" for 4 bits is judged in [04
 # NF4](04_nf4_bitsandbytes.ipynb). So the table of this notebook is empty.
 
-# %%
+# %% jupyter={"source_hidden": true}
 from helpers.publishing import claims
 
 findings = []
@@ -1635,7 +1635,7 @@ def bits_per_weight(bits, size, extra_bytes):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_bits(function):
     assert function(4, 32, 2) is not None, "return a number"
     assert abs(function(4, 32, 2) - 4) > 1e-9, "the scale is missing: every block carries extra_bytes"
@@ -1669,7 +1669,7 @@ def share_falling_back(shapes, block=256):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_share(function):
     assert function([(10, 256)]) is not None, "return a number"
     assert function([(10, 256), (20, 512)]) == 0, "256 and 512 are multiples of 256: nothing falls back"
@@ -1706,7 +1706,7 @@ def what_is_it(tensors):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_what(function):
     kinds = [("Q4_K", (256, 2), 288), ("Q6_K", (256, 1), 210), ("F32", (64,), 256)]
     tensors = [types.SimpleNamespace(qtype=name, shape=shape, nbytes=size) for name, shape, size in kinds]
@@ -1756,7 +1756,7 @@ quiz.Quiz("08_gguf_llama_cpp")
 # <!-- navigation -->
 # <!-- /navigation -->
 
-# %% tags=["record"]
+# %% jupyter={"source_hidden": true} tags=["record"]
 for name, scored in quality.items():
     records.write(
         output_dir,

@@ -102,7 +102,7 @@ by_hand.round(4)
 # -0.33 becomes -0.30. **E4M3** and **E5M2** are the 8-bit floats. They need no block scale for these weights: E4M3
 # reaches from 0.002 to 448, E5M2 from 0.000015 to 57,344. The 4-bit levels:
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, axes = plt.subplots(3, 1, figsize=(7, 3), sharex=True, layout="constrained")
 for ax, (name, levels), color in zip(axes, LEVELS.items(), figures.PALETTE, strict=False):
     ax.eventplot(levels / levels.max(), color=color, linelengths=1)
@@ -133,7 +133,7 @@ errors = pd.DataFrame({name: ((each - values).abs() / values).numpy() for name, 
 worst = errors.groupby(decade).max()
 worst.index = [f"{10.0**power:g} to {10.0 ** (power + 1):g}" for power in worst.index]
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, ax = plt.subplots(figsize=(7, 2.8))
 for name, color in zip(errors, figures.PALETTE, strict=False):
     ax.plot(values, errors[name].rolling(80, min_periods=1).max(), color=color)
@@ -551,7 +551,7 @@ for number in LARGEST:
     lost[number] = [(gap[group].norm() / inputs[group].norm()).item() for group in groups]
 lost = pd.DataFrame(lost, index=[f"{10 * n} to {10 * n + 10} %" for n in range(10)])
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, ax = plt.subplots(figsize=(7, 2.8))
 for number, color in zip(lost, figures.PALETTE, strict=False):
     ax.plot(range(10), lost[number], "o-", color=color)
@@ -755,7 +755,7 @@ verdicts.infer_objects().round(4)
 # FP8 costs 0.016 with rounded weights alone, and 0.028 with rounded inputs too. One larger model may order these
 # formats otherwise: run the notebook with `model="qwen2.5-coder-1.5b-offline"` to see.
 
-# %%
+# %% jupyter={"source_hidden": true}
 shown = [name for name in table.sort_values("KL", ascending=False).index if name in FOUR_BITS]
 fig, ax = plt.subplots(figsize=(7, 3.4))
 for row, name in enumerate(shown):
@@ -1039,7 +1039,7 @@ else:
 # this table is empty. What [04 NF4](04_nf4_bitsandbytes.ipynb) calls FP4 is another format: bitsandbytes' own sixteen
 # levels.
 
-# %%
+# %% jupyter={"source_hidden": true}
 from helpers.publishing import claims
 
 findings = []
@@ -1059,7 +1059,7 @@ def nibble(code):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_nibble(function):
     assert function(2) is not None, "return a number"
     assert function(2) == 1, "0 01 0 is 1: exponent field 1 stands for 2 to the power of 0"
@@ -1095,7 +1095,7 @@ def best_exponent(block):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_exponent(function):
     first = torch.tensor([6.0, 3.0, -1.5, 0.5])
     assert function(first) is not None, "return a whole number"
@@ -1131,7 +1131,7 @@ def predicted_order():
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_order(function):
     order = function()
     assert order is not None, "return a list of four names"
@@ -1175,7 +1175,7 @@ quiz.Quiz("09_float_formats")
 # <!-- navigation -->
 # <!-- /navigation -->
 
-# %% tags=["record"]
+# %% jupyter={"source_hidden": true} tags=["record"]
 parameters = memory.predict(AutoConfig.from_pretrained(found.path)).parameters
 rest_bytes = weight_bytes["mxfp4"] - weight_count * 4.25 / 8
 for name in (*RECORDED, "fp8", "fp8-weight-only"):

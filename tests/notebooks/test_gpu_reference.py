@@ -5,11 +5,11 @@ import re
 import sys
 from datetime import date
 
-import helpers.reference
 import pytest
 import torch
 from conftest import ROOT
 
+import helpers.publishing.reference
 from helpers import memory, models
 
 FOLDER = ROOT / "notebooks" / "gpu"
@@ -122,7 +122,7 @@ def test_gptq_of_the_7b_shape():
 def committed(monkeypatch, *kept):
     """Let results come with the course: (device, model, {method: KL})."""
     every = [
-        helpers.reference.Reference(
+        helpers.publishing.reference.Reference(
             device,
             model,
             "2026-11-25",
@@ -133,7 +133,7 @@ def committed(monkeypatch, *kept):
         )
         for device, model, found in kept
     ]
-    monkeypatch.setattr(helpers.reference, "read", lambda: every)
+    monkeypatch.setattr(helpers.publishing.reference, "read", lambda: every)
 
 
 def test_quality_is_compared_where_one_model_was_measured_on_both(monkeypatch):

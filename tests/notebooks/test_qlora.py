@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer,
                           TrainerCallback, TrainingArguments, set_seed)
 from tokenizers import Tokenizer, models
+from helpers import training
 
 base, folder = sys.argv[1:]
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from helpers import exercises, progress, quiz, widgets
+from helpers import exercises, files, progress, quiz, widgets
 from helpers.publishing import pages
 
 QUIZ = progress.questions()
@@ -85,7 +85,7 @@ def test_in_batch_answers_are_folded_and_nothing_is_kept(reader, monkeypatch):
 
 def test_questions_are_text_not_html(reader, monkeypatch):
     choices = [{"text": f"<i>{n}</i>", "right": n == 0, "why": "<script>x</script>"} for n in range(3)]
-    monkeypatch.setattr(quiz, "load", lambda: {"x": [{"question": "<script>y</script>?", "choices": choices}]})
+    monkeypatch.setattr(progress, "questions", lambda: {"x": [{"question": "<script>y</script>?", "choices": choices}]})
     box = quiz.Quiz("x")
     box.choose(0, 0)
     assert (
@@ -127,7 +127,7 @@ def test_a_solved_exercise_is_kept_under_its_notebook(reader, monkeypatch, capsy
     cell = inspect.cleandoc("\n" + inspect.getsource(test_thing)) + "\nexercises.check(thing, test_thing)"
     cells = [{"cell_type": "code", "source": [cell]}]
     (reader / "55_x.ipynb").write_text(json.dumps({"cells": cells}))
-    monkeypatch.setattr(pages, "paths", lambda: [reader / "55_x.ipynb"])
+    monkeypatch.setattr(files, "notebooks", lambda: [reader / "55_x.ipynb"])
     assert exercises.check(lambda x: x, test_thing) is False and not progress.path().exists()
     assert exercises.check(lambda x: 2 * x, test_thing) is True
     assert progress.read() == {"55_x": {"exercises": ["thing"]}}
