@@ -750,8 +750,9 @@ for bits in (4, 3, 2):
 # %%
 for bits in (4, 3, 2) if full else (3,):
     row_of(f"rtn-rotated-{bits}", rotated, rounding, bits)
-    row_of(f"hqq-rotated-{bits}", rotated, hqq, bits, zero_bits=16)
     row_of(f"gptq-rotated-{bits}", rotated, gptq, bits)
+    if full:
+        row_of(f"hqq-rotated-{bits}", rotated, hqq, bits, zero_bits=16)
 
 # %% [markdown]
 # ### AutoRound, the package
@@ -778,8 +779,17 @@ logging.getLogger("autoround").setLevel(logging.ERROR)
 
 
 # %%
+def beginning_anywhere(rows):
+    """Two thirds of each row, each from another token on: other text does not begin with this model's first token either."""
+    length = rows.shape[1] * 2 // 3
+    starts = [1 + 37 * number % (rows.shape[1] - length) for number in range(len(rows))]
+    return torch.stack([row[start : start + length] for row, start in zip(rows, starts)])
+
+
+# %%
 def autorounded(net, bits):
     """The model, quantized by the package: plain Linear layers that hold the restored weights."""
+    rows = beginning_anywhere(calibration)
     tuner = AutoRound(
         copy.deepcopy(net).to(found.fast),
         tokenizer=tokenizer,
@@ -787,9 +797,9 @@ def autorounded(net, bits):
         group_size=group_size,
         sym=False,
         iters=autoround_iters,  # the package's own default is 200
-        dataset=list(calibration.split(1)),
-        nsamples=len(calibration),
-        seqlen=calibration.shape[1],
+        dataset=list(rows.split(1)),
+        nsamples=len(rows),
+        seqlen=rows.shape[1],
         batch_size=8,
         enable_torch_compile=False,
         device_map=found.device,
@@ -966,19 +976,34 @@ def compared(first, other):
 # %%
 pairs = [(f"{method}-{bits}", f"rtn-{bits}") for bits in (4, 3, 2) for method in ("hqq", "gptq")]
 pairs += [("autoround-3", "rtn-3"), ("autoround-3", "gptq-3"), ("autoround-3", "hqq-3")]
-pairs += [(f"{method}-rotated-3", f"{method}-3") for method in ("rtn", "hqq", "gptq")]
+pairs += [(f"{method}-rotated-3", f"{method}-3") for method in ("rtn", "gptq")]
 verdicts = pd.DataFrame([compared(*pair) for pair in pairs]).set_index("")
 verdicts.round(3)
 
 # %% [markdown]
-# Rounding at 3 bits is the row that every method has to beat, and AutoRound must do so outside the interval. What does
-# not beat it stands in the table as it is.
+# Rounding at 3 bits is the row that every method has to beat. What does not beat it stands in the table as it is. A mean
+# can hide two kinds of windows, so we look at AutoRound's windows one by one:
+
+# %%
+by_window = pd.DataFrame({row: quality[row].kl_by_window for row in ("rtn-3", "autoround-3", "gptq-3")})
+by_window.describe().loc[["min", "25%", "50%", "75%", "max"]].round(2)
+
+# %%
+better_on = (by_window["autoround-3"] < by_window["rtn-3"]).sum()
+print(f"AutoRound is closer than rounding on {better_on} of {len(by_window)} windows")
+
+# %% [markdown]
+# On SmolLM2-135M, with 20 steps on 32 short rows, the package's result has two faces. On some windows it is clearly
+# closer than rounding. On others the model falls apart, and those decide the mean. This model keeps its massive
+# activation at the first position, so what a tuned layer does to a first token that it has not seen may spoil a whole
+# window. That is a suspicion, and the reason why the rows above begin anywhere; this notebook does not prove it. The
+# lesson holds without the cause: **a falling loss of a layer is no evidence.** Measure on other text, and look at the
+# windows.
 
 # %%
 by_bits = {bits: quality[f"rtn-{bits}"].kl_divergence for bits in (4, 3, 2)}
 if trained:
     assert by_bits[4] < by_bits[3] < by_bits[2], f"fewer bits should cost more: {by_bits}"
-    assert verdicts["high"]["autoround-3 against rtn-3"] < 0, "AutoRound does not beat rounding at 3 bits"
 at_three = lines[lines["bits"] == "3"]["KL"].sort_values()
 at_three.round(3).to_frame()
 
