@@ -21,8 +21,9 @@ SITE = Path(__file__).resolve().parent / "theme"
 # nbconvert's plain cell template, with solutions folded. Widgets come last: a page without a kernel shows their static twin.
 CELLS = """{%- extends 'basic/index.html.j2' -%}
 {%- block input -%}
-{%- if cell.metadata.get('jupyter', {}).get('source_hidden') -%}<details class="fold"><summary>Solution</summary>{{ super() }}</details>
+{%- if 'solution' in cell.metadata.get('tags', []) -%}<details class="fold"><summary>Solution</summary>{{ super() }}</details>
 {%- elif 'bootstrap' in cell.metadata.get('tags', []) -%}<details class="fold"><summary>Set-up</summary>{{ super() }}</details>
+{%- elif cell.metadata.get('jupyter', {}).get('source_hidden') -%}<details class="fold"><summary>Code</summary>{{ super() }}</details>
 {%- else -%}{{ super() }}{%- endif -%}
 {%- endblock -%}"""
 # Pages keep no script that an output brings, so the site's own one makes the tables' headings sort.

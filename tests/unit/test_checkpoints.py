@@ -69,7 +69,11 @@ def cells(name, *wanted):
         part.partition("\n")[2]
         for part in (ROOT / "notebooks" / "source" / f"{name}.py").read_text(encoding="utf-8").split("\n# %%")
     ]
-    sources = [next(cell for cell in found if text in cell) for text in wanted]
+    sources = [
+        next(cell for cell in found if text in cell)
+        for text in ("from torch.ao.nn import", "import no_init_weights", *wanted)
+        if text in wanted or any(text in cell for cell in found)
+    ]
     definitions = [
         node
         for source in sources

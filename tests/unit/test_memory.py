@@ -293,12 +293,13 @@ def test_free_vram_is_the_smaller_cards_under_a_cap(monkeypatch):
     assert memory.free_vram() == 0
 
 
-def test_finding_a_model_applies_the_cap(monkeypatch, tmp_path):
-    from helpers import models
+def test_the_first_cell_of_a_notebook_applies_the_cap(monkeypatch):
+    from helpers import bootstrap
 
+    monkeypatch.setattr(bootstrap, "require", lambda *_: None)
     monkeypatch.setenv(memory.CAP, "much")
     with pytest.raises(ValueError, match="got 'much'"):
-        models.find(str(tmp_path))
+        bootstrap.start()
 
 
 def test_monitor_reads_and_degrades_to_text(monkeypatch):

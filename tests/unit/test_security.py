@@ -156,7 +156,7 @@ def test_no_loading_path_unpickles(tmp_path):
 
 def test_what_the_course_downloads_is_pinned_by_hash(monkeypatch, tmp_path):
     assert set(models.hub.REVISIONS) == {models.MISTRAL, models.SMOLLM2}
-    assert all(re.fullmatch(r"[0-9a-f]{40}", revision) for revision in models.REVISIONS.values())
+    assert all(re.fullmatch(r"[0-9a-f]{40}", revision) for revision in models.hub.REVISIONS.values())
     parts = [part for chosen in packages.MODELS.values() for part in chosen.parts]
     assert len(parts) == 23 and all(re.fullmatch(r"[\w-]+==[\d.]+", part.requirement) for part in parts)
     digests = [part.sha256 for part in parts] + [chosen.sha256 for chosen in packages.MODELS.values()]
