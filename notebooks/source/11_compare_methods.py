@@ -786,7 +786,7 @@ logging.disable_progress_bar()
 datasets.disable_progress_bars()
 folder = pages.FOLDER / "data" / "course_questions"
 task = yaml.safe_load((folder / "course_questions.yaml").read_text(encoding="utf-8"))
-data_data_data_files = task["dataset_kwargs"]["data_files"]
+data_files = task["dataset_kwargs"]["data_files"]
 data_files.update({split: str(folder / name) for split, name in data_files.items()})
 others = [name.strip() for name in lm_eval_tasks.split(",") if name.strip() not in ("", "course_questions")]
 # The harness reads its own 14,000 task files only if one of them is asked for.

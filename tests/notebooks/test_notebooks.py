@@ -328,6 +328,22 @@ CHECKS = {
     "int4-g64": check_float(0.9, 6.7, 7),
     "nvfp4": check_float(0.5, 6.9, 7.2),
     "int4-g32": check_float(0.6, 6.9, 7.2),
+    "rtn-4": check_below_four(0.6, 6.7, 6.9),
+    "rtn-3": check_below_four(2.5, 5.9, 6.1),
+    "rtn-2": check_below_four(14, 5.1, 5.3),
+    "hqq-4": check_below_four(0.5, 6.8, 7.0),
+    "hqq-3": check_below_four(2.5, 6.0, 6.2),
+    "hqq-2": check_below_four(12, 5.2, 5.5),
+    "gptq-4": check_below_four(0.4, 6.7, 6.9),
+    "gptq-3": check_below_four(1.5, 5.9, 6.1),
+    "gptq-2": check_below_four(14, 5.1, 5.3),
+    "rtn-rotated-3": check_below_four(5, 9.2, 9.5),  # the untied head stays in 16 bits
+    "gptq-rotated-3": check_below_four(1.2, 9.2, 9.5),
+    "autoround-3": check_below_four(
+        10, 5.9, 6.1
+    ),  # from 0.8 to 7 with the sampled calibration text: the notebook tells why
+    "hqq-mixed-3": check_below_four(2.5, 6.0, 6.2),
+    "ternary": check_below_four(20, 4.7, 4.9),
     "qlora": check_qlora,
     "qlora-ddp": check_qlora_ddp,
 }

@@ -148,7 +148,7 @@ def test_report_is_one_page_that_escapes_what_it_shows(tmp_path):
     path = report.write(tmp_path, [run.Result("04", 1.0, 10**9, "cell 1: <script>alert(1)</script>")])
     page = path.read_text(encoding="utf-8")
     assert "<script>" not in page and "&lt;script&gt;" in page
-    assert "nf4" in page and "–" in page and 'KL divergence from the untouched model' in page
+    assert "nf4" in page and "–" in page and "KL divergence from the untouched model" in page
     assert "http" not in page, "the page must be readable without a network"
 
 
