@@ -636,6 +636,7 @@ figures.show(
     fig,
     alt=f"Loss of AutoRound on {name} at 3 bits over {len(losses)} steps. It ends with an output error "
     f"of {output_error(learned):.3f}, where rounding has {output_error(rounded):.3f}.",
+    table=pd.Series(losses, name="squared output error").rename_axis("step")[::20].to_frame(),
 )
 
 
@@ -753,6 +754,12 @@ for bits in (4, 3, 2) if full else (3,):
     row_of(f"gptq-rotated-{bits}", rotated, gptq, bits)
     if full:
         row_of(f"hqq-rotated-{bits}", rotated, hqq, bits, zero_bits=16)
+
+# %%
+embedding_bytes = 2 * rotated_net.model.embed_tokens.weight.numel()
+if not full:  # no other row needs the rotated model, and it takes more than a gigabyte
+    rotated = rotated_net = None
+    memory.release()
 
 # %% [markdown]
 # ### AutoRound, the package
@@ -1379,7 +1386,6 @@ quiz.Quiz("10_below_four_bits")
 
 # %%
 parameters = memory.predict(config, bits=16).parameters
-embedding_bytes = 2 * rotated_net.model.embed_tokens.weight.numel()
 
 
 def bytes_of(row):
