@@ -31,9 +31,9 @@ def mistral_config(layers=32):
     """The transformers config of Mistral-7B-Instruct-v0.3, with fewer layers for tests."""
     from transformers import MistralConfig
 
-    config = MistralConfig(  # pyright: ignore[reportCallIssue]
+    config = MistralConfig(
         vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=32768, sliding_window=None, rope_theta=1e6,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=32768, sliding_window=None, rope_theta=1e6,  # pyright: ignore[reportCallIssue]
         tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=2, dtype="bfloat16",
     )  # fmt: skip
     config.architectures = ["MistralForCausalLM"]
