@@ -68,7 +68,7 @@ def test_without_disk_none_can_and_the_command_moves_cache_and_output():
 def test_a_missing_package_stops_the_notebooks_that_use_it():
     found = verdicts(changed(missing=frozenset({"bitsandbytes"})))
     assert found["04"].verdict == advice.CANNOT and found["04"].command == "pip install -r requirements.txt"
-    assert found["01"].verdict == advice.SMALL
+    assert found["02"].verdict == advice.SMALL
     assert {entry.verdict for entry in verdicts(changed(missing=frozenset({"torch"}))).values()} == {advice.CANNOT}
 
 
