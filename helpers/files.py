@@ -58,7 +58,10 @@ def size(folder: Path | str) -> int:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """As `writing`, for any folder and without its lock: the caller holds one, or two writers would clear each other's scratch."""
+    """Yield a scratch folder that takes the place of `target` when the block ends well; one that raises leaves `target` as it was.
+
+    The caller holds a lock, or two writers would clear each other's scratch.
+    """
     leftovers = f".{target.name}.tmp-"
     _remove(target.parent, leftovers)  # whoever made them is dead
     scratch = Path(tempfile.mkdtemp(prefix=leftovers, dir=target.parent))

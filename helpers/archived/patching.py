@@ -35,7 +35,7 @@ def get(module, name=None):
 
 
 def provide(module, **values):
-    """As `_replace`, for those names only that the module does not have; None if it has them all."""
+    """As `replace`, for those names only that the module does not have; None if it has them all."""
     values = {name: value for name, value in values.items() if not hasattr(get(module), name)}
     return replace(get(module), **values) if values else None
 

@@ -10,7 +10,6 @@ RUNS, SMALL, CANNOT = "run", "run with the small model", "cannot"
 CONTEXT = 512  # tokens, the course's evaluation windows
 INSTALL = "pip install -r requirements.txt"
 GPU_EXTRA = 1.5e9  # bytes of VRAM beside weights and KV cache: CUDA's own context and activations
-AUTO_GPU = 15 * 2**30  # from here on, "auto" wants Mistral-7B
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def _advise(name, course, machine, model, config):
     if "cpu" not in cost:
         return Advice(name, CANNOT, "none", 0, 0, 0, False, "it was never measured", "make outputs")
     switch = False
-    wants_large = model not in ("auto", models.OFFLINE, models.SMOLLM2) or (model == "auto" and machine.gpu >= AUTO_GPU)
+    wants_large = model not in ("auto", models.OFFLINE, models.SMOLLM2) or (model == "auto" and machine.gpu >= models.AUTO_GPU)
     why, command = "", ""
     if wants_large:
         label = models.MISTRAL if model == "auto" else model

@@ -1,6 +1,7 @@
 """Which model this machine gets, as a local folder that `from_pretrained` takes: `models.find("auto").path`."""
 
 from helpers.models.base import (  # noqa: F401 - what notebooks and the other modules take from here
+    AUTO_GPU,
     GEOMETRY,
     MISTRAL,
     OFFLINE,

@@ -14,6 +14,7 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GEOMETRY = "mistral-7b-geometry"
 OFFLINE = "smollm2-offline"
 QWEN = "qwen2.5-coder-1.5b-offline"
+AUTO_GPU = 15 * 2**30  # bytes of GPU memory from which "auto" wants Mistral-7B: a "16 GB" card reports a little less
 KERNEL = 1.5e9  # bytes: a process with torch, transformers and a batch of logits, without a model
 
 

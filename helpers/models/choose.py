@@ -9,6 +9,7 @@ from pathlib import Path
 
 from helpers.models import geometry, hub, integrity, packages
 from helpers.models.base import (
+    AUTO_GPU,
     GEOMETRY,
     MISTRAL,
     OFFLINE,
@@ -21,7 +22,7 @@ from helpers.models.base import (
     gpu_bytes,
     require_room,
     this_device,
-)  # fmt: skip
+)
 
 
 def find(model: str = "auto", copies: float = 1) -> Found:
@@ -56,7 +57,7 @@ def find(model: str = "auto", copies: float = 1) -> Found:
 
 
 def _auto():
-    if gpu_bytes() >= 15 * 2**30:  # a "16 GB" card reports a little less
+    if gpu_bytes() >= AUTO_GPU:
         try:
             return hub.download(MISTRAL)
         except ModelError:
