@@ -105,7 +105,9 @@ def _advise(name, course, machine, model, config):
     if "cpu" not in cost:
         return Advice(name, CANNOT, "none", 0, 0, 0, False, "it was never measured", "make outputs")
     switch = False
-    wants_large = model not in ("auto", models.OFFLINE, models.SMOLLM2) or (model == "auto" and machine.gpu >= models.AUTO_GPU)
+    wants_large = model not in ("auto", models.OFFLINE, models.SMOLLM2) or (
+        model == "auto" and machine.gpu >= models.AUTO_GPU
+    )
     why, command = "", ""
     if wants_large:
         label = models.MISTRAL if model == "auto" else model
