@@ -428,6 +428,9 @@ def lab(tmp_path_factory):
 def run_all(tab, lab, notebook, name, seconds):
     """Put a notebook into JupyterLab's folder, open it, Run > Run All Cells by mouse, and wait until its last cell has run without an error."""
     address, folder = lab
+    notebook.cells[-1].metadata.get("jupyter", {}).pop(
+        "source_hidden", None
+    )  # a folded cell shows no number to wait for
     nbformat.write(notebook, folder / f"{name}.ipynb")
     tab.goto(address.format(name, f"{name}.ipynb"))
     tab.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)

@@ -647,7 +647,7 @@ def test_bare_directory_as_on_colab(path, bares):
     fetches the course and everything imports. 00 is executed whole, the others up to their imports."""
     content, done = finished(bares[path])
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (content / "quantization-course" / "helpers" / "models.py").is_file(), (
+    assert (content / "quantization-course" / "helpers" / "bootstrap.py").is_file(), (
         "the bootstrap cell did not fetch the course"
     )
     if path.name.startswith("00"):

@@ -62,21 +62,21 @@ def test_a_process_that_fails_is_not_a_peak():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which pages a file backs")
 def test_children_that_map_one_file_count_it_once(tmp_path):
+    """In a process of its own: whatever other tests left running is no child of it."""
     (tmp_path / "file").write_bytes(b"1" * 200_000_000)
-    code = (
+    child = (
         f"import mmap\nfile = open({str(tmp_path / 'file')!r}, 'rb')\nmapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
         "sum(mapped[::4096]); print('ready', flush=True); input()"
     )
-    children = [
-        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    try:
-        assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
-        assert 200e6 < memory.resident(children=True) < 300e6
-    finally:
-        for child in children:
-            child.communicate("\n")
+    parent = (
+        "import subprocess, sys\nfrom helpers import memory\n"
+        f"run = lambda: subprocess.Popen([sys.executable, '-c', {child!r}], stdin=-1, stdout=-1, text=True)\n"
+        "children = [run(), run()]\nready = [child.stdout.readline() for child in children]\n"
+        "print(memory.resident(children=True))\n[child.communicate('\\n') for child in children]"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert 200e6 < int(done.stdout) < 300e6
 
 
 def test_track_reports_when_the_block_raises():
