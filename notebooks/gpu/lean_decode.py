@@ -3,9 +3,9 @@
     lean = LeanDecoder(model, batch=1, length=640)
     ids = lean.generate(prompt, new_tokens=128)      # int64 [batch, new_tokens]
 
-For Llama and Mistral models of transformers whose linear layers may be anybody's: torch, torchao, bitsandbytes, gptqmodel. The
-matrix kernels are called as they are; what lies between them is fused by torch.compile; then the whole token, argmax and cache
-update included, is captured once and replayed. On a CPU the same code runs without a graph, which is how its tests compare it
+For Llama, Mistral and Qwen2 models of transformers whose linear layers may be anybody's: torch, torchao, bitsandbytes, gptqmodel.
+The matrix kernels are called as they are, with their biases; what lies between them is fused by torch.compile; then the whole token,
+argmax and cache update included, is captured once and replayed. On a CPU the same code runs without a graph, which is how its tests compare it
 with `generate`. After gpt-fast (https://github.com/pytorch-labs/gpt-fast), which does this for a model written for it.
 """
 
@@ -63,7 +63,10 @@ class Together(nn.Module):
 
 
 def fuse(model):
-    """Make one matrix of q, k, v and one of gate and up, before quantizing: fewer and larger products, the same numbers."""
+    """Make one matrix of q, k, v and one of gate and up, before quantizing: fewer and larger products, the same numbers.
+
+    Biases are joined with their matrices (Qwen2 has them on q, k and v).
+    """
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         joints = (
@@ -72,8 +75,11 @@ def fuse(model):
         )
         for owner, name, parts in joints:
             weight = torch.cat([getattr(owner, part).weight.data for part in parts])
+            biases = [getattr(owner, part).bias for part in parts]
             joint = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             joint.weight = nn.Parameter(weight, requires_grad=False)
+            if biases[0] is not None:
+                joint.bias = nn.Parameter(torch.cat([bias.data for bias in biases]), requires_grad=False)
             setattr(owner, name, joint)
             for part in parts:
                 delattr(owner, part)
@@ -86,10 +92,9 @@ class LeanDecoder:
     @torch.inference_mode()
     def __init__(self, model, batch=1, length=640):
         config, weight = model.config, model.get_input_embeddings().weight
-        plain = config.model_type == "llama" or config.model_type == "mistral" and not config.sliding_window
-        if not plain or getattr(config, "attention_bias", False):
+        if config.model_type not in ("llama", "mistral", "qwen2") or getattr(config, "sliding_window", None):
             raise ValueError(
-                f"this forward pass is that of Llama and Mistral (no sliding window, no biases), not of {config.model_type}"
+                f"this forward pass is that of Llama, Mistral and Qwen2 (no sliding window), not of {config.model_type}"
             )
         if length % 8:
             raise ValueError(f"length must be a multiple of 8, which the attention kernels want, not {length}")

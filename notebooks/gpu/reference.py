@@ -2,22 +2,26 @@
 
     python notebooks/gpu/reference.py --output reference.json                  # everything, about half an hour
     python notebooks/gpu/reference.py --output reference.json --only memory    # one step, added to what the file holds
+    python notebooks/gpu/reference.py --output reference.json --only ladder_7b --rows Marlin   # the rows whose label has this word
 
-Weights are random in the 7B shape (memory and speed do not depend on their values); quality is what the notebooks measure on
-SmolLM2-135M. Every step runs in a process of its own, so that no peak contains what an earlier step left; a failure is written down
+Weights are random in the 7B shape (memory and speed do not depend on their values); the 1.5B model is a real one; quality is what the
+notebooks measure. The ladders need kernels that gptqmodel compiles at first use: step `kernels` does only that. Every step runs in a process of its own, so that no peak contains what an earlier step left; a failure is written down
 as what it is and does not stop the others. All sizes are bytes, all times seconds. Steps marked "under" hold torch to that many bytes
 of the GPU. A step that was measured on another device than the rest of the file carries its own "device" and "date".
 """
 
 import argparse
 import contextlib
+import copy
 import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from functools import cache, partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -37,10 +41,14 @@ def main():
     parser.add_argument("--output", type=Path, default=HERE / "reference.json")
     parser.add_argument("--only", nargs="+", choices=[*STEPS], default=[*STEPS])
     parser.add_argument("--timeout", type=int, default=1800, help="seconds one step may take")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="WORD", help="of a ladder only the rows whose label contains a WORD"
+    )
     parser.add_argument("--step", help=argparse.SUPPRESS)  # for the processes this script starts
     arguments = parser.parse_args()
     if arguments.step:
-        print("RESULT " + json.dumps(STEPS[arguments.step]()), flush=True)
+        step = STEPS[arguments.step]
+        print("RESULT " + json.dumps(step(arguments.rows) if arguments.step in LADDERS else step()), flush=True)
         return
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     here = facts()
@@ -49,25 +57,50 @@ def main():
         results |= here
     for step in arguments.only:
         started = time.perf_counter()
-        results[step] = run(step, arguments.timeout, arguments.output.with_suffix(".log"))
-        if elsewhere:  # a step measured on another device than the file's says so itself
-            results[step] |= {"device": here["device"], "date": here["date"]}
+        before = (
+            results.get(step, {}).get("rows", {}) if arguments.rows else {}
+        )  # rows that are not measured again stay
+
+        def keep(result):
+            if "rows" in result:
+                result = result | {"rows": before | result["rows"]}
+            # a step measured on another device than the file's says so itself
+            results[step] = result | ({"device": here["device"], "date": here["date"]} if elsewhere else {})
+            write(arguments.output, results)
+
+        keep(run(step, arguments.timeout, arguments.output.with_suffix(".log"), arguments.rows, keep))
         print(f"{step}: {time.perf_counter() - started:.0f} s  {json.dumps(results[step])[:900]}", flush=True)
-        write(arguments.output, results)
 
 
-def run(step, timeout, log):
-    """One step in a process of its own: its result, or {"failed": why}. What it says beside goes to `log`."""
-    try:
-        with log.open("a") as file:
-            command = [sys.executable, __file__, "--step", step]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took longer than {timeout} s"}
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line[7:])
-    return {"failed": (log.read_text().strip().splitlines() or ["no message"])[-1][:300]}
+def run(step, timeout, log, rows=None, keep=None):
+    """One step in a process of its own: its result, or {"failed": why}. What it says beside goes to `log`.
+
+    A step that prints rows as it has them hands each to `keep`, and keeps those it had when it failed or ran out of time.
+    """
+    command = [sys.executable, __file__, "--step", step, *(["--rows", *rows] if rows else [])]
+    result, late = {}, threading.Event()
+    with log.open("a") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True) as child:
+
+        def stop():
+            late.set()
+            child.kill()
+
+        timer = threading.Timer(timeout, stop)
+        timer.start()
+        for line in child.stdout:
+            if line.startswith("RESULT "):
+                result = {"done": json.loads(line[7:])}
+            elif line.startswith("ROW "):
+                print(line.rstrip(), flush=True)
+                result.setdefault("rows", {}).update(json.loads(line[4:]))
+                if keep:
+                    keep(result | {"failed": "not at its end yet"})
+        timer.cancel()
+    if "done" in result:
+        return result["done"]
+    if late.is_set():
+        return result | {"failed": f"took longer than {timeout} s"}
+    return result | {"failed": (log.read_text().strip().splitlines() or ["no message"])[-1][:300]}
 
 
 def write(path, results):
@@ -86,6 +119,7 @@ def facts():
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
     )
     names = ("torch", "triton", "transformers", "torchao", "bitsandbytes", "peft", "gptqmodel", "auto-gptq", "autoawq")
+    installed = {distribution.name for distribution in metadata.distributions()}
     return {
         "device": torch.cuda.get_device_name(),
         "vram_bytes": torch.cuda.get_device_properties(0).total_memory,
@@ -94,7 +128,7 @@ def facts():
         "command": "python notebooks/gpu/reference.py",
         "model": "mistral-7b-geometry (random weights in Mistral-7B's shape)",
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
-        | {name: metadata.version(name) for name in names},
+        | {name: metadata.version(name) for name in names if name in installed},
         "protocol": {"prompt_tokens": PROMPT, "new_tokens": NEW, "cache_tokens": LENGTH},
     }
 
@@ -145,49 +179,33 @@ def nf4(double_quant=True, compute=None):
     )
 
 
-def marlin(model, group_size=128):
-    """Every Linear rounded to 4 bits in GPTQ's format, for gptqmodel's Marlin kernel; for its speed, calibration is not needed."""
-    import torch
-    from gptqmodel.nn_modules.qlinear.marlin import MarlinLinear
-
-    for parent in list(model.modules()):
-        for name, linear in list(parent.named_children()):
-            if type(linear) is not torch.nn.Linear:
-                continue
-            groups = linear.weight.float().unflatten(1, (-1, group_size))
-            scales = groups.abs().amax(-1, keepdim=True) / 7.5
-            codes = (groups / scales).round().add(8).clamp(0, 15).int().flatten(1).t()  # [in, out]
-            layer = MarlinLinear(bits=4, group_size=group_size, desc_act=False, sym=True, in_features=linear.in_features,
-                                 out_features=linear.out_features, bias=False, dtype=torch.bfloat16).cuda()  # fmt: skip
-            layer.qweight.data = sum(codes[row::8] << 4 * row for row in range(8)).contiguous()
-            layer.scales.data = scales[..., 0].t().contiguous().bfloat16()
-            layer.qzeros.data.zero_()
-            layer.g_idx.data = torch.arange(linear.in_features, device="cuda", dtype=torch.int32) // group_size
-            layer.post_init()
-            setattr(parent, name, layer.eval())
-    return model
-
-
 def read_bytes(model):
-    """Bytes of weights that one token needs: everything but the embedding table, of which it reads a row."""
+    """Bytes of weights that one token needs: all but the embedding table, of which it reads a row, unless the head is that table."""
     from helpers import memory
 
-    return memory.weight_bytes(model) - memory.weight_bytes(model.get_input_embeddings())
+    table = model.get_input_embeddings()
+    tied = getattr(model.lm_head, "weight", None) is table.weight
+    return memory.weight_bytes(model) - (0 if tied else memory.weight_bytes(table))
 
 
 def seconds(work, runs=5):
     """Median seconds of `work` on the GPU, after one untimed run."""
+    return statistics.median(times(work, runs))
+
+
+def times(work, runs):
+    """Seconds of each of several runs of `work` on the GPU, after one untimed run."""
     import torch
 
     work()
-    times = []
+    found = []
     for _ in range(runs):
         torch.cuda.synchronize()
         started = time.perf_counter()
         work()
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+        found.append(time.perf_counter() - started)
+    return found
 
 
 # --- decoding -------------------------------------------------------------------------------------------------------------------
@@ -210,21 +228,26 @@ def prompt(batch):
     return torch.randint(3, 32768, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).cuda()
 
 
-def eager(model, batches=(1, 8)):
+def eager(model, batches=(1, 8), new_tokens=32):
     from helpers import speed
 
     rows = {}
     for batch in batches:
-        rate = speed.decode(model, prompt_tokens=PROMPT, new_tokens=32, batch=batch)
+        rate = speed.decode(model, prompt_tokens=PROMPT, new_tokens=new_tokens, batch=batch)
         rows[str(batch)] = {
             "prefill_s": batch * PROMPT / rate.prefill_tokens_per_s,
             "tokens_per_s": rate.decode_tokens_per_s,
+            "low": rate.decode_low,
+            "high": rate.decode_high,
         }
     return rows
 
 
-def lean(model, batches=(1, 8), compiled=True, profiled=True):
-    """The lean decoder at each batch size; at batch 1 also where the time of a token goes."""
+def lean(model, batches=(1, 8), compiled=True, profiled=True, captured=True, question=None):
+    """The lean decoder at each batch size; at batch 1 also where the time of a token goes, and the answer to `question`.
+
+    compiled=False leaves out torch.compile; captured=False the CUDA graph, for kernels that cannot be captured.
+    """
     import torch
     from lean_decode import LeanDecoder
 
@@ -233,19 +256,25 @@ def lean(model, batches=(1, 8), compiled=True, profiled=True):
         torch._dynamo.reset()
         started = time.perf_counter()
         with contextlib.nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
-            decoder = LeanDecoder(model, batch, LENGTH).capture()
+            decoder = LeanDecoder(model, batch, LENGTH)
+            token = decoder.capture().graph.replay if captured else decoder.step
         ready, ids = time.perf_counter() - started, prompt(batch)
+        new, runs = (NEW, 5) if batch == 1 else (NEW // 2, 3)
 
         @torch.inference_mode()
-        def answer(tokens=NEW):
+        def answer(tokens):
             decoder.position.fill_(PROMPT)
             for _ in range(tokens):
-                decoder.graph.replay()
+                token()
 
-        row = rows[str(batch)] = {"ready_s": ready, "prefill_s": seconds(lambda: decoder.prefill(ids))}
-        row["tokens_per_s"] = batch * NEW / seconds(answer)
+        row = rows[str(batch)] = {"ready_s": ready, "prefill_s": seconds(lambda: decoder.prefill(ids), 3)}
+        found = times(lambda: answer(new), runs)
+        row["tokens_per_s"] = batch * new / statistics.median(found)
+        row["low"], row["high"] = batch * new / max(found), batch * new / min(found)
         if profiled and batch == 1:
             row["profile"] = profile(lambda: answer(16), 16)  # the profiler's own bookkeeping is slow
+        if question is not None and batch == 1 and captured:
+            row["answer"] = decoder.generate(question, ANSWER)[0].tolist()
         del decoder
         torch.cuda.empty_cache()
     return rows
@@ -337,13 +366,14 @@ def decode_int4():
 
 
 def decode_marlin():
+    import layers
     import torch
     from lean_decode import fuse
 
-    model = marlin(random_model(torch.bfloat16))
+    model = layers.replace(random_model(torch.bfloat16), layers.marlin)
     rows = {"eager": eager(model), "bytes": read_bytes(model)}
     del model
-    model = marlin(fuse(random_model(torch.bfloat16)))
+    model = layers.replace(fuse(random_model(torch.bfloat16)), layers.marlin)
     rows["graph"] = lean(model, (1,), compiled=False)
     return rows | {"lean": lean(model)}
 
@@ -359,6 +389,10 @@ def generate_fp16():
     return generate(random_model(torch.float16))
 
 
+def generate_1_5b():
+    return generate(load("float16", real_path()).eval())
+
+
 def generate_int4():
     import torch
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
@@ -366,6 +400,233 @@ def generate_int4():
     model = random_model(torch.bfloat16)
     quantize_(model, Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"))
     return generate(model)
+
+
+# --- the ladder: every way of decoding, one shape, one process -------------------------------------------------------------------
+
+BATCHES, ANSWER = (1, 8, 32), 32
+QWEN = "qwen2.5-coder-1.5b-offline"
+HEAD, NO_HEAD, NOTHING = "layers and head", "layers", "nothing"
+ROWS = {  # label: (dtype, tensors with fewer bits, how, batches)
+    "fp16, lean": ("float16", NOTHING, "lean", BATCHES),
+    "NF4 (bitsandbytes), lean": ("bfloat16", HEAD, "lean", BATCHES),
+    "NF4 (bitsandbytes) without the head, lean": ("bfloat16", NO_HEAD, "lean", (1,)),
+    "int4 (torchao, tinygemm), lean": ("bfloat16", HEAD, "lean", BATCHES),
+    "int4, product by torch.compile, lean": ("bfloat16", HEAD, "lean", (1,)),
+    "FP8 (torch._scaled_mm, rows), lean": ("bfloat16", HEAD, "lean", BATCHES),
+    "FP8 weights, product by torch.compile, lean": ("bfloat16", HEAD, "lean", (1,)),
+    "fp16, eager": ("float16", NOTHING, "eager", BATCHES),
+    "NF4 (bitsandbytes), eager": ("bfloat16", NO_HEAD, "eager", BATCHES),
+    "LLM.int8() (bitsandbytes), eager": ("float16", NO_HEAD, "eager", BATCHES),
+    "GPTQ format (gptqmodel, Marlin), lean": ("bfloat16", HEAD, "lean", BATCHES),
+    # its kernels go to the default stream, which a CUDA graph does not record
+    "GPTQ format (gptqmodel, ExLlamaV2), lean without a graph": ("float16", HEAD, "lean, no graph", BATCHES),
+    "GPTQ format (gptqmodel, ExLlamaV2), eager": ("float16", HEAD, "eager", BATCHES),
+}
+
+
+def kernels():
+    """What gptqmodel compiles at first use, for the steps that need it: seconds, and whether each is there."""
+    import layers
+
+    started = time.perf_counter()
+    built = layers.build()
+    return {"seconds": time.perf_counter() - started} | {name: bool(there) for name, there in built.items()}
+
+
+def ladder(name, words=None):
+    """Each row of ROWS for one shape, "7b" or "1.5b": printed as soon as it is there; a row that fails says why, the others go on."""
+    import torch
+
+    rate = bandwidth()["copy_bytes_per_s"]
+    torch.cuda.empty_cache()
+    question, expected = (None, None) if name == "7b" else real_answer()
+    rows = {}
+    for label in ROWS:
+        if words and not any(word.lower() in label.lower() for word in words):
+            continue
+        started = time.perf_counter()
+        try:
+            row = ladder_row(name, label, question)
+            for batch, found in row["batches"].items():
+                compare(found, int(batch), row["bytes"] / rate, expected)
+        except Exception as error:
+            row = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        row["seconds"] = time.perf_counter() - started
+        rows[label] = row
+        print("ROW " + json.dumps({label: row}), flush=True)
+        gc.collect()
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+    model = "mistral-7b-geometry (random weights)" if name == "7b" else QWEN
+    return {"model": model, "copy_bytes_per_s": rate, "expected": expected, "rows": rows}
+
+
+@cache
+def source(name, dtype):
+    """The model that every row of a ladder begins with; a row changes a copy."""
+    import torch
+
+    if name == "7b":
+        return random_model(getattr(torch, dtype))
+    return load(dtype, real_path()).eval().requires_grad_(False)
+
+
+def ladder_row(name, label, question):
+    from lean_decode import fuse
+
+    dtype, tensors, how, batches = ROWS[label]
+    model = copy.deepcopy(source(name, dtype))
+    if how != "eager":
+        fuse(model)
+    fewer_bits(model, label, head=tensors == HEAD)
+    row = {"quantized": tensors, "dtype": dtype, "bytes": read_bytes(model)}
+    if how == "eager":
+        return row | {"batches": eager(model, batches, new_tokens=16)}
+    captured = how == "lean"
+    # the profile cannot tell products that the compiler wrote from its other kernels
+    profiled = captured and "product" not in label
+    return row | {"batches": lean(model, batches, profiled=profiled, captured=captured, question=question)}
+
+
+def fewer_bits(model, label, head):
+    import layers
+
+    makers = {"NF4": layers.nf4, "LLM.int8": layers.llm_int8, "Marlin": layers.marlin, "ExLlamaV2": layers.exllama_v2([]),
+              "int4, product": layers.Nibbles, "FP8 (": layers.Float8, "FP8 weights": layers.Float8Weight}  # fmt: skip
+    for word, make in makers.items():
+        if word in label:
+            layers.replace(model, make, head)
+    if "tinygemm" in label:
+        tinygemm(model)
+
+
+def tinygemm(model):
+    import torch
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    config = Int4WeightOnlyConfig(
+        group_size=128,
+        int4_packing_format="tile_packed_to_4d",
+        set_inductor_config=False,  # the other rows are compiled without these settings too
+    )
+    quantize_(model, config, lambda layer, _: type(layer) is torch.nn.Linear)
+
+
+def compare(found, batch, least, expected):
+    """Add to a measured batch how much of the bandwidth limit it reaches, and how many first tokens of its answer are fp16's.
+
+    least: seconds that reading the weights takes.
+    """
+    found["share"] = found["tokens_per_s"] / batch * least
+    if "answer" in found:
+        answer = found.pop("answer")
+        same = [got == wanted for got, wanted in zip(answer, expected)]
+        found["first_tokens_as_fp16"] = (same + [False]).index(False)
+
+
+def real_path():
+    from helpers import models
+
+    return models.find(QWEN).path
+
+
+def real_answer():
+    """A prompt for the real model and transformers' greedy answer in fp16: what the rows' answers are compared with."""
+    from transformers import AutoTokenizer
+
+    model, tokenizer = source("1.5b", "float16"), AutoTokenizer.from_pretrained(real_path())
+    question = tokenizer("def quantize(weights, bits):\n", return_tensors="pt").input_ids.cuda()
+    ids = model.generate(question, max_new_tokens=ANSWER, do_sample=False, eos_token_id=None, repetition_penalty=1.0)
+    return question, ids[0, question.shape[1] :].tolist()
+
+
+# --- FP8 products ---------------------------------------------------------------------------------------------------------------
+
+SIZES = (  # tokens, in, out
+    (1, 4096, 14336),
+    (16, 4096, 14336),
+    (512, 4096, 14336),
+    (4096, 4096, 14336),
+    (8192, 8192, 8192),
+)
+
+
+def fp8_matmul():
+    """FP8 products against bf16's at five sizes: seconds (median, fastest, slowest), TFLOP/s, GB/s, how many times as fast.
+
+    Each run is a CUDA graph of products with several matrices in turn, together larger than any cache. Activations are rounded
+    before, except in "rows, activations rounded in time".
+    """
+    import torch
+
+    return {
+        f"{tokens} x {inner} x {outer}": products(torch.Generator("cuda").manual_seed(0), tokens, inner, outer)
+        for tokens, inner, outer in SIZES
+    }
+
+
+def products(generator, tokens, inner, outer, runs=30):
+    import torch
+    from layers import round_rows, round_to_float8
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    x, weights = noise(tokens, inner), [noise(outer, inner) * 0.02 for _ in range(8)]
+    options = dict(out_dtype=torch.bfloat16, use_fast_accum=True)
+    x_one, x_rows = round_to_float8(x), round_to_float8(x, 1)
+    one, rows = [round_to_float8(weight) for weight in weights], [round_to_float8(weight, 1) for weight in weights]
+
+    def scaled(activations, weight):
+        (left, left_scale), (right, right_scale) = activations, weight
+        return torch._scaled_mm(left, right.t(), left_scale, right_scale.t(), **options)
+
+    ways = {
+        "bf16": (2, [partial(torch.nn.functional.linear, x, weight) for weight in weights]),
+        "tensor": (1, [partial(scaled, x_one, weight) for weight in one]),
+        "rows": (1, [partial(scaled, x_rows, weight) for weight in rows]),
+        "rows, activations rounded in time": (
+            1,
+            [lambda weight=weight: scaled(round_rows(x, 1), weight) for weight in rows],
+        ),
+    }
+    found, exact = {}, torch.nn.functional.linear(x, weights[0]).float()
+    for name, (width, work) in ways.items():
+        try:
+            error = ((work[0]().float() - exact).norm() / exact.norm()).item()
+            many = work * (5 if tokens <= 512 else 1)  # long enough that the launch of a graph does not count
+            per_call = [value / len(many) for value in times(graph(many), runs)]
+        except Exception as failure:
+            found[name] = {"failed": f"{type(failure).__name__}: {failure}"[:300]}
+            continue
+        middle = statistics.median(per_call)
+        moved = width * (tokens * inner + inner * outer) + 2 * tokens * outer
+        found[name] = {"seconds": middle, "fastest_s": min(per_call), "slowest_s": max(per_call), "relative_error": error,
+                       "tflop_per_s": 2e-12 * tokens * inner * outer / middle, "gb_per_s": 1e-9 * moved / middle}  # fmt: skip
+        if "seconds" in found.get("bf16", {}):
+            found[name]["times_bf16"] = found["bf16"]["seconds"] / middle
+    return found
+
+
+def graph(work):
+    """One CUDA graph of several calls; each runs three times before, for compiling and choosing kernels. -> a function that replays it."""
+    import torch
+
+    def calls():
+        for call in work:
+            call()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            calls()
+    torch.cuda.current_stream().wait_stream(stream)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        calls()
+    return recorded.replay
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------------------
@@ -596,9 +857,11 @@ def autoawq():
 
 
 STEPS = {step.__name__: step for step in (
-    bandwidth, decode_fp16, decode_int4, decode_marlin, decode_nf4, generate_fp16, generate_int4, memory, fp16_under_16gb, qlora,
-    gptq, gptq_kernels, autoawq, auto_gptq,
+    bandwidth, kernels, decode_fp16, decode_int4, decode_marlin, decode_nf4, generate_fp16, generate_1_5b, generate_int4, fp8_matmul,
+    memory, fp16_under_16gb, qlora, gptq, gptq_kernels, autoawq, auto_gptq,
 )}  # fmt: skip
+LADDERS = {"ladder_7b": partial(ladder, "7b"), "ladder_1_5b": partial(ladder, "1.5b")}
+STEPS |= LADDERS
 
 if __name__ == "__main__":
     main()

@@ -10,22 +10,46 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "notebooks" / "gpu"))
 import lean_decode  # noqa: E402
 
+SHAPE = dict(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    initializer_range=0.2,  # the default makes logits so flat that a tie could decide
+)
+
+
+def random_model(family, **options):
+    """A small model with random weights, and with biases that are not zero (transformers begins with zeros)."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SHAPE, **options)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, tensor in model.named_parameters():
+        if name.endswith("bias"):
+            tensor.data.normal_()
+    return model
+
 
 @pytest.fixture(scope="module")
 def small():
-    from transformers import LlamaConfig, LlamaForCausalLM
+    return random_model("Llama")
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-    )
-    config.initializer_range = 0.2  # the default makes logits so flat that a tie could decide
-    return LlamaForCausalLM(config).eval()
+
+MODELS = {
+    "Llama": lambda: random_model("Llama"),
+    "Qwen2": lambda: random_model("Qwen2", tie_word_embeddings=False),
+    "Qwen2, tied head": lambda: random_model("Qwen2", tie_word_embeddings=True),
+    "Llama, biases everywhere": lambda: random_model("Llama", attention_bias=True, mlp_bias=True),
+}
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def model(request):
+    return MODELS[request.param]()
 
 
 def expected(model, prompt, new_tokens):
@@ -35,36 +59,50 @@ def expected(model, prompt, new_tokens):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_tokens_are_those_of_generate(small, batch):
+def test_tokens_are_those_of_generate(model, batch):
     prompt = torch.randint(1, 320, (batch, 11), generator=torch.Generator().manual_seed(batch))
-    lean = lean_decode.LeanDecoder(small, batch=batch, length=48)
-    assert torch.equal(lean.generate(prompt, 24), expected(small, prompt, 24))
+    lean = lean_decode.LeanDecoder(model, batch=batch, length=48)
+    assert torch.equal(lean.generate(prompt, 24), expected(model, prompt, 24))
     again = prompt.flip(1)[:, :5]  # an old, longer cache is no part of a new answer
-    assert torch.equal(lean.generate(again, 12), expected(small, again, 12))
+    assert torch.equal(lean.generate(again, 12), expected(model, again, 12))
 
 
-def test_fused_matrices_change_nothing(small):
+def test_fused_matrices_change_nothing(model):
     import copy
 
     prompt = torch.arange(1, 10)[None]  # 0 would be padding to `generate`
-    fused = lean_decode.fuse(copy.deepcopy(small))
+    fused = lean_decode.fuse(copy.deepcopy(model))
     assert not hasattr(fused.model.layers[0].self_attn, "q_proj")
-    assert torch.equal(lean_decode.LeanDecoder(fused, length=40).generate(prompt, 20), expected(small, prompt, 20))
+    assert torch.equal(lean_decode.LeanDecoder(fused, length=40).generate(prompt, 20), expected(model, prompt, 20))
 
 
-def test_other_models_are_refused():
-    from transformers import MistralConfig, MistralForCausalLM
+def test_biases_decide():
+    """The comparison would not notice a lost bias if these biases did not change the answer."""
+    prompt = torch.arange(1, 10)[None]
+    model = random_model("Qwen2")
+    with_biases = expected(model, prompt, 20)
+    assert {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith("bias")} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    }
+    for name, tensor in model.named_parameters():
+        if name.endswith("bias"):
+            tensor.data.zero_()
+    assert not torch.equal(with_biases, expected(model, prompt, 20))
 
-    small = dict(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
+
+@pytest.mark.parametrize(
+    ("other", "options"),
+    [
+        ("Mistral", dict(sliding_window=16)),
+        ("Qwen2", dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)),
+        ("Qwen3", dict(head_dim=8)),
+    ],
+)
+def test_other_models_are_refused(other, options):
     with pytest.raises(ValueError, match="no sliding window"):
-        lean_decode.LeanDecoder(MistralForCausalLM(MistralConfig(**small, sliding_window=16)), length=40)
+        lean_decode.LeanDecoder(random_model(other, **options), length=40)
 
 
 @pytest.mark.parametrize("new_tokens", [0, 38])
