@@ -65,7 +65,10 @@ def main():
     if arguments.step:
         return child(*arguments.step)
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    results |= run("facts", "-", "-", arguments, "facts")
+    here = run("facts", "-", "-", arguments, "facts")
+    if "failed" in here:
+        parser.error(here["failed"])
+    results |= here
     results["command"] = "python notebooks/gpu/serve.py " + " ".join(sys.argv[1:])
     for name in arguments.only:
         source, _, reference = ROWS[name]
