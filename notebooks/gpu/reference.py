@@ -139,7 +139,7 @@ def facts():
 def geometry(layers=32):
     from helpers import models
 
-    return models.geometry(layers).path
+    return models.geometry.make(layers).path
 
 
 def shape():
@@ -476,7 +476,7 @@ def ladder_row(name, label, question):
     from lean_decode import fuse
 
     dtype, tensors, how, batches = ROWS[label]
-    model = copy.deepcopy(source(name, dtype))
+    model = source.__wrapped__(name, dtype)  # a fresh one: deepcopy fails on a GPU
     if how != "eager":
         fuse(model)
     fewer_bits(model, label, head=tensors == HEAD)
