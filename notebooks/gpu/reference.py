@@ -12,7 +12,6 @@ of the GPU. A step that was measured on another device than the rest of the file
 
 import argparse
 import contextlib
-import copy
 import gc
 import json
 import os

@@ -231,13 +231,21 @@ def fits(record, peak, size):
 
 
 def main():
+    import ladders
+
     from helpers import figures, files
     from helpers.publishing import pages
 
     record = read()
     PICTURE.write_bytes(figures.to_png(plot(record)))
-    for readme, text in ((ROOT / "README.md", headline(record)), (HERE / "README.md", section(record))):
-        files.write_text(readme, pages.replace_part(readme.read_text(encoding="utf-8"), "gpu", text))
+    ladders.PICTURE.write_bytes(figures.to_png(ladders.plot(record)))
+    parts = (
+        (ROOT / "README.md", "gpu", headline(record)),
+        (HERE / "README.md", "gpu", section(record)),
+        (HERE / "README.md", "ladders", ladders.section(record)),
+    )
+    for readme, part, text in parts:
+        files.write_text(readme, pages.replace_part(readme.read_text(encoding="utf-8"), part, text))
 
 
 if __name__ == "__main__":

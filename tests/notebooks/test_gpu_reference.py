@@ -14,6 +14,7 @@ from helpers import memory, models
 
 FOLDER = ROOT / "notebooks" / "gpu"
 sys.path.insert(0, str(FOLDER))
+import ladders  # noqa: E402
 import reference  # noqa: E402
 import summary  # noqa: E402
 
@@ -174,3 +175,23 @@ def test_readme_says_what_the_record_says():
 def test_a_step_that_fails_is_written_down(tmp_path):
     result = reference.run("bandwidth", timeout=120, log=tmp_path / "log")
     assert re.search("CUDA|NVIDIA", result["failed"]), result
+
+
+def test_the_ladders_of_two_shapes():
+    """Rows that stand side by side are of one device; no row is faster than its bytes allow; the README says what they say."""
+    for step in ladders.SHAPES:
+        found = RECORD[step]
+        assert found["device"] == RECORD["fp8_matmul"]["device"]
+        assert found["rows"].keys().isdisjoint(found.get("not_run", ())), step
+        for label, row in found["rows"].items():
+            speeds = [batch["tokens_per_s"] for batch in row["batches"].values()]
+            assert speeds == sorted(speeds), f"{label}: more requests give more tokens"
+            one = row["batches"]["1"]
+            assert one["low"] <= one["tokens_per_s"] <= one["high"], label
+            assert one["share"] == pytest.approx(
+                one["tokens_per_s"] * row["bytes"] / found["copy_bytes_per_s"], rel=1e-6
+            )
+            assert one["share"] < 1, label
+    fp16 = RECORD["ladder_1_5b"]["rows"][ladders.FP16]["batches"]["1"]
+    assert fp16["first_tokens_as_fp16"] == 32, "the lean loop answers as transformers does"
+    assert ladders.section(RECORD) in (FOLDER / "README.md").read_text(encoding="utf-8")
