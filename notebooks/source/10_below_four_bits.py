@@ -423,7 +423,8 @@ def hqq_grid(groups, bits, steps=8, objective=None):
         codes = codes_of(target, scale, zero, bits)
         if objective is not None:
             rest = target - scale * (codes - zero)
-            objective.append((outlier.abs().sum() + beta / 2 * rest.square().sum()).item())
+            total = outlier.abs().double().sum() + beta / 2 * rest.square().double().sum()
+            objective.append(total.item())
     return scale, zero
 
 
@@ -818,7 +819,8 @@ def autorounded(net, bits):
 for bits in (4, 3, 2) if full else (3,):
     with quietly(), memory.track() as cost:
         tuned = autorounded(net, bits)
-    report(f"autoround-{bits}", tuned.to(found.fast), grid_bits(bits), cost)
+    tuned.to(found.device, found.fast)  # the package leaves it on the CPU
+    report(f"autoround-{bits}", tuned, grid_bits(bits), cost)
     del tuned
     memory.release()
 print(f"{costs['autoround-3'].seconds:.0f} s for {autoround_iters} steps a layer")
