@@ -7,7 +7,7 @@ from typing import Any
 
 from helpers import memory, models, widgets
 from helpers.process import headless
-from helpers.publishing import reference
+from helpers.publishing import pareto, reference
 
 SIZES = ("SmolLM2-135M", "Mistral-7B")
 HARDWARE = ("CPU", "NVIDIA GPU")
@@ -16,7 +16,8 @@ CONTEXT = 4096  # tokens of KV cache that the memory must hold as well
 USABLE = 0.5  # nats of KL divergence; what is beyond is not offered
 WORKING_SPACE = 1.1  # activations, buffers
 
-# How each method stores Linear weights, for `memory.predict`; the rest stays in 16 bits unless said otherwise.
+# Methods whose bytes on another model do not follow from their record (the rest in 32 bits, the head quantized too), or whose format
+# is known exactly: what `memory.predict` takes. All others follow their records.
 FORMATS = {
     "fp32": {"bits": 32, "rest_bits": 32},
     "bf16": {"bits": 16},
@@ -57,13 +58,13 @@ def choose(found, memory_gb, hardware="CPU", fine_tune=False, need="quality", si
     usable = {
         m: r
         for m, r in found.items()
-        if m in FORMATS and r["kl_divergence"] is not None and r["kl_divergence"] < USABLE
+        if r["kl_divergence"] is not None and r["kl_divergence"] < USABLE and linear_bits(r) is not None
     }
     if hardware != "CPU":
         usable = {method: record for method, record in usable.items() if method not in CPU_ONLY}
     if not usable:
         raise ValueError("no record of a method to choose from: run notebooks 00 to 06 first")
-    needed = {method: bytes_needed(method, size) for method in usable}
+    needed = {method: bytes_needed(record, size) for method, record in usable.items()}
     fitting = {method: record for method, record in usable.items() if needed[method] <= memory_gb * 1e9}
     if not fitting:
         least = min(needed, key=lambda method: needed[method])
@@ -86,23 +87,52 @@ def choose(found, memory_gb, hardware="CPU", fine_tune=False, need="quality", si
             reason += f" ({record['decode_tokens_per_s'] / found['bf16']['decode_tokens_per_s']:.1f} times bf16)"
     elif need == "speed":
         reason += "; no speed was measured on such hardware, so this is the best quality that fits"
+    if record["decode_tokens_per_s"] is None:
+        reason += f"; only simulated here, so look in notebook {record['notebook'][:2]} for an engine that decodes it"
     return Advice(best, record["notebook"][:2], f"{reason}. {len(fitting)} of {len(usable)} usable methods fit.")
 
 
-@functools.cache
-def bytes_needed(method, size):
+def bytes_needed(record, size):
     """Bytes for weights, scales, a KV cache of CONTEXT tokens and working space."""
-    predicted = memory.predict(_config(size), **FORMATS[method], context=CONTEXT)
-    return WORKING_SPACE * predicted.total
+    if record["method"] in FORMATS:
+        return WORKING_SPACE * _predicted(size, **FORMATS[record["method"]]).total
+    full = _predicted(size, bits=16)
+    rest = full.rest
+    if record["method"].startswith("gguf"):
+        rest = rest * record["bits_per_weight"] / 16
+    return WORKING_SPACE * (full.weights * linear_bits(record) / 16 + rest + full.kv_cache)
+
+
+def linear_bits(record):
+    """Bits that a record's method takes for each weight of a Linear layer, scales counted; None where its record does not say.
+
+    The rest of the model is in 16 bits. A rotated model's head is a weight of its own, which other models have anyway. A GGUF file
+    quantizes everything, so there it is the file's mean, which is more than a model with longer rows needs.
+    """
+    if record["method"] in FORMATS:
+        return FORMATS[record["method"]]["bits"]
+    small = next((name for name in SIZES if record["model"].startswith(name)), None)
+    if record["weight_bytes"] is None or small is None or record["method"] in pareto.FINE_TUNED:
+        return None
+    if record["method"].startswith("gguf"):
+        return record["bits_per_weight"]
+    full = _predicted(small, bits=16)
+    rest = full.rest
+    if "rotated" in record["method"] and _config(small).tie_word_embeddings:
+        rest += 2 * _config(small).vocab_size * _config(small).hidden_size
+    return 16 * (record["weight_bytes"] - rest) / full.weights
+
+
+@functools.cache
+def _predicted(size, **layout):
+    return memory.predict(_config(size), **layout, context=CONTEXT)
 
 
 def _training(found, memory_gb, size):
     """Full fine-tuning where it fits, else QLoRA, else nothing."""
     parameters = memory.predict(_config(size)).parameters
     full = TRAINING_BYTES * parameters
-    small = (
-        WORKING_SPACE * memory.predict(_config(size), **FORMATS["nf4"], context=CONTEXT).total + 0.5e9
-    )  # adapters, activations
+    small = WORKING_SPACE * _predicted(size, **FORMATS["nf4"]).total + 0.5e9  # adapters, activations
     if full <= memory_gb * 1e9:
         return Advice("fp32", "02", f"all weights of {size} can be trained: {TRAINING_BYTES} bytes for each of {parameters / 1e9:.2f} billion are "
                       f"{full / 1e9:.0f} of your {memory_gb:g} GB. Train first, quantize afterwards (or with QAT).")  # fmt: skip

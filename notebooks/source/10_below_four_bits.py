@@ -35,15 +35,18 @@ calibration_length = 128
 autoround_iters = 20
 layers_per_block = 5
 
-# %%
+# %% jupyter={"source_hidden": true}
 import contextlib
 import copy
+import datetime
 import io
+import json
 import logging
 import math
 import warnings
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from IPython.display import display
@@ -51,10 +54,10 @@ from torch.ao.quantization import quantize_dynamic
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from helpers import evaluation, exercises, figures, memory, models, records
+from helpers import evaluation, exercises, figures, files, memory, models, records
 from helpers.process import headless
 
-# %%
+# %% jupyter={"source_hidden": true}
 figures.style()
 transformers_logging.disable_progress_bar()
 warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao.quantization says this in every call
@@ -161,19 +164,20 @@ def rotation(size, seed=0):
 
 
 # %%
-rows = {}
-for size in (4, 576, 1536, 8960):
-    turn = rotation(size)
-    some = torch.linspace(0, size - 1, min(size, 64)).long()  # all rows would take a minute
-    gap = (turn[some] @ turn.T - torch.eye(size, dtype=torch.float64)[some]).abs().max().item()
-    largest = turn.abs().max().item() * size**0.5
-    rows[size] = {
+def checked(size):
+    """A row about the rotation of this size, looked at in some of its rows: all of them would take a minute."""
+    turn, some = rotation(size), torch.linspace(0, size - 1, min(size, 64)).long()
+    products = turn[some] @ turn.T
+    products[torch.arange(len(some)), some] -= 1
+    return {
         "power of two": size & -size,
         "odd part": size // (size & -size),
-        "largest entry x sqrt(size)": largest,
-        "distance from orthogonal": gap,
+        "largest entry x sqrt(size)": turn[some].abs().max().item() * size**0.5,
+        "distance from orthogonal": products.abs().max().item(),
     }
-sizes = pd.DataFrame(rows).T
+
+
+sizes = pd.DataFrame({size: checked(size) for size in (4, 576, 1536, 8960)}).T
 assert sizes["distance from orthogonal"].max() < 1e-10
 sizes
 
@@ -233,11 +237,9 @@ def rotate_block(block, turn):
 # %%
 def untied(net):
     """A copy whose head has memory of its own."""
-    config = copy.deepcopy(net.config)
-    config.tie_word_embeddings = False
-    copied = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(net.device).eval()
-    state = net.state_dict()
-    copied.load_state_dict(state | {"lm_head.weight": net.get_output_embeddings().weight})
+    copied = copy.deepcopy(net)
+    copied.config.tie_word_embeddings = False
+    copied.lm_head.weight = torch.nn.Parameter(copied.lm_head.weight.detach().clone())
     return copied
 
 
@@ -257,7 +259,7 @@ assert gap < 1e-3, "the rotated model is another function"
 # residual stream of a middle layer at its loudest token:
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 @torch.inference_mode()
 def stream(net, ids):
     """The residual stream at the middle layer, float32 [tokens, channels]."""
@@ -285,7 +287,7 @@ spread = pd.DataFrame(
 ).set_index("stream")
 assert peak(after) < peak(before) or not trained, "the rotation did not spread the outlier"
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
 for ax, vector, name in zip(axes, (before, after), ("as trained", "rotated")):
     ax.plot(vector.abs(), ".", markersize=3, color=figures.PALETTE[0])
@@ -472,7 +474,7 @@ one_layer.round(4)
 # the weight it is the trace of `E H Eᵀ`.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 @torch.no_grad()
 def own_text(net, samples, length, seed=0):
     """Token ids that the model samples from its first token on, int64 [samples, length]."""
@@ -504,6 +506,9 @@ class Base:
         inside = self.net.model.layers.named_modules()
         self.layers = {name: module for name, module in inside if isinstance(module, torch.nn.Linear)}
         self.weights = {name: net.model.layers.get_submodule(name).weight.detach() for name in self.layers}
+        self.readers = {}  # {the first layer that reads an input: all layers that read it}
+        for name in self.layers:
+            self.readers.setdefault(reads_with(name), []).append(name)
         self.hessians = hessians(self, calibration)
 
     @torch.no_grad()
@@ -534,8 +539,7 @@ def hessians(base, windows):
 
         return hook
 
-    firsts = {name: module for name, module in base.layers.items() if reads_with(name) == name}
-    hooks = [module.register_forward_pre_hook(add(name)) for name, module in firsts.items()]
+    hooks = [base.layers[name].register_forward_pre_hook(add(name)) for name in base.readers]
     for part in windows.to(base.net.device).split(4):
         base.net.model(input_ids=part, use_cache=False)
     for hook in hooks:
@@ -623,7 +627,7 @@ both = pd.DataFrame(
 )
 both.round(4)
 
-# %%
+# %% jupyter={"source_hidden": true}
 fig, ax = plt.subplots(figsize=(7, 2.6))
 ax.plot(losses, color=figures.PALETTE[0])
 kept = output_error(learned) / output_error(rounded)
@@ -722,11 +726,14 @@ def grid_bits(bits, zero_bits=None):
 
 # %%
 def quantized_layers(base, quantize, bits):
-    """{layer: quantized weight} of a whole model; the Hessians are those of its calibration text."""
-    return {
-        layer: quantize(weight, bits, group_size, base.hessians[reads_with(layer)]).to(found.fast)
-        for layer, weight in base.weights.items()
-    }
+    """{layer: quantized weight} of a whole model; layers that read one input are stacked and quantized together."""
+    quantized = {}
+    for first, layers in base.readers.items():
+        stacked = torch.cat([base.weights[layer] for layer in layers])
+        rows = [len(base.weights[layer]) for layer in layers]
+        together = quantize(stacked, bits, group_size, base.hessians[first]).to(found.fast)
+        quantized |= dict(zip(layers, together.split(rows)))
+    return quantized
 
 
 # %%
@@ -770,7 +777,7 @@ if not full:  # no other row needs the rotated model, and it takes more than a g
 # as you would write it:
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def quietly():
     """Progress bars and log lines: shown in Jupyter, left out of a batch run."""
     stack = contextlib.ExitStack()
@@ -780,7 +787,7 @@ def quietly():
     return stack
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 with quietly():
     from auto_round import AutoRound
 logging.getLogger("autoround").setLevel(logging.ERROR)
@@ -816,13 +823,20 @@ def autorounded(net, bits):
 
 
 # %%
-for bits in (4, 3, 2) if full else (3,):
+def autoround_row(row, net, bits):
+    """As `row_of`, with the package."""
     with quietly(), memory.track() as cost:
         tuned = autorounded(net, bits)
     tuned.to(found.device, found.fast)  # the package leaves it on the CPU
-    report(f"autoround-{bits}", tuned, grid_bits(bits), cost)
-    del tuned
+    report(row, tuned, grid_bits(bits), cost)
     memory.release()
+
+
+# %%
+for bits in (4, 3, 2) if full else (3,):
+    autoround_row(f"autoround-{bits}", net, bits)
+    if full:
+        autoround_row(f"autoround-rotated-{bits}", rotated_net, bits)
 print(f"{costs['autoround-3'].seconds:.0f} s for {autoround_iters} steps a layer")
 
 
@@ -835,7 +849,7 @@ print(f"{costs['autoround-3'].seconds:.0f} s for {autoround_iters} steps a layer
 # block of 256 does not divide a row falls back to a 4-bit type, and the bits of the row show it.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def awq(weight, bits, group_size=64, hessian=None):
     """Rounding with columns scaled by loudness ** alpha, for the best of ten alphas."""
     loudness, best, lowest = hessian.diagonal().sqrt().clamp(min=1e-6), None, float("inf")
@@ -850,7 +864,7 @@ def awq(weight, bits, group_size=64, hessian=None):
     return best
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def nf4(weight, *_):
     from bitsandbytes import functional
 
@@ -858,7 +872,7 @@ def nf4(weight, *_):
     return functional.dequantize_4bit(packed, state).float()
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def gguf_type(asked, columns):
     """The type that rows of this length can have: its own, or a 4-bit one in blocks of 32."""
     import gguf
@@ -868,7 +882,7 @@ def gguf_type(asked, columns):
     return kind if fits else gguf.GGMLQuantizationType.IQ4_NL
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def in_gguf(asked):
     """A function that quantizes as GGUF's type does, without an importance matrix."""
     import gguf
@@ -882,7 +896,7 @@ def in_gguf(asked):
     return quantize
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def gguf_bits(asked, weights):
     """Bits per weight of all layers together."""
     import gguf
@@ -891,7 +905,7 @@ def gguf_bits(asked, weights):
     return sum(count * 8 * size / block for count, (block, size) in sizes) / sum(count for count, _ in sizes)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def other_row(row, base, quantize, bits_per_weight):
     """As `row_of`, for a format with a grid of its own."""
     with memory.track() as cost, torch.inference_mode():
@@ -916,78 +930,120 @@ if full:
 # %% [markdown]
 # ### The result
 
-# %%
-WITHOUT_DATA = ("rtn", "hqq", "nf4", "gguf")
+# %% jupyter={"source_hidden": true}
+WITHOUT_DATA = ("rtn", "hqq", "nf4", "gguf", "ternary")
+protocol = {"model": found.name, "group_size": group_size, "eval_tokens": eval_tokens}
 
 
+# %% jupyter={"source_hidden": true}
 def facts(row):
-    """What the table says of a row."""
-    scores = quality[row]
-    shown = {"bits per weight": grids[row], "KL": scores.kl_divergence, "low": scores.kl_low, "high": scores.kl_high}
-    shown |= {"same top-1": scores.top1_agreement, "KL, pydoc": second[row].kl_divergence}
-    return shown | {"seconds": costs[row].seconds, "needs text": not row.startswith(WITHOUT_DATA)}
+    """What is known of a row, as plain numbers."""
+    scores, cost = quality[row], costs[row]
+    said = {"bits per weight": grids[row], "KL": scores.kl_divergence, "low": scores.kl_low, "high": scores.kl_high}
+    said |= {"same top-1": scores.top1_agreement, "KL, pydoc": second[row].kl_divergence}
+    said |= {"seconds": cost.seconds if cost else None, "needs text": not row.startswith(WITHOUT_DATA)}
+    return said | {"KL by window": scores.kl_by_window.tolist()}
 
+
+# %% jupyter={"source_hidden": true}
+def shown(rows):
+    """A table of rows {name: facts}."""
+    table = pd.DataFrame.from_dict(rows, orient="index").drop(columns="KL by window")
+    return table.round({"seconds": 0, "same top-1": 3}).round(3)
+
+
+here = {row: facts(row) for row in quality}
+shown(here)
+
+# %% [markdown]
+# `full=True` adds the other methods, all three widths of AutoRound and all of the rotated model. We ran it once, and its
+# rows lie in [full.jsonl](below_four_bits/full.jsonl), one line a row, with the KL of every window. The rows that your run
+# left out, from that file:
+
+# %% jupyter={"source_hidden": true}
+full_run = files.NOTEBOOKS / "below_four_bits" / "full.jsonl"
+committed = {
+    line.pop("row"): line
+    for line in map(json.loads, full_run.read_text(encoding="utf-8").splitlines())
+    if protocol.items() <= line.items()
+}
+committed = {row: {name: line[name] for name in here["rtn-3"]} for row, line in committed.items()}
+left_out = {row: line for row, line in committed.items() if row not in here and "mixed" not in row and row != "ternary"}
+shown(left_out) if left_out else "no full run with this model, group size and text is in the file"
 
 # %%
-table = pd.DataFrame.from_dict({row: facts(row) for row in quality}, orient="index")
-table.round(3)
-
+everything = left_out | here
+both_runs = [row for row in here if row in committed]
+apart = [abs(here[row]["KL"] / committed[row]["KL"] - 1) for row in both_runs]
+print(f"{len(both_runs)} rows are in both runs; their KLs differ by {max(apart, default=0):.1%} at most")
 
 # %%
-lines = table[["bits per weight", "KL"]].astype(float)
+lines = pd.DataFrame.from_dict(everything, orient="index")[["bits per weight", "KL", "low", "high"]].astype(float)
 lines["method"] = [row.rsplit("-", 1)[0] for row in lines.index]  # the name without the bits at its end
-lines["bits"] = [row[-1] for row in lines.index]
-best = {bits: lines[lines["bits"] == bits]["KL"].idxmin() for bits in ("4", "3", "2")}
+lines["bits"] = lines["bits per weight"].astype(int)  # what it takes, not what its name says
+best = {bits: lines[lines["bits"] == bits]["KL"].idxmin() for bits in (4, 3, 2)}
 best
 
-# %%
+# %% jupyter={"source_hidden": true}
 LOOKS = {"rtn": "o", "hqq": "s", "gptq": "D", "autoround": "^", "awq": "v", "nf4": "P", "gguf": "X"}
 
 
-# %%
-def draw_line(ax, method, part):
-    """One method's points; a rotated model's are hollow."""
-    base, hollow = method.split("-")[0], "rotated" in method
-    look = {"marker": LOOKS[base], "color": figures.PALETTE[list(LOOKS).index(base) % 6], "label": method}
-    look |= {"linestyle": "--", "markerfacecolor": "white"} if hollow else {}
-    part = part.sort_values("bits per weight")
-    ax.plot(part["bits per weight"], part["KL"], **look)
+def draw_lines(ax, lines):
+    """A line a method, with the intervals of its points and its name beside the legend's marker."""
+    for method, part in lines.groupby("method", sort=False):
+        base, part = method.split("-")[0], part.sort_values("bits per weight")
+        reach = [part["KL"] - part["low"], part["high"] - part["KL"]]
+        look = {"marker": LOOKS[base], "color": figures.PALETTE[list(LOOKS).index(base) % 6], "label": base}
+        ax.errorbar(part["bits per weight"], part["KL"], reach, capsize=2, markersize=5, linewidth=1.2, **look)
 
 
-# %%
-fig, ax = plt.subplots(figsize=(8, 4.4))
-for method, part in lines.groupby("method", sort=False):
-    draw_line(ax, method, part)
-ax.set(
-    yscale="log",
-    title="Below four bits the methods part",
-    xlabel="bits per weight of the Linear layers, scales counted",
-)
-ax.set_ylabel("KL (less is better)")
-ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+# %% jupyter={"source_hidden": true}
+rotated_rows = lines["method"].str.contains("rotated")
+fig, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharex=True, sharey=True, layout="constrained")
+for ax, part, name in zip(axes, (lines[~rotated_rows], lines[rotated_rows]), ("as trained", "rotated")):
+    draw_lines(ax, part)
+    ax.set(yscale="log", title=name, xlabel="bits per weight, scales counted")
+axes[0].set_ylabel("KL, nats (less is better)")
+axes[0].legend(loc="lower left")
+fig.suptitle("Below four bits the methods part")
 leaders = "; ".join(f"at {bits} bits {row} with {lines['KL'][row]:.3f}" for bits, row in best.items())
 figures.show(
     fig,
-    alt=f"KL divergence of {found.name} from the untouched model against bits per weight, a line a method. "
-    f"The lowest: {leaders}.",
+    alt=f"KL divergence of {found.name} from the untouched model against bits per weight, a line a method, in two "
+    f"panels: as trained, and with the residual stream rotated. The lowest: {leaders}.",
     table=lines.pivot_table(index="method", columns="bits", values="KL", sort=False).round(3),
 )
 
 
-# %%
-def compared(first, other):
-    """One row against another, with the interval of their difference on the same windows."""
-    mean, low, high = evaluation.difference(quality[first], quality[other])
+# %% jupyter={"source_hidden": true}
+def scores_of(row):
+    """The scores of a row of either run, as far as a comparison needs them."""
+    line = everything[row]
+    return evaluation.Scores(math.nan, line["KL"], kl_by_window=np.array(line["KL by window"]))
+
+
+def against(first, other):
+    """KL of one row minus another's on the same windows, with the interval of that difference."""
+    mean, low, high = evaluation.difference(scores_of(first), scores_of(other))
     word = "better" if high < 0 else "worse" if low > 0 else "not told apart"
-    return {"": f"{first} against {other}", "KL": mean, "low": low, "high": high, "verdict": word}
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] {word}"
 
+
+# %% jupyter={"source_hidden": true}
+def versus(pairs):
+    """{name: (first, other) for each of 4, 3, 2 bits} as a table of what both runs have."""
+    cells = {
+        name: {f"{bits} bits": (f"{first}-{bits}", f"{other}-{bits}") for bits in (4, 3, 2)}
+        for name, (first, other) in pairs.items()
+    }
+    table = pd.DataFrame(cells).T
+    return table.map(lambda pair: against(*pair) if everything.keys() >= set(pair) else "")
+
+
+versus({f"{method} against rtn": (method, "rtn") for method in ("hqq", "gptq", "awq", "autoround")})
 
 # %%
-pairs = [(f"{method}-{bits}", f"rtn-{bits}") for bits in (4, 3, 2) for method in ("hqq", "gptq")]
-pairs += [("autoround-3", "rtn-3"), ("autoround-3", "gptq-3"), ("autoround-3", "hqq-3")]
-pairs += [(f"{method}-rotated-3", f"{method}-3") for method in ("rtn", "gptq")]
-verdicts = pd.DataFrame([compared(*pair) for pair in pairs]).set_index("")
-verdicts.round(3)
+versus({f"{method}, rotated": (f"{method}-rotated", method) for method in ("rtn", "hqq", "gptq", "awq", "autoround")})
 
 # %% [markdown]
 # Rounding at 3 bits is the row that every method has to beat. What does not beat it stands in the table as it is. A mean
@@ -1013,7 +1069,7 @@ print(f"AutoRound is closer than rounding on {better_on} of {len(by_window)} win
 by_bits = {bits: quality[f"rtn-{bits}"].kl_divergence for bits in (4, 3, 2)}
 if trained:
     assert by_bits[4] < by_bits[3] < by_bits[2], f"fewer bits should cost more: {by_bits}"
-at_three = lines[lines["bits"] == "3"]["KL"].sort_values()
+at_three = lines[lines["bits"] == 3]["KL"].sort_values()
 at_three.round(3).to_frame()
 
 
@@ -1071,7 +1127,7 @@ options = [
     {bits: (unit_cost(layers, bits), unit_bytes(layers, bits)) for bits in (2, 3, 4)} for layers in units.values()
 ]
 
-# %%
+# %% jupyter={"source_hidden": true}
 heat = pd.Series({unit: choices[2][0] for unit, choices in zip(units, options)}).unstack()
 heat = heat.loc[list(KINDS.values())]
 fig, ax = plt.subplots(figsize=(7, 2.6))
@@ -1131,8 +1187,8 @@ plain.put({layer: hqq_weights[plan[unit_of(layer)]][layer] for layer in plain.la
 weight_count = sum(weight.numel() for weight in plain.weights.values())
 report("hqq-mixed-3", plain.net, 8 * spent / weight_count)
 plain.put(plain.weights)
-mixed_gain = compared("hqq-mixed-3", "hqq-3")
-pd.DataFrame([mixed_gain]).set_index("").round(3)
+mean, low, high = evaluation.difference(quality["hqq-mixed-3"], quality["hqq-3"])
+print(f"hqq-mixed-3 against hqq-3: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
 
 # %% [markdown]
 # The map adds up costs that were measured one at a time. Errors of many units do not simply add, so compare the map's
@@ -1143,7 +1199,7 @@ pd.DataFrame([mixed_gain]).set_index("").round(3)
 # **Ternary** weights are -1, 0 or 1 times a scale: log2(3) = 1.58 bits, and 1.83 with a 16-bit scale for 64. llama.cpp
 # has two types for them:
 
-# %%
+# %% jupyter={"source_hidden": true}
 import gguf
 
 pd.DataFrame(
@@ -1190,7 +1246,7 @@ print(
 # measures quality, not speed. To be fast, an engine needs a kernel that reads the packed bits. What the packages of
 # this course have for groups of integers with a zero point:
 
-# %%
+# %% jupyter={"source_hidden": true}
 from auto_round.inference.backend import BackendInfos
 
 
@@ -1204,7 +1260,7 @@ def kernels(bits, device):
     return sorted(fits)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 by_width = pd.DataFrame(
     {f"{bits} bits": {device: ", ".join(kernels(bits, device)) for device in ("cpu", "cuda")} for bits in (4, 3, 2)}
 ).T
@@ -1231,7 +1287,7 @@ with pd.option_context("display.max_colwidth", None):
 # The five guides that this course grew out of stop at 4 bits: none of them says what happens below. So the table of
 # this notebook is empty.
 
-# %%
+# %% jupyter={"source_hidden": true}
 from helpers.publishing import claims
 
 claims.write(output_dir, notebook="10_below_four_bits", found=found, findings=[])
@@ -1251,7 +1307,7 @@ def bits_with_scales(bits, group_size):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_bits(function):
     assert function(3, 64) is not None, "return a number"
     assert abs(function(3, 64) - 3) > 1e-9, "the scale and the zero point are missing"
@@ -1284,7 +1340,7 @@ def fast_hadamard(vector):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_fast(function):
     x = torch.randn(64, dtype=torch.float64, generator=torch.manual_seed(0))
     kept, answer = x.clone(), function(x)
@@ -1324,7 +1380,7 @@ def gptq_on_hqq(weight, bits, factor, group_size=64):
     ...
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def test_both(function):
     H = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
@@ -1386,7 +1442,7 @@ quiz.Quiz("10_below_four_bits")
 # <!-- navigation -->
 # <!-- /navigation -->
 
-# %%
+# %% jupyter={"source_hidden": true}
 parameters = memory.predict(config, bits=16).parameters
 
 
@@ -1396,12 +1452,12 @@ def bytes_of(row):
     return round(weight_count * grids[row] / 8 + 2 * (parameters - weight_count) + untied_head)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def peak_bytes(cost):
     return (cost.peak_vram if found.device == "cuda" else cost.peak_ram) if cost else None
 
 
-# %% tags=["record"]
+# %% jupyter={"source_hidden": true} tags=["record"]
 for row, scores in quality.items():
     records.write(
         output_dir,
@@ -1417,3 +1473,10 @@ for row, scores in quality.items():
         decode_tokens_per_s=None,  # simulated: the weights were restored to 16 bits
         quantize_seconds=costs[row].seconds if costs[row] else None,
     )
+
+# %% jupyter={"source_hidden": true}
+if full:  # the file that a run without `full` reads
+    run = protocol | {"device": records.device_name(found.device), "date": f"{datetime.date.today()}"}
+    run |= {"calibration": [calibration_samples, calibration_length], "autoround_iters": autoround_iters}
+    text = "".join(json.dumps(run | {"row": row} | facts(row)) + "\n" for row in quality)
+    files.write_text(files.folder(output_dir) / "below_four_bits.jsonl", text)

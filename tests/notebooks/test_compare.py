@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_claims import record
 
-from helpers import files
+from helpers import files, memory, models
 from helpers.publishing import guide, pareto, reference, report, run, tables
 
 # The frontier
@@ -271,11 +271,27 @@ def test_guide_never_offers_what_does_not_fit_or_ruins_the_model(measured):
         for need in guide.NEEDS:
             for hardware in guide.HARDWARE:
                 advice = guide.choose(measured, memory_gb, hardware, need=need)
-                assert guide.bytes_needed(advice.method, "Mistral-7B") <= memory_gb * 1e9
+                assert guide.bytes_needed(measured[advice.method], "Mistral-7B") <= memory_gb * 1e9
                 assert measured[advice.method]["kl_divergence"] < guide.USABLE and advice.method != "int8-dynamic"
                 assert (
                     advice.notebook == measured[advice.method]["notebook"][:2] and f"{memory_gb:g} GB" in advice.reason
                 )
+
+
+def test_guide_follows_the_records(measured):
+    """A method needs no line in the guide: its record says how many bits a weight takes, on any model."""
+    bits = {method: guide.linear_bits(record) for method, record in measured.items()}
+    known = {"gptq-3": 3.297, "gptq-rotated-3": 3.297, "hqq-4": 4.5, "mxfp4": 4.25, "int4-g64": 4.25, "llm-int8": 8}
+    assert {method: bits[method] for method in known} == pytest.approx(known, rel=0.01)
+    assert bits["qlora"] is None and bits["rtn-int4"] is None, "fine-tuned, or without bytes"
+    offered = {r["notebook"][:2] for m, r in measured.items() if bits[m] and r["kl_divergence"] < guide.USABLE}
+    assert {"08", "09", "10"} <= offered
+    only = {"mine-3": measured["gptq-3"] | {"method": "mine-3", "kl_divergence": 0.1}}
+    advice = guide.choose(only, 8)
+    assert advice.method == "mine-3" and advice.notebook == "10" and "only simulated here" in advice.reason
+    linear = memory.predict(models.mistral_config(), bits=16).weights / 2
+    wanted = linear * 3.297 / 8 + 2 * 2 * 32768 * 4096
+    assert guide.bytes_needed(only["mine-3"], "Mistral-7B") == pytest.approx(1.1 * (wanted + 0.54e9), rel=0.02)
 
 
 def test_guide_says_when_nothing_fits(measured):
