@@ -770,77 +770,6 @@ if not full:  # no other row needs the rotated model, and it takes more than a g
     memory.release()
 
 # %% [markdown]
-# ### AutoRound, the package
-#
-# `auto-round` tunes one decoder layer at a time on the layer's own outputs. Its defaults are 200 steps and 128 samples of
-# 2,048 tokens. This run makes `autoround_iters` steps on the text above, so that it ends within minutes on a CPU. The call
-# as you would write it:
-
-
-# %% jupyter={"source_hidden": true}
-def quietly():
-    """Progress bars and log lines: shown in Jupyter, left out of a batch run."""
-    stack = contextlib.ExitStack()
-    if headless():
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-    return stack
-
-
-# %% jupyter={"source_hidden": true}
-with quietly():
-    from auto_round import AutoRound
-logging.getLogger("autoround").setLevel(logging.ERROR)
-
-
-# %%
-def beginning_anywhere(rows):
-    """Two thirds of each row, each from another token on: other text does not begin with this model's first token either."""
-    length = rows.shape[1] * 2 // 3
-    starts = [1 + 37 * number % (rows.shape[1] - length) for number in range(len(rows))]
-    return torch.stack([row[start : start + length] for row, start in zip(rows, starts)])
-
-
-# %%
-def autorounded(net, bits):
-    """The model, quantized by the package: plain Linear layers that hold the restored weights."""
-    rows = beginning_anywhere(calibration)
-    tuner = AutoRound(
-        copy.deepcopy(net).to(found.fast),
-        tokenizer=tokenizer,
-        bits=bits,
-        group_size=group_size,
-        sym=False,
-        iters=autoround_iters,  # the package's own default is 200
-        dataset=list(rows.split(1)),
-        nsamples=len(rows),
-        seqlen=rows.shape[1],
-        batch_size=8,
-        enable_torch_compile=False,
-        device_map=found.device,
-    )
-    return tuner.quantize()[0]
-
-
-# %%
-def autoround_row(row, net, bits):
-    """As `row_of`, with the package."""
-    with quietly(), memory.track() as cost:
-        tuned = autorounded(net, bits)
-    tuned.to(found.device, found.fast)  # the package leaves it on the CPU
-    report(row, tuned, grid_bits(bits), cost)
-    memory.release()
-
-
-# %%
-for bits in (4, 3, 2) if full else (3,):
-    autoround_row(f"autoround-{bits}", net, bits)
-    if full:
-        autoround_row(f"autoround-rotated-{bits}", rotated_net, bits)
-print(f"{costs['autoround-3'].seconds:.0f} s for {autoround_iters} steps a layer")
-
-
-# %% [markdown]
 # ### With `full=True`: AWQ, NF4 and the types of GGUF
 #
 # Three more families, for a machine with time. **AWQ** ([06](06_awq.ipynb)) multiplies loud columns before rounding and
@@ -926,6 +855,77 @@ if full:
     for bits in (4, 3, 2):
         kind = f"Q{bits}_K"
         other_row(f"gguf-linear-{bits}", plain, in_gguf(kind), gguf_bits(kind, plain.weights))
+
+# %% [markdown]
+# ### AutoRound, the package
+#
+# `auto-round` tunes one decoder layer at a time on the layer's own outputs. Its defaults are 200 steps and 128 samples of
+# 2,048 tokens. This run makes `autoround_iters` steps on the text above, so that it ends within minutes on a CPU. The call
+# as you would write it:
+
+
+# %% jupyter={"source_hidden": true}
+def quietly():
+    """Progress bars and log lines: shown in Jupyter, left out of a batch run."""
+    stack = contextlib.ExitStack()
+    if headless():
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    return stack
+
+
+# %% jupyter={"source_hidden": true}
+with quietly():
+    from auto_round import AutoRound
+logging.getLogger("autoround").setLevel(logging.ERROR)
+
+
+# %%
+def beginning_anywhere(rows):
+    """Two thirds of each row, each from another token on: other text does not begin with this model's first token either."""
+    length = rows.shape[1] * 2 // 3
+    starts = [1 + 37 * number % (rows.shape[1] - length) for number in range(len(rows))]
+    return torch.stack([row[start : start + length] for row, start in zip(rows, starts)])
+
+
+# %%
+def autorounded(net, bits):
+    """The model, quantized by the package: plain Linear layers that hold the restored weights."""
+    rows = beginning_anywhere(calibration)
+    tuner = AutoRound(
+        copy.deepcopy(net).to(found.fast),
+        tokenizer=tokenizer,
+        bits=bits,
+        group_size=group_size,
+        sym=False,
+        iters=autoround_iters,  # the package's own default is 200
+        dataset=list(rows.split(1)),
+        nsamples=len(rows),
+        seqlen=rows.shape[1],
+        batch_size=8,
+        enable_torch_compile=False,
+        device_map=found.device,
+    )
+    return tuner.quantize()[0]
+
+
+# %%
+def autoround_row(row, net, bits):
+    """As `row_of`, with the package."""
+    with quietly(), memory.track() as cost:
+        tuned = autorounded(net, bits)
+    tuned.to(found.device, found.fast)  # the package leaves it on the CPU
+    report(row, tuned, grid_bits(bits), cost)
+    memory.release()
+
+
+# %%
+for bits in (4, 3, 2) if full else (3,):
+    autoround_row(f"autoround-{bits}", net, bits)
+    if full:
+        autoround_row(f"autoround-rotated-{bits}", rotated_net, bits)
+print(f"{costs['autoround-3'].seconds:.0f} s for {autoround_iters} steps a layer")
+
 
 # %% [markdown]
 # ### The result
