@@ -39,6 +39,7 @@ layers_per_block = 5
 import contextlib
 import copy
 import datetime
+import gc
 import io
 import json
 import logging
@@ -912,8 +913,10 @@ def autorounded(net, bits):
 # %%
 def autoround_row(row, net, bits):
     """As `row_of`, with the package."""
+    gc.freeze()  # the package collects garbage several times a layer; what was there before need not be looked at
     with quietly(), memory.track() as cost:
         tuned = autorounded(net, bits)
+    gc.unfreeze()
     tuned.to(found.device, found.fast)  # the package leaves it on the CPU
     report(row, tuned, grid_bits(bits), cost)
     memory.release()
@@ -941,7 +944,10 @@ def facts(row):
     scores, cost = quality[row], costs[row]
     said = {"bits per weight": grids[row], "KL": scores.kl_divergence, "low": scores.kl_low, "high": scores.kl_high}
     said |= {"same top-1": scores.top1_agreement, "KL, pydoc": second[row].kl_divergence}
-    said |= {"seconds": cost.seconds if cost else None, "needs text": not row.startswith(WITHOUT_DATA)}
+    said |= {
+        "seconds": cost.seconds if cost else None,
+        "needs text": "mixed" in row or not row.startswith(WITHOUT_DATA),
+    }
     return said | {"KL by window": scores.kl_by_window.tolist()}
 
 
