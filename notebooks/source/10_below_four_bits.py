@@ -919,6 +919,7 @@ def autoround_row(row, net, bits):
     gc.unfreeze()
     tuned.to(found.device, found.fast)  # the package leaves it on the CPU
     report(row, tuned, grid_bits(bits), cost)
+    del tuned
     memory.release()
 
 
