@@ -93,14 +93,15 @@ def choose(found, memory_gb, hardware="CPU", fine_tune=False, need="quality", si
 
 
 def bytes_needed(record, size):
-    """Bytes for weights, scales, a KV cache of CONTEXT tokens and working space."""
+    """Bytes for weights, scales, a KV cache of CONTEXT tokens and working space; ValueError where the record says too little."""
     if record["method"] in FORMATS:
         return WORKING_SPACE * _predicted(size, **FORMATS[record["method"]]).total
+    bits = linear_bits(record)
+    if bits is None:
+        raise ValueError(f"the record of {record['method']} does not say how many bits a weight takes")
     full = _predicted(size, bits=16)
-    rest = full.rest
-    if record["method"].startswith("gguf"):
-        rest = rest * record["bits_per_weight"] / 16
-    return WORKING_SPACE * (full.weights * linear_bits(record) / 16 + rest + full.kv_cache)
+    rest = full.rest * bits / 16 if record["method"].startswith("gguf") else full.rest
+    return WORKING_SPACE * (full.weights * bits / 16 + rest + full.kv_cache)
 
 
 def linear_bits(record):

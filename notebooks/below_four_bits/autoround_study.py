@@ -4,11 +4,15 @@
 
 Each setting quantizes the whole model to 3 bits with the package and scores it on the four genres, as notebook 10 does. `start`
 says how the rows begin: "first" gives every row the model's first token, "anywhere" cuts each row out of the middle of its text.
-All rows are 85 tokens long. A setting that is in the file already is left out, so a run that was ended can be taken up again.
+All rows are 85 tokens long. `first_token` is what tuning left of the residual stream's length at the first position of a window
+(1: all of it), the smallest and the largest over the windows. A setting that is in the file already is left out, so a run that was
+ended can be taken up again.
 """
 
 import argparse
 import contextlib
+import functools
+import gc
 import io
 import json
 import time
@@ -63,6 +67,14 @@ def tune(found, tokenizer, rows, steps: int, group_size: int):
     return tuner.quantize()[0].to(found.device, found.fast)
 
 
+@torch.inference_mode()
+def first_lengths(net, windows):
+    """Length of the residual stream at the middle layer and the first position, float32 [windows]."""
+    ids = windows[:, :1].to(net.device)
+    states = net.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    return states[len(states) // 2][:, 0].float().norm(dim=-1).cpu()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-offline")
@@ -75,21 +87,26 @@ def main():
     windows = evaluation.windows(tokenizer, tokens=4096)
     reference = evaluation.reference(found, windows)
     net = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.fast).to(found.device).eval()
-    texts = {sample: own_text(net, tokenizer, 128, 128, sample) for sample in {s["sample"] for s in SETTINGS}}
+    text = functools.cache(lambda sample: own_text(net, tokenizer, 128, 128, sample))
+    lengths = first_lengths(net, windows)
     done = [json.loads(line) for line in asked.out.read_text().splitlines()] if asked.out.exists() else []
     done = [{key: row[key] for key in SETTINGS[0]} for row in done]
     chosen = [int(number) for number in asked.only.split(",") if number] or range(len(SETTINGS))
     for setting in (SETTINGS[number] for number in chosen):
         if setting in done:
             continue
-        rows, started = cut(texts[setting["sample"]][: setting["rows"]], setting["start"]), time.perf_counter()
+        rows, started = cut(text(setting["sample"])[: setting["rows"]], setting["start"]), time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            gc.freeze()  # the package collects garbage several times a layer: leave out what is here already
             tuned = tune(found, tokenizer, rows, setting["steps"], asked.group_size)
+            gc.unfreeze()
         seconds = time.perf_counter() - started
         scores = evaluation.score(tuned, windows, reference)
         facts = {"model": found.name, "device": device_name(found.device), "group_size": asked.group_size, **setting}
         facts |= {"kl": scores.kl_divergence, "low": scores.kl_low, "high": scores.kl_high, "seconds": round(seconds)}
         facts |= {"best_window": scores.kl_by_window.min(), "worst_window": scores.kl_by_window.max()}
+        left = first_lengths(tuned, windows) / lengths
+        facts |= {"first_token": [round(left.min().item(), 3), round(left.max().item(), 3)]}
         with asked.out.open("a") as file:
             file.write(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in facts.items()}) + "\n")
         print(facts, flush=True)

@@ -39,6 +39,7 @@ layers_per_block = 5
 import contextlib
 import copy
 import datetime
+import gc
 import io
 import json
 import logging
@@ -651,8 +652,8 @@ figures.show(
 # ## GPTQ, once more
 #
 # [05](05_gptq.ipynb) explains it: round one column after the other, and let the columns that are still free repair each
-# error. Here in short, with the loudest column first and each group's grid fixed before the start. The Hessians come
-# from one run over the untouched model.
+# error. Here in short, with the loudest column first, each group's grid fixed before the start, and the Hessians of the
+# untouched model.
 
 
 # %%
@@ -697,9 +698,10 @@ both.round(4)
 # %% [markdown]
 # ## The table
 #
-# Each row quantizes every Linear layer of the decoder and leaves the embedding and the head in 16 bits. Each is scored
-# on the four genres that no method has seen, with an interval, and on Python's documentation as a second text. **Write
-# down first** which method you expect to lead at 4, at 3 and at 2 bits, and by how much.
+# Each row quantizes every Linear layer of the decoder and leaves the embedding and the head in 16 bits. Layers that read
+# one input (q, k and v; gate and up) are stacked and quantized together. Each row is scored on the four genres that no
+# method has seen, with an interval, and on Python's documentation as a second text. **Write down first** which method you
+# expect to lead at 4, at 3 and at 2 bits, and by how much.
 
 # %%
 quality, second, costs, grids = {}, {}, {}, {}
@@ -772,10 +774,10 @@ if not full:  # no other row needs the rotated model, and it takes more than a g
 # %% [markdown]
 # ### With `full=True`: AWQ, NF4 and the types of GGUF
 #
-# Three more families, for a machine with time. **AWQ** ([06](06_awq.ipynb)) multiplies loud columns before rounding and
-# divides after; here each input finds its own exponent, so this is the most that AWQ's scales can do. **NF4**
-# ([04](04_nf4_bitsandbytes.ipynb)) exists with 4 bits only. **GGUF** ([08](08_gguf_llama_cpp.ipynb)): a type whose
-# block of 256 does not divide a row falls back to a 4-bit type, and the bits of the row show it.
+# Three more families. **AWQ** ([06](06_awq.ipynb)) multiplies loud columns before rounding and divides after; each input
+# finds its own exponent. **NF4** ([04](04_nf4_bitsandbytes.ipynb)) exists with 4 bits only. **GGUF**
+# ([08](08_gguf_llama_cpp.ipynb)): a type whose block of 256 does not divide a row falls back to a 4-bit type, and the
+# bits of the row show it.
 
 
 # %% jupyter={"source_hidden": true}
@@ -860,8 +862,7 @@ if full:
 # ### AutoRound, the package
 #
 # `auto-round` tunes one decoder layer at a time on the layer's own outputs. Its defaults are 200 steps and 128 samples of
-# 2,048 tokens. This run makes `autoround_iters` steps on the text above, so that it ends within minutes on a CPU. The call
-# as you would write it:
+# 2,048 tokens. This run makes `autoround_iters` steps on the text above, so that it ends within minutes on a CPU:
 
 
 # %% jupyter={"source_hidden": true}
@@ -912,10 +913,13 @@ def autorounded(net, bits):
 # %%
 def autoround_row(row, net, bits):
     """As `row_of`, with the package."""
+    gc.freeze()  # the package collects garbage several times a layer; what was there before need not be looked at
     with quietly(), memory.track() as cost:
         tuned = autorounded(net, bits)
+    gc.unfreeze()
     tuned.to(found.device, found.fast)  # the package leaves it on the CPU
     report(row, tuned, grid_bits(bits), cost)
+    del tuned
     memory.release()
 
 
@@ -941,7 +945,10 @@ def facts(row):
     scores, cost = quality[row], costs[row]
     said = {"bits per weight": grids[row], "KL": scores.kl_divergence, "low": scores.kl_low, "high": scores.kl_high}
     said |= {"same top-1": scores.top1_agreement, "KL, pydoc": second[row].kl_divergence}
-    said |= {"seconds": cost.seconds if cost else None, "needs text": not row.startswith(WITHOUT_DATA)}
+    said |= {
+        "seconds": cost.seconds if cost else None,
+        "needs text": "mixed" in row or not row.startswith(WITHOUT_DATA),
+    }
     return said | {"KL by window": scores.kl_by_window.tolist()}
 
 
@@ -980,12 +987,13 @@ print(f"{len(both_runs)} rows are in both runs; their KLs differ by {max(apart, 
 # %%
 lines = pd.DataFrame.from_dict(everything, orient="index")[["bits per weight", "KL", "low", "high"]].astype(float)
 lines["method"] = [row.rsplit("-", 1)[0] for row in lines.index]  # the name without the bits at its end
-lines["bits"] = lines["bits per weight"].astype(int)  # what it takes, not what its name says
+lines["bits"] = (lines["bits per weight"] - 0.25).round().astype(int)  # what it takes, not what its name says
 best = {bits: lines[lines["bits"] == bits]["KL"].idxmin() for bits in (4, 3, 2)}
 best
 
 # %% jupyter={"source_hidden": true}
 LOOKS = {"rtn": "o", "hqq": "s", "gptq": "D", "autoround": "^", "awq": "v", "nf4": "P", "gguf": "X"}
+COLORS = dict(zip(LOOKS, [*figures.PALETTE, "black"]))
 
 
 def draw_lines(ax, lines):
@@ -993,19 +1001,19 @@ def draw_lines(ax, lines):
     for method, part in lines.groupby("method", sort=False):
         base, part = method.split("-")[0], part.sort_values("bits per weight")
         reach = [part["KL"] - part["low"], part["high"] - part["KL"]]
-        look = {"marker": LOOKS[base], "color": figures.PALETTE[list(LOOKS).index(base) % 6], "label": base}
+        look = {"marker": LOOKS[base], "color": COLORS[base], "label": base}
         ax.errorbar(part["bits per weight"], part["KL"], reach, capsize=2, markersize=5, linewidth=1.2, **look)
 
 
 # %% jupyter={"source_hidden": true}
 rotated_rows = lines["method"].str.contains("rotated")
-fig, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharex=True, sharey=True, layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(9.5, 4.2), sharex=True, sharey=True, layout="constrained")
 for ax, part, name in zip(axes, (lines[~rotated_rows], lines[rotated_rows]), ("as trained", "rotated")):
     draw_lines(ax, part)
     ax.set(yscale="log", title=name, xlabel="bits per weight, scales counted")
 axes[0].set_ylabel("KL, nats (less is better)")
-axes[0].legend(loc="lower left")
-fig.suptitle("Below four bits the methods part")
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+fig.suptitle(f"At 3 bits {best[3]} is {lines['KL'][best[3]]:.2f} nats off, rounding {lines['KL']['rtn-3']:.2f}")
 leaders = "; ".join(f"at {bits} bits {row} with {lines['KL'][row]:.3f}" for bits, row in best.items())
 figures.show(
     fig,
@@ -1046,8 +1054,7 @@ versus({f"{method} against rtn": (method, "rtn") for method in ("hqq", "gptq", "
 versus({f"{method}, rotated": (f"{method}-rotated", method) for method in ("rtn", "hqq", "gptq", "awq", "autoround")})
 
 # %% [markdown]
-# Rounding at 3 bits is the row that every method has to beat. What does not beat it stands in the table as it is. A mean
-# can hide two kinds of windows, so we look at AutoRound's windows one by one:
+# A mean can hide two kinds of windows, so we look at AutoRound's windows one by one:
 
 # %%
 by_window = pd.DataFrame({row: quality[row].kl_by_window for row in ("rtn-3", "autoround-3", "gptq-3")})
@@ -1191,8 +1198,7 @@ mean, low, high = evaluation.difference(quality["hqq-mixed-3"], quality["hqq-3"]
 print(f"hqq-mixed-3 against hqq-3: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
 
 # %% [markdown]
-# The map adds up costs that were measured one at a time. Errors of many units do not simply add, so compare the map's
-# sum with the measured KL above.
+# Errors of many units do not simply add: compare the map's sum with the measured KL.
 #
 # ## Three values a weight
 #
@@ -1235,16 +1241,15 @@ print(
 )
 
 # %% [markdown]
-# Rounding a trained model to three values leaves nothing of it. [BitNet b1.58](https://arxiv.org/abs/2402.17764) does
-# not round a trained model: it trains from the first step with ternary weights in the forward pass, as
-# [02](02_qat_fake_quant.ipynb) does with 4 bits. Models that exist with ternary weights were trained so, on as much
-# text as any other.
+# Rounding a trained model to three values leaves nothing of it. [BitNet b1.58](https://arxiv.org/abs/2402.17764) trains
+# from the first step with ternary weights in the forward pass, as [02](02_qat_fake_quant.ipynb) does with 4 bits. The
+# ternary models that exist were trained so, on as much text as any other.
 #
 # ## What runs
 #
 # Everything above was *simulated*: the weights went to the grid and back, and the model computed in 16 bits. That
-# measures quality, not speed. To be fast, an engine needs a kernel that reads the packed bits. What the packages of
-# this course have for groups of integers with a zero point:
+# measures quality. To be fast, an engine needs a kernel that reads the packed bits. What the packages of this course have
+# for groups of integers with a zero point:
 
 # %% jupyter={"source_hidden": true}
 from auto_round.inference.backend import BackendInfos
@@ -1457,6 +1462,13 @@ def peak_bytes(cost):
     return (cost.peak_vram if found.device == "cuda" else cost.peak_ram) if cost else None
 
 
+# %% jupyter={"source_hidden": true}
+if full:  # the file that a run without `full` reads
+    run = protocol | {"device": records.device_name(found.device), "date": f"{datetime.date.today()}"}
+    run |= {"calibration": [calibration_samples, calibration_length], "autoround_iters": autoround_iters}
+    text = "".join(json.dumps(run | {"row": row} | facts(row)) + "\n" for row in quality)
+    files.write_text(files.folder(output_dir) / "below_four_bits.jsonl", text)
+
 # %% jupyter={"source_hidden": true} tags=["record"]
 for row, scores in quality.items():
     records.write(
@@ -1473,10 +1485,3 @@ for row, scores in quality.items():
         decode_tokens_per_s=None,  # simulated: the weights were restored to 16 bits
         quantize_seconds=costs[row].seconds if costs[row] else None,
     )
-
-# %% jupyter={"source_hidden": true}
-if full:  # the file that a run without `full` reads
-    run = protocol | {"device": records.device_name(found.device), "date": f"{datetime.date.today()}"}
-    run |= {"calibration": [calibration_samples, calibration_length], "autoround_iters": autoround_iters}
-    text = "".join(json.dumps(run | {"row": row} | facts(row)) + "\n" for row in quality)
-    files.write_text(files.folder(output_dir) / "below_four_bits.jsonl", text)

@@ -5,6 +5,7 @@ The functions are cut out of the notebook's source; nothing of them needs a down
 
 import ast
 import itertools
+import json
 
 import pytest
 import torch
@@ -200,3 +201,31 @@ def test_ternary_weights_have_three_values_a_group(nb):
         assert len(group.abs().unique()) <= 2
     assert (quantized - weight).norm() < weight.norm()
     assert torch.equal(nb["ternary"](0 * weight), 0 * weight)
+
+
+@pytest.mark.parametrize("method", ["rounding", "gptq"])
+def test_layers_that_read_one_input_may_be_stacked(nb, method):
+    weight, hessian = layer()
+    together = nb[method](weight, 3, 64, hessian)
+    apart = torch.cat([nb[method](part, 3, 64, hessian) for part in weight.split([32, 64])])
+    assert torch.isclose(together, apart, atol=1e-5).float().mean() > 0.99
+
+
+FOLDER = ROOT / "notebooks" / "below_four_bits"
+
+
+def lines(name):
+    return [json.loads(line) for line in (FOLDER / name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_committed_full_run_is_whole():
+    """Each model's rows once, with an interval around each mean and the windows that it comes from."""
+    seen = set()
+    for line in lines("full.jsonl"):
+        key = (line["model"], line["group_size"], line["eval_tokens"], line["row"])
+        assert key not in seen and line["device"] and line["date"]
+        seen.add(key)
+        windows = line["KL by window"]
+        assert len(windows) == line["eval_tokens"] // 256
+        assert line["low"] <= line["KL"] <= line["high"]
+        assert line["KL"] == pytest.approx(sum(windows) / len(windows), rel=1e-6)
