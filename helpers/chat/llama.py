@@ -150,7 +150,9 @@ def describe(path) -> SimpleNamespace:
         raise ValueError(f"{path.name} begins with {start!r} and not with b'GGUF': it is no GGUF file.")
     try:
         fields = gguf.GGUFReader(path).fields
-        found = {name: fields[name].contents() for name in fields if name.startswith(("tokenizer.chat", "general.arch"))}
+        found = {
+            name: fields[name].contents() for name in fields if name.startswith(("tokenizer.chat", "general.arch"))
+        }
         length = fields.get(f"{found.get('general.architecture')}.context_length")
         tokens, kinds = (fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
         control = gguf.TokenType.CONTROL
@@ -162,7 +164,9 @@ def describe(path) -> SimpleNamespace:
             raise ValueError(f"{path.name}: {told}") from error
         raise ValueError(f"{path.name} is cut off or damaged ({said}). Download it again.") from error
     return SimpleNamespace(
-        template=found.get("tokenizer.chat_template"), context=int(length.contents()) if length else CONTEXT, control=marks
+        template=found.get("tokenizer.chat_template"),
+        context=int(length.contents()) if length else CONTEXT,
+        control=marks,
     )
 
 
@@ -183,7 +187,13 @@ class Session:
         if context <= max_new_tokens:
             raise ChatError(f"The context ({context} tokens) must be larger than the answer ({max_new_tokens}).")
         how = sampling(sample, temperature, top_p)
-        self.server, self.file, self.context, self.max_new_tokens, self.seed = server, file, context, max_new_tokens, seed
+        self.server, self.file, self.context, self.max_new_tokens, self.seed = (
+            server,
+            file,
+            context,
+            max_new_tokens,
+            seed,
+        )
         self.body = {"max_tokens": max_new_tokens, "chat_template_kwargs": template_arguments}
         self.body |= {name: value for name, value in how.items() if name != "do_sample"}
         if not how["do_sample"]:
