@@ -147,7 +147,7 @@ pd.DataFrame({"weight": four, "code": codes, "restored": codes * scale}).round(3
 # weight to the largest. One block of the model on both grids:
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def read_weight(name):
     """One tensor of the model's safetensors, as a float32 array."""
     for file in sorted(pathlib.Path(found.path).glob("*.safetensors")):
@@ -162,7 +162,7 @@ down_name = f"model.layers.{middle}.mlp.down_proj"
 weight = read_weight(f"{down_name}.weight")
 block = weight[0, :32]
 
-# %%
+# %% jupyter={"source_hidden": true}
 largest = block[abs(block).argmax()]
 grids = {
     "Q4_0": largest / -8 * (np.arange(16) - 8),
@@ -541,7 +541,7 @@ def more_bits(layer, layers):
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def asked_type(recipe, name, config):
     """The type that a recipe asks for; name: a matrix in GGUF's words."""
     if recipe in ("F16", "Q8_0"):
@@ -656,9 +656,9 @@ for recipe in own.index:
 # bits a weight. Can such a model go below 4 bits at all? These types have blocks that divide its rows:
 
 # %%
-fitting = {kind.name: bits_of(kind) for kind, (size, _) in gguf.GGML_QUANT_SIZES.items() if 1 < size <= 64}
-del fitting["Q8_1"]  # for activations only
-pd.Series(fitting, name="bits per weight").sort_values().to_frame()
+for_weights = {kind: size for kind, (size, _) in gguf.GGML_QUANT_SIZES.items() if size > 1 and kind.name[:3] != "Q8_"}
+fitting = {kind.name: bits_of(kind) for kind, size in for_weights.items() if config.hidden_size % size == 0}
+pd.Series(fitting, name="bits per weight").sort_values().head(8).to_frame()
 
 # %%
 smallest = plan("SMALLEST", config)
@@ -761,7 +761,7 @@ def add_sizes(writer, config):
 # A file without that step loads, and answers nonsense.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def rotary_heads(key, config):
     """Heads of a projection whose rows change their order, else 0."""
     counts = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -1059,7 +1059,7 @@ figures.show(
 # its own genre. The paired difference tells:
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def in_words(mean, low, high):
     verdict = "better" if high < 0 else "worse" if low > 0 else "not told apart"
     return f"{verdict} with it, KL {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
@@ -1464,7 +1464,7 @@ if tune:
 # the same words, 0 means none)?
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def word_f1(answer, written):
     """Twice the common words by all words, each word as often as both texts have it."""
     ours, theirs = (collections.Counter(re.findall(r"\w+", text.lower())) for text in (answer, written))
@@ -1635,7 +1635,7 @@ def chat_with(path):
         pass
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 unfinished = "{% for message in messages %}{{ message"
 refusals = {
     "port in use": refusal(serve_on_taken_port),
