@@ -141,10 +141,10 @@ codes = (four / scale).round()
 pd.DataFrame({"weight": four, "code": codes, "restored": codes * scale}).round(3)
 
 # %% [markdown]
-# A byte a weight and two bytes a scale: 34 bytes for 32 weights, **8.5 bits a weight**. With 4 bits there are 16
-# codes, and two ways to place them. **Q4_0** has a scale alone: its codes -8 to 7 are multiples of it, and the weight
-# with the largest magnitude gets -8. **Q4_1** has a scale and a minimum: its codes 0 to 15 reach from the smallest
-# weight to the largest. One block of the model on both grids:
+# A block of Q8_0 takes a byte a weight and two bytes for the scale. That is 34 bytes for 32 weights, or **8.5 bits a
+# weight**. Four bits give 16 codes, and there are two ways to place them. **Q4_0** has a scale alone: its codes -8 to
+# 7 are multiples of it, and the weight with the largest magnitude gets -8. **Q4_1** has a scale and a minimum: its
+# codes 0 to 15 reach from the smallest weight to the largest. The picture shows one block of the model on both grids:
 
 
 # %% jupyter={"source_hidden": true}
@@ -330,7 +330,7 @@ def decode_q4_k(data):
 
 # %% [markdown]
 # `gguf` decodes K-quants and cannot encode them. [libgguf](https://pypi.org/project/libgguf/) carries llama.cpp's own
-# encoders. Our decoder on its bytes, against gguf's decoder:
+# encoders. We decode its bytes with our function and with gguf's:
 
 # %%
 samples = weight.reshape(-1)[: weight.size // 256 * 256].reshape(-1, 256)  # a row is a super-block
@@ -384,7 +384,7 @@ def fit_blocks(values, weights, tries=21):
 
 
 # %% [markdown]
-# The eight scales of a super-block are rounded to 6 bits in the same way: try some units, keep the best.
+# We round the eight scales of a super-block to 6 bits in the same way: we try some units and keep the best.
 
 
 # %% jupyter={"source_hidden": true}
@@ -497,8 +497,8 @@ print(
 
 
 # %% [markdown]
-# The same layer with the importance: our encoder and the library's, by the error that the layer's *output* would have
-# if its input channels were independent.
+# Now both encoders get the importance. We compare the error that the layer's *output* would have if its input
+# channels were independent.
 
 
 # %%
@@ -523,7 +523,7 @@ if weight.shape[1] % 256 == 0:
 # ## What a name promises, and what the shapes allow
 #
 # Q8_0 and Q4_K are types of a *tensor*. **Q4_K_M** and **Q2_K** are names of a *recipe* for the whole file: most
-# tensors get the type in the name, and some get more bits. llama.cpp's recipes, in short:
+# tensors get the type in the name, and some get more bits. The table has llama.cpp's recipes in short:
 #
 # | | Q4_K_M | Q2_K |
 # |---|---|---|
@@ -672,9 +672,9 @@ smallest.groupby("given")[["weights", "bytes"]].sum().assign(bits=lambda sums: 8
 #
 # ## Write a file
 #
-# A writer has four jobs. It translates the **tokenizer**, the **end token and template**, the **sizes**, and the
-# **tensors**. The cells are folded: none of them is an idea, and each of them can spoil a file silently. Open one
-# when your own converted model answers nonsense.
+# A writer translates four things: the **tokenizer**, the **end token and the template**, the **sizes**, and the
+# **tensors**. The cells are folded, because they hold no new idea. But each of them can spoil a file silently: open
+# them when your own converted model answers nonsense.
 #
 # The tokenizer's rule that cuts text into words is stored as a *name* that llama.cpp must know:
 
@@ -990,7 +990,7 @@ def in_transformers(path):
 
 
 # %% [markdown]
-# transformers can do this on its own. Its call, and the largest difference of a weight to ours:
+# transformers does this on its own, with `gguf_file=`. No weight may differ from ours:
 
 # %%
 net = in_transformers(gguf_files["q4_k_m"])
@@ -1054,7 +1054,18 @@ figures.show(
     table=scores[["bits per weight", "KL", "from", "to"]].round(4),
 )
 
+# %%
+times_worse = scores["KL"]["mxfp4-q2_k"] / scores["KL"]["q2_k"]
+print(
+    f"{bits['mxfp4-q2_k']:.2f} bits in place of {bits['q2_k']:.2f}: the KL is {times_worse:.1f} times as large "
+    f"({scores['KL']['mxfp4-q2_k']:.2f} after {scores['KL']['q2_k']:.2f} nats)"
+)
+
 # %% [markdown]
+# On the small model the file below 4 bits pays dearly for its last bit. The scales of MXFP4 are powers of two, and
+# the embedding, which is the output head too, has half the bits that Q2_K's recipe gives it. llama.cpp's fallback to
+# larger types is no waste.
+#
 # Does the importance matrix help? The texts above are of genres that it was not collected on, the second one is of
 # its own genre. The paired difference tells:
 
@@ -1181,9 +1192,9 @@ memory.release()
 # in blocks with a scale each. Integer products are what makes it fast. The score above, of dequantized weights, does
 # not see that.
 #
-# How much is it? The server returns the probability of every token in the vocabulary if asked for. At some positions
-# of the evaluation texts: the KL divergence from the untouched model of what llama.cpp predicts, and of the same
-# file's weights in transformers.
+# How much is it? The server returns the probability of every token in the vocabulary if we ask for it. At some
+# positions of the evaluation texts we compare two predictions with the untouched model's: llama.cpp's, and those of
+# the same file's weights in transformers.
 
 # %% jupyter={"source_hidden": true}
 places = [window[:64].tolist() for window in windows[:16]]
@@ -1240,9 +1251,9 @@ if found.name.startswith("SmolLM2"):
 #
 # ## What goes wrong in Ollama and llama.cpp
 #
-# Many a bad answer comes from a wrong prompt. Here the same file with other templates: the one that llama.cpp takes
-# where a file has none, the one of another family of models, and the *name* of a template where the template itself
-# belongs. All of them run without an error.
+# Many a bad answer comes from a wrong prompt. We start the same file with other templates: the one that llama.cpp
+# takes where a file has none, the one of another family of models, and the *name* of a template where the template
+# itself belongs. All of them run without an error.
 
 
 # %% jupyter={"source_hidden": true}
@@ -1272,8 +1283,8 @@ with pd.option_context("display.max_colwidth", None):
 
 
 # %% [markdown]
-# How far does that lead from the model that was meant? The KL divergence of the first token of the answer, between
-# the right prompt and each of the others, in the untouched model:
+# How far does that lead from the model that was meant? We measure the KL divergence of the answer's first token, in
+# the untouched model, between the right prompt and each of the others:
 
 
 # %% jupyter={"source_hidden": true}
@@ -1328,9 +1339,9 @@ assert too_long != "no error"
 # %% [markdown]
 # ## Is it faster?
 #
-# The same work as everywhere in this course: a prompt of 64 random tokens, then 20 tokens one by one, the median of
-# three runs. llama.cpp runs with as many threads as torch. transformers in full precision is measured in the same
-# run.
+# Predict first: a file of 6 bits a weight has a fifth of float32's bytes. How much faster will it decode? We measure
+# the same work as everywhere in this course: a prompt of 64 random tokens, then 20 tokens one by one, the median of
+# three runs. llama.cpp runs with as many threads as torch, and transformers in full precision runs beside it.
 
 
 # %% jupyter={"source_hidden": true}
@@ -1379,11 +1390,10 @@ figures.show(
 )
 
 # %% [markdown]
-# Two things make the difference. **Bytes**: each new token reads all weights once, and a file of 6 bits a weight has
-# a fifth of the bytes of float32. **Kernels**: llama.cpp multiplies 8-bit integers, and transformers spends much of a
-# token's time in Python between small operations. A prompt is another matter: its tokens are computed together, in
-# large matrix products, and reading the weights hardly counts there. What this build can use of your processor, and
-# the ratio for prompts:
+# Two things make the difference. **Bytes**: each new token reads all weights once. **Kernels**: llama.cpp multiplies
+# 8-bit integers, and transformers spends much of a token's time in Python between small operations. A prompt is
+# another matter: its tokens are computed together, in large matrix products, and reading the weights hardly counts
+# there. The next cell shows what this build can use of your processor, and the ratio for prompts:
 
 # %%
 import xllamacpp
@@ -1674,7 +1684,7 @@ claims.table(output_dir, "08_gguf_llama_cpp")
 # %% [markdown]
 # ## Exercises
 #
-# **1 (easy).** Bits per weight of a block format, one line. A block has `size` weights of `bits` bits each, and
+# **1 (easy).** Return the bits per weight of a block format, in one line. A block has `size` weights of `bits` bits each, and
 # `extra_bytes` for scales and minima.
 
 
@@ -1709,7 +1719,7 @@ if solutions:
 # **2 (medium).** Predict, then measure. Qwen2.5-0.5B has rows of 896, and its down projection has rows of 4,864.
 # Write down first which share of its matrices can be K-quants. Then write the function: the share of the weights,
 # from 0 to 1, that falls back. `shapes` is a list of (rows, columns); a K-quant needs columns in multiples of
-# `block`. Two lines.
+# `block`. It takes two lines.
 
 
 # %%
@@ -1746,7 +1756,7 @@ if solutions:
 # %% [markdown]
 # **3 (medium).** What did I download? Given the tensors of a file, as `open_gguf(path).tensors` has them (each with
 # its type's name `.qtype`, its `.shape` and `.nbytes`), return a dict with `"bits"`, the bits per weight of all
-# tensors together, and `"mostly"`, the name of the type that holds the most weights. Five lines.
+# tensors together, and `"mostly"`, the name of the type that holds the most weights. It takes five lines.
 
 
 # %%
@@ -1785,7 +1795,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz
@@ -1798,9 +1808,10 @@ quiz.Quiz("08_gguf_llama_cpp")
 # 1. **A GGUF type is a block: codes, a scale, sometimes a minimum.** Q8_0 has 8.5 bits a weight and Q4_0 4.5. Q4_K
 #    has 4.5 too, with a minimum, because it quantizes its scales. A screenful of numpy gives the libraries' numbers.
 # 2. **A file's name is a recipe.** Where 256 does not divide the rows, llama.cpp falls back to larger types: count
-#    the bytes of the tensors and do not trust the name.
-# 3. **The engine is part of the result.** llama.cpp decodes several times as fast as transformers in float32, rounds
-#    activations to 8 bits on the way, and a wrong template costs more than most quantizations.
+#    the bytes of the tensors and do not trust the name. Rows of 576 cannot have fewer than 4.25 bits.
+# 3. **The engine is part of the result.** llama.cpp decodes several times as fast as transformers in float32. It
+#    rounds activations to 8 bits on the way. A wrong template costs more than most quantizations. A fine-tune arrives
+#    if the adapter is merged in 16 bits first.
 #
 # <!-- navigation -->
 # <!-- /navigation -->
