@@ -546,7 +546,7 @@ def asked_type(recipe, name, config):
     """The type that a recipe asks for; name: a matrix in GGUF's words."""
     if recipe in ("F16", "Q8_0"):
         return Type[recipe]
-    if recipe == "SMALLEST":
+    if recipe == "MXFP4_Q2_K":
         return Type.Q2_K
     if name.startswith("token_embd." if config.tie_word_embeddings else "output."):
         return Type.Q6_K
@@ -569,7 +569,7 @@ FALLBACK = {Type.Q2_K: Type.IQ4_NL, Type.Q3_K: Type.IQ4_NL, Type.Q4_K: Type.Q5_0
 
 def given_type(asked, columns, recipe=""):
     """The type that rows of this length can have."""
-    smaller = Type.MXFP4 if recipe == "SMALLEST" else FALLBACK.get(asked, asked)
+    smaller = Type.MXFP4 if recipe == "MXFP4_Q2_K" else FALLBACK.get(asked, asked)
     for kind in (asked, smaller, Type.F16):
         if columns % gguf.GGML_QUANT_SIZES[kind][0] == 0:
             return kind
@@ -661,8 +661,8 @@ fitting = {kind.name: bits_of(kind) for kind, size in for_weights.items() if con
 pd.Series(fitting, name="bits per weight").sort_values().head(8).to_frame()
 
 # %%
-smallest = plan("SMALLEST", config)
-print(f"{8 * smallest.bytes.sum() / smallest.weights.sum():.2f} bits a weight with the smallest types that fit")
+smallest = plan("MXFP4_Q2_K", config)
+print(f"{8 * smallest.bytes.sum() / smallest.weights.sum():.2f} bits a weight with MXFP4 and Q2_K")
 smallest.groupby("given")[["weights", "bytes"]].sum().assign(bits=lambda sums: 8 * sums.bytes / sums.weights)
 
 # %% [markdown]
@@ -811,7 +811,7 @@ def add_tensors(writer, folder, config, recipe, importance):
 
 # %% jupyter={"source_hidden": true}
 FILE_TYPES = {name: gguf.LlamaFileType[f"MOSTLY_{name}"] for name in ("F16", "Q8_0", "Q4_K_M", "Q2_K")}
-FILE_TYPES["SMALLEST"] = gguf.LlamaFileType.MOSTLY_Q2_K
+FILE_TYPES["MXFP4_Q2_K"] = gguf.LlamaFileType.MOSTLY_Q2_K
 
 
 def described(path, recipe):
@@ -854,7 +854,7 @@ recipes = {
     "q4_k_m": ("Q4_K_M", None),
     "q4_k_m-imatrix": ("Q4_K_M", importance),
     "q2_k": ("Q2_K", None),
-    "mxfp4-q2_k": ("SMALLEST", importance),
+    "mxfp4-q2_k": ("MXFP4_Q2_K", importance),
 }
 folder = files.folder(output_dir) / "gguf"
 gguf_files = {name: folder / f"{found.name}-{name}.gguf" for name in recipes}

@@ -168,8 +168,8 @@ def test_a_damaged_file_is_refused_in_one_line(nb, small_file, damage, message):
 
 def test_the_smallest_types_that_fit(nb):
     kinds, given = nb["Type"], nb["given_type"]
-    assert nb["asked_type"]("SMALLEST", "blk.0.attn_q.weight", models.smollm2_config()) == kinds.Q2_K
-    assert [given(kinds.Q2_K, columns, "SMALLEST") for columns in (1536, 576, 20)] == [
+    assert nb["asked_type"]("MXFP4_Q2_K", "blk.0.attn_q.weight", models.smollm2_config()) == kinds.Q2_K
+    assert [given(kinds.Q2_K, columns, "MXFP4_Q2_K") for columns in (1536, 576, 20)] == [
         kinds.Q2_K,
         kinds.MXFP4,
         kinds.F16,
