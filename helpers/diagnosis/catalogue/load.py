@@ -469,8 +469,8 @@ ENTRIES = (
         "load",
         "This is no GGUF file",
         (
-            L(r"invalid magic characters: '.*', expected 'GGUF'"),
-            P("RuntimeError", r"invalid magic characters: '.*', expected 'GGUF'", where="own"),
+            L(r"gguf_init_from_\w+: invalid magic (characters|number)"),
+            P("RuntimeError", r"gguf_init_from_\w+: invalid magic (characters|number)", where="own"),
             P("ValueError", r"^GGUF magic invalid", where="gguf"),
             P("ValueError", r"not with b'GGUF': it is no GGUF file", where="own"),
             P("GGUFFormatError", r"not a GGUF file", where="libgguf"),
@@ -503,6 +503,9 @@ ENTRIES = (
         (
             L(r"couldn't bind HTTP server socket|listen tcp \S+: bind: (address already in use|Only one usage)"),
             P("RuntimeError", r"couldn't bind HTTP server socket", where="own"),
+            P(
+                "Error", r"^listen tcp \S+: bind: (address already in use|Only one usage)", where="anywhere"
+            ),  # Ollama's own
         ),
         "Another program listens there, most often the same server, started before. Ollama's service starts with the computer, on 11434.",
         "Use the server that runs, end it, or take another port. Port 0 takes any free one.",
@@ -518,6 +521,7 @@ ENTRIES = (
             L(
                 r"llama runner process (has terminated|no longer running)|could not connect to (a running Ollama|ollama app)"
             ),
+            P("Error", r"^llama runner process|^could not connect to (a running Ollama|ollama app)", where="anywhere"),
         ),
         "The process that had the model is not there any more: it was never started, somebody ended it, or the system did for lack of memory.",
         "Look at the end of its log, start it again, and give it less: a shorter context, a smaller file.",
