@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     chat = commands.add_parser("chat", help="talk to a model in the terminal")
-    chat.add_argument("--model", default="auto", help=MODEL_HELP)
+    chat.add_argument("--model", default="auto", help=f"{MODEL_HELP}, or a GGUF file, which llama.cpp runs")
     chat.add_argument("--once", metavar="TEXT", help="one question, one answer, then exit")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--max-new-tokens", type=int, default=128)

@@ -1,6 +1,8 @@
 """Talking to a model in a terminal: `python -m helpers chat`."""
 
+import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 from helpers import chat, models
@@ -14,30 +16,46 @@ def main(arguments):
         raise ValueError("--once needs a question")
     how = {"sample": arguments.sample or None, "temperature": arguments.temperature, "top_p": arguments.top_p}
     chat.sampling(**how)  # says what is wrong before a model is fetched
-    template_arguments = dict(map(_template_argument, arguments.template_argument))
-    found = models.find(arguments.model)
+    options = dict(map(_template_argument, arguments.template_argument))
+    options |= {"system": arguments.system, "max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed, **how}
+    opened = _llama if _is_gguf(arguments.model) else _transformers
+    with opened(arguments.model, options) as (session, place):
+        if arguments.once is not None:
+            _say(session.stream(arguments.once))
+        else:
+            print(f"{place}. Empty line or Ctrl-D to leave, Ctrl-C to stop an answer, /more to go on with it.")
+            _converse(session)
+
+
+def _is_gguf(model):
+    return model.endswith(".gguf") or Path(model).is_file()
+
+
+@contextlib.contextmanager
+def _llama(path, options):
+    """A session with a GGUF file, and where it runs."""
+    from helpers.chat import llama
+
+    with llama.session(Path(path).expanduser(), **options) as session:
+        yield session, f"{Path(path).name} in llama.cpp"
+
+
+@contextlib.contextmanager
+def _transformers(model, options):
+    """A session with a model of transformers, and where it runs."""
+    found = models.find(model)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(found.path)
-    model: Any = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype)
-    model.to(found.device)
-    session = chat.ChatSession(
-        model,
-        tokenizer,
-        system=arguments.system,
-        max_new_tokens=arguments.max_new_tokens,
-        seed=arguments.seed,
-        **how,
-        **template_arguments,
-    )
-    if arguments.once is not None:
-        _say(session.stream(arguments.once))
-        return
-    print(
-        f"{found.name} on the {found.device.upper()}. Empty line or Ctrl-D to leave, Ctrl-C to stop an answer, /more to go on with it."
-    )
+    net: Any = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype)
+    net.to(found.device)
+    yield chat.ChatSession(net, tokenizer, **options), f"{found.name} on the {found.device.upper()}"
+
+
+def _converse(session):
+    """Questions and answers until the reader leaves."""
     while True:
         try:
             text = input("you> ").strip()
@@ -67,6 +85,7 @@ def _template_argument(text):
 
 
 def _say(pieces):
-    for piece in pieces:
-        print(piece, end="", flush=True)
+    with contextlib.closing(pieces):  # Ctrl-C ends the computation too, not only the printing
+        for piece in pieces:
+            print(piece, end="", flush=True)
     print()

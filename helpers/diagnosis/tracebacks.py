@@ -219,7 +219,8 @@ _REPORTS = set(
 )
 _REPORTING = re.compile(
     r"^(?:Engine core initialization failed|Engine process failed to start|EngineCore encountered an issue|Worker failed with error"
-    r"|WorkerProc initialization failed|Caught \w+ in |Failed to import [\w.]+ because of the following error|Could not import module)"
+    r"|WorkerProc initialization failed|Caught \w+ in |Failed to import [\w.]+ because of the following error|Could not import module"
+    r"|Failed to init server, please check the input params|Failed to load model from file)"
 )
 _IMPORT = re.compile(r"^(?:No module named|cannot import name) ")
 # What the other processes say once one of them has failed.

@@ -33,6 +33,7 @@ new_tokens = 32
 port = 0
 
 # %% jupyter={"source_hidden": true}
+import collections
 import contextlib
 import functools
 import io
@@ -44,15 +45,12 @@ import pathlib
 import re
 import socket
 import struct
-import subprocess
-import sys
 import tempfile
 import time
 import types
 
 # %% jupyter={"source_hidden": true}
 import gguf
-import httpx
 import libgguf
 import matplotlib.pyplot as plt
 import numpy as np
@@ -63,13 +61,24 @@ from IPython.utils.capture import capture_output
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from helpers import chat, evaluation, exercises, figures, files, memory, models, records, speed
-from helpers.process import child_environment
+from helpers import (
+    chat,
+    checkpoints,
+    evaluation,
+    exercises,
+    figures,
+    files,
+    memory,
+    models,
+    records,
+    speed,
+    training,
+)
+from helpers.chat import llama
 
 # %%
 figures.style()
-for name in ("httpx", "gguf.gguf_writer"):
-    logging.getLogger(name).setLevel(logging.WARNING)  # they report every step once some library asks for it
+logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)  # it reports every step
 Type = gguf.GGMLQuantizationType
 
 # %%
@@ -88,12 +97,42 @@ reference = evaluation.reference(found, windows)
 in_domain_reference = evaluation.reference(found, in_domain)
 
 # %% [markdown]
-# ## The idea: a block of weights and its scale
+# ## The idea: one file, and in it blocks of weights
 #
-# llama.cpp stores weights in **blocks**. A block of Q8_0 is 32 neighbours of one row: 32 signed bytes (the *codes*)
-# and one number that they are all multiplied with (the *scale*). Four weights are enough to do it by hand. The
-# largest magnitude, 1.27, becomes the code
-# 127. So the scale is 0.01, and each weight is rounded to a multiple of it:
+# A GGUF file holds everything: what the model is, its tokenizer, its chat template, its weights. Here is the smallest
+# one that makes a point, with one entry of metadata and one tensor of 32 weights. Read its bytes from left to right:
+
+# %%
+with tempfile.TemporaryDirectory() as scratch:
+    writer = gguf.GGUFWriter(path := pathlib.Path(scratch) / "one.gguf", "llama")
+    ramp = np.linspace(-1.27, 1.27, 32, dtype=np.float32)
+    writer.add_tensor("w", gguf.quantize(ramp, Type.Q8_0), raw_dtype=Type.Q8_0)
+    for step in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{step}_to_file")()
+    writer.close()
+    one_file = path.read_bytes()
+
+# %%
+known = struct.unpack("<IQQ", one_file[4:24])
+place = one_file.index(b"w", 64)  # behind the metadata
+start = place + 1 + 4 + 8 + 4 + 8  # name, number of dimensions, size, type, offset
+start += -start % 32
+shown = {
+    "letters": one_file[:4],
+    "version, tensors, entries": known,
+    "first entry": one_file[32:52],
+    "its text": one_file[64:69],
+    "name of the tensor": one_file[place : place + 1],
+    "dimensions, size, type": struct.unpack("<IQI", one_file[place + 1 : place + 17]),
+    "scale of the block": np.frombuffer(one_file, np.float16, 1, start)[0],
+    "first codes": np.frombuffer(one_file, np.int8, 5, start + 2),
+}
+pd.Series(shown, name="value").to_frame()
+
+# %% [markdown]
+# The last two lines are a **block**: 32 neighbours of one row as signed bytes (the *codes*) and one number that they
+# are all multiplied with (the *scale*). This type is called Q8_0. Four weights are enough to do it by hand. The
+# largest magnitude, 1.27, becomes the code 127. So the scale is 0.01, and each weight is rounded to a multiple of it:
 
 # %%
 four = np.array([0.314, -1.27, 0.052, 0.637], np.float32)
@@ -102,13 +141,13 @@ codes = (four / scale).round()
 pd.DataFrame({"weight": four, "code": codes, "restored": codes * scale}).round(3)
 
 # %% [markdown]
-# A byte a weight and two bytes a scale: 34 bytes for 32 weights, **8.5 bits a weight**. With 4 bits there are 16
-# codes, and two ways to place them. **Q4_0** has a scale alone: its codes -8 to 7 are multiples of it, and the weight
-# with the largest magnitude gets -8. **Q4_1** has a scale and a minimum: its codes 0 to 15 reach from the smallest
-# weight to the largest. One block of the model on both grids:
+# A block of Q8_0 takes a byte a weight and two bytes for the scale. That is 34 bytes for 32 weights, or **8.5 bits a
+# weight**. Four bits give 16 codes, and there are two ways to place them. **Q4_0** has a scale alone: its codes -8 to
+# 7 are multiples of it, and the weight with the largest magnitude gets -8. **Q4_1** has a scale and a minimum: its
+# codes 0 to 15 reach from the smallest weight to the largest. The picture shows one block of the model on both grids:
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def read_weight(name):
     """One tensor of the model's safetensors, as a float32 array."""
     for file in sorted(pathlib.Path(found.path).glob("*.safetensors")):
@@ -123,7 +162,7 @@ down_name = f"model.layers.{middle}.mlp.down_proj"
 weight = read_weight(f"{down_name}.weight")
 block = weight[0, :32]
 
-# %%
+# %% jupyter={"source_hidden": true}
 largest = block[abs(block).argmax()]
 grids = {
     "Q4_0": largest / -8 * (np.arange(16) - 8),
@@ -291,7 +330,7 @@ def decode_q4_k(data):
 
 # %% [markdown]
 # `gguf` decodes K-quants and cannot encode them. [libgguf](https://pypi.org/project/libgguf/) carries llama.cpp's own
-# encoders. Our decoder on its bytes, against gguf's decoder:
+# encoders. We decode its bytes with our function and with gguf's:
 
 # %%
 samples = weight.reshape(-1)[: weight.size // 256 * 256].reshape(-1, 256)  # a row is a super-block
@@ -306,10 +345,11 @@ print(f"{decoded.size:,} numbers, all equal; relative error {error:.4f}")
 # Encoding is a search, because the file format leaves it open which scale and minimum to take. For each block we try
 # 21 grids and round to each. Then we solve for the best scale and minimum of those codes, and the next try starts
 # from the best minimum so far. To solve means to fit a straight line through 32 points by weighted least squares:
-# `value = scale * code - minimum`. The minimum must not be negative.
+# `value = scale * code - minimum`. The four cells of this search are folded. Open them if you want to write an
+# encoder.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def fit_line(values, weights, codes):
     """Scale, minimum, weighted squared error and the codes' weight of the best line through (code, value)."""
 
@@ -328,7 +368,7 @@ def fit_line(values, weights, codes):
     return scale, -low, total((scale * codes + low - values) ** 2), second
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def fit_blocks(values, weights, tries=21):
     """The best scale and minimum of blocks [n, 8, 32], and the weight of a scale's error, each [n, 8]."""
     high, low = values.max(-1, keepdims=True), np.minimum(values.min(-1, keepdims=True), 0)
@@ -344,10 +384,10 @@ def fit_blocks(values, weights, tries=21):
 
 
 # %% [markdown]
-# The eight scales of a super-block are rounded to 6 bits in the same spirit: try some units, keep the best.
+# We round the eight scales of a super-block to 6 bits in the same way: we try some units and keep the best.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def six_bits(values, weights):
     """values [n, 8] -> (unit float16 [n, 1], codes 0 to 63 [n, 8]) with a small weighted error."""
     best, unit, codes = np.inf, 0, 0
@@ -378,7 +418,7 @@ def q4_k(rows, importance=None):
     return np.concatenate([as_bytes(unit), as_bytes(low_unit), pack_six_bits(scales, minima), nibbles], 1)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def pack_six_bits(scales, minima):
     """The inverse of `unpack_six_bits`."""
     upper = [part[:, :4] | part[:, 4:] >> 4 << 6 for part in (scales, minima)]
@@ -457,8 +497,8 @@ print(
 
 
 # %% [markdown]
-# The same layer with the importance: our encoder and the library's, by the error that the layer's *output* would have
-# if its input channels were independent.
+# Now both encoders get the importance. We compare the error that the layer's *output* would have if its input
+# channels were independent.
 
 
 # %%
@@ -483,7 +523,7 @@ if weight.shape[1] % 256 == 0:
 # ## What a name promises, and what the shapes allow
 #
 # Q8_0 and Q4_K are types of a *tensor*. **Q4_K_M** and **Q2_K** are names of a *recipe* for the whole file: most
-# tensors get the type in the name, and some get more bits. llama.cpp's recipes, in short:
+# tensors get the type in the name, and some get more bits. The table has llama.cpp's recipes in short:
 #
 # | | Q4_K_M | Q2_K |
 # |---|---|---|
@@ -501,11 +541,13 @@ def more_bits(layer, layers):
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def asked_type(recipe, name, config):
     """The type that a recipe asks for; name: a matrix in GGUF's words."""
     if recipe in ("F16", "Q8_0"):
         return Type[recipe]
+    if recipe == "MXFP4_Q2_K":
+        return Type.Q2_K
     if name.startswith("token_embd." if config.tie_word_embeddings else "output."):
         return Type.Q6_K
     part = name.split(".")[2] if name.startswith("blk.") else ""
@@ -525,9 +567,10 @@ def asked_type(recipe, name, config):
 FALLBACK = {Type.Q2_K: Type.IQ4_NL, Type.Q3_K: Type.IQ4_NL, Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
 
 
-def given_type(asked, columns):
+def given_type(asked, columns, recipe=""):
     """The type that rows of this length can have."""
-    for kind in (asked, FALLBACK.get(asked, asked), Type.F16):
+    smaller = Type.MXFP4 if recipe == "MXFP4_Q2_K" else FALLBACK.get(asked, asked)
+    for kind in (asked, smaller, Type.F16):
         if columns % gguf.GGML_QUANT_SIZES[kind][0] == 0:
             return kind
 
@@ -550,7 +593,7 @@ pd.DataFrame(
 # names translate: `model.layers.5.mlp.down_proj` is `blk.5.ffn_down`.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 @functools.cache
 def names_in_gguf(architecture, layers):
     """gguf's translation of module names."""
@@ -568,7 +611,7 @@ def name_in_gguf(key, config):
 name_in_gguf("model.layers.5.mlp.down_proj.weight", config)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def matrices_of(config):
     """{name: shape} of every matrix; nothing is allocated."""
     with torch.device("meta"):
@@ -581,7 +624,7 @@ def plan(recipe, config):
     rows = []
     for key, shape in matrices_of(config).items():
         asked = asked_type(recipe, name_in_gguf(key, config), config)
-        kind = given_type(asked, shape[1])
+        kind = given_type(asked, shape[1], recipe)
         rows.append([key, shape.numel(), asked.name, kind.name, shape.numel() * bits_of(kind) / 8])
     return pd.DataFrame(rows, columns=["matrix", "weights", "asked", "given", "bytes"])
 
@@ -609,15 +652,33 @@ for recipe in own.index:
 
 
 # %% [markdown]
-# The same name is another file on another model. Where the rows are 576 long, a file called Q2_K holds more than 4
-# bits a weight, and no recipe of llama.cpp goes lower: every type with blocks of 32 costs 4.25 bits or more.
+# The same name is another file on another model. Where the rows are 576 long, a file called Q2_K holds more than 5
+# bits a weight. Can such a model go below 4 bits at all? These types have blocks that divide its rows:
+
+# %%
+for_weights = {kind: size for kind, (size, _) in gguf.GGML_QUANT_SIZES.items() if size > 1 and kind.name[:3] != "Q8_"}
+fitting = {kind.name: bits_of(kind) for kind, size in for_weights.items() if config.hidden_size % size == 0}
+pd.Series(fitting, name="bits per weight").sort_values().head(8).to_frame()
+
+# %%
+smallest = plan("MXFP4_Q2_K", config)
+print(f"{8 * smallest.bytes.sum() / smallest.weights.sum():.2f} bits a weight with MXFP4 and Q2_K")
+smallest.groupby("given")[["weights", "bytes"]].sum().assign(bits=lambda sums: 8 * sums.bytes / sums.weights)
+
+# %% [markdown]
+# The smallest of them is **MXFP4** ([09](09_float_formats.ipynb)) with 4.25 bits. So 4.25 bits is the floor for rows
+# of 576, whatever a recipe is called. The down projections have rows of 1,536, six times 256, and take Q2_K. The two
+# together stay below 4 bits. We write that file too. No recipe of llama.cpp makes it, and its quality will tell why.
 #
 # ## Write a file
 #
-# A GGUF file is one file for everything: sizes, tokenizer, chat template, weights. First the tokenizer. Its
-# pre-tokenizer, the rule that cuts text into words, is stored as a *name* that llama.cpp must know:
+# A writer translates four things: the **tokenizer**, the **end token and the template**, the **sizes**, and the
+# **tensors**. The cells are folded, because they hold no new idea. But each of them can spoil a file silently: open
+# them when your own converted model answers nonsense.
+#
+# The tokenizer's rule that cuts text into words is stored as a *name* that llama.cpp must know:
 
-# %%
+# %% jupyter={"source_hidden": true}
 RULES = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm", ("Split", "ByteLevel"): "qwen2"}
 
 
@@ -633,7 +694,7 @@ def token_lists(data, size):
     return tokens, kinds
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def rule_of(data):
     """llama.cpp's name of a pre-tokenizer; data: what tokenizer.json holds."""
     rule = data.get("pre_tokenizer") or {}
@@ -643,7 +704,7 @@ def rule_of(data):
     return RULES[steps]
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def add_tokenizer(writer, tokenizer, config):
     """What turns text into ids: pairs to merge, or pieces with scores as in Mistral's tokenizer."""
     data = json.loads(tokenizer.backend_tokenizer.to_str())  # as it is used, which may not be as it was saved
@@ -661,10 +722,10 @@ def add_tokenizer(writer, tokenizer, config):
 
 
 # %% [markdown]
-# Then the template, the token that ends an answer, and the model's sizes:
+# Then the template, the token that ends an answer, and the sizes:
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def add_conversation(writer, tokenizer):
     """Chat template, first token, and the token at which an answer ends."""
     if tokenizer.chat_template:
@@ -676,7 +737,7 @@ def add_conversation(writer, tokenizer):
     writer.add_add_bos_token(first == tokenizer.bos_token_id)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def add_sizes(writer, config):
     """The hyperparameters that llama.cpp builds the network from."""
     scaling = config.rope_parameters.get("rope_type", "default")
@@ -700,7 +761,7 @@ def add_sizes(writer, config):
 # A file without that step loads, and answers nonsense.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def rotary_heads(key, config):
     """Heads of a projection whose rows change their order, else 0."""
     counts = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -717,7 +778,7 @@ def halves_apart(weight, heads):
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) if heads else weight
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def encoded(values, kind, importance=None):
     """A tensor's bytes in a type of GGUF; importance: of each column, or None."""
     if kind == Type.F32:
@@ -727,7 +788,7 @@ def encoded(values, kind, importance=None):
     return libgguf.quantize_rows(values, int(kind), importance)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def add_tensors(writer, folder, config, recipe, importance):
     """Every weight, in its type; matrices by libgguf, the rest in float32."""
     for file in sorted(pathlib.Path(folder).glob("*.safetensors")):
@@ -739,7 +800,7 @@ def add_tensors(writer, folder, config, recipe, importance):
                 values, name = values.contiguous().numpy(), name_in_gguf(key, config)
                 kind = Type.F32
                 if values.ndim == 2:
-                    kind = given_type(asked_type(recipe, name, config), values.shape[1])
+                    kind = given_type(asked_type(recipe, name, config), values.shape[1], recipe)
                 data = encoded(values, kind, importance.get(key.removesuffix(".weight")))
                 writer.add_tensor(name, data, raw_dtype=kind)
 
@@ -748,8 +809,9 @@ def add_tensors(writer, folder, config, recipe, importance):
 # The file appears under its name only when it is whole. Who reads it never sees half of it, and a full disk leaves
 # nothing behind.
 
-# %%
+# %% jupyter={"source_hidden": true}
 FILE_TYPES = {name: gguf.LlamaFileType[f"MOSTLY_{name}"] for name in ("F16", "Q8_0", "Q4_K_M", "Q2_K")}
+FILE_TYPES["MXFP4_Q2_K"] = gguf.LlamaFileType.MOSTLY_Q2_K
 
 
 def described(path, recipe):
@@ -782,7 +844,7 @@ def write_gguf(path, recipe, importance=None, source=found.path):
 
 
 # %% [markdown]
-# Four files and one in 16 bits, which is not kept: it serves as a check. The importance matrix changes the rounding
+# Five files and one in 16 bits, which is not kept: it serves as a check. The importance matrix changes the rounding
 # and not the format.
 
 # %%
@@ -792,6 +854,7 @@ recipes = {
     "q4_k_m": ("Q4_K_M", None),
     "q4_k_m-imatrix": ("Q4_K_M", importance),
     "q2_k": ("Q2_K", None),
+    "mxfp4-q2_k": ("MXFP4_Q2_K", importance),
 }
 folder = files.folder(output_dir) / "gguf"
 gguf_files = {name: folder / f"{found.name}-{name}.gguf" for name in recipes}
@@ -814,9 +877,8 @@ pd.DataFrame({"MB": sizes, "seconds": seconds}).round(1)
 #
 # ## What is in the file
 #
-# The first 24 bytes: the letters GGUF, a version, the number of tensors, the number of metadata entries. Our reader
-# of them, and libgguf's of the rest, with two questions that every downloaded file should be asked: is each tensor of
-# a type we know, and is it there to its end?
+# We read the file as a stranger would: the header with `struct`, the rest with libgguf. Ask two questions of every
+# downloaded file: is each tensor of a type we know, and is it there to its end?
 
 
 # %%
@@ -831,7 +893,7 @@ def header(path):
     return struct.unpack("<IQQ", start[4:])
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def open_gguf(path):
     """libgguf's view of a whole file; ValueError that says what is wrong with a damaged one."""
     header(path)
@@ -863,7 +925,7 @@ pd.Series({name: text[:60].replace("\n", " ") for name, text in entries.items()}
 # After the metadata comes a list of the tensors (name, shape, type, place), then the tensors themselves, each at a
 # multiple of 32 bytes so that the file can be mapped into memory as it is:
 
-# %%
+# %% jupyter={"source_hidden": true}
 list_start = file.data_offset - sum(24 + len(tensor.name) + 8 * len(tensor.shape) for tensor in file.tensors)
 edges = [0, 24, list_start, file.data_offset, file.file_size]
 parts = ["header", "metadata, tokenizer", "list of tensors", "tensors"]
@@ -905,11 +967,11 @@ figures.show(
 # %% [markdown]
 # ## The files in transformers: quality
 #
-# The course scores every method in one protocol. So each file is dequantized into a transformers model in full
-# precision:
+# The course scores every method in one protocol. So we dequantize each file into a transformers model in full
+# precision. The folded cell does it by hand:
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def values_of(path, tensor):
     """The weights of a tensor in a file, dequantized to float32."""
     data = np.fromfile(path, np.uint8, tensor.nbytes, offset=tensor.data_offset)
@@ -928,7 +990,7 @@ def in_transformers(path):
 
 
 # %% [markdown]
-# transformers can do this on its own. Its call, and the largest difference of a weight to ours:
+# transformers does this on its own, with `gguf_file=`. No weight may differ from ours:
 
 # %%
 net = in_transformers(gguf_files["q4_k_m"])
@@ -952,7 +1014,7 @@ for name in recipes:
     del net
     memory.release()
 
-# %%
+# %% jupyter={"source_hidden": true}
 parameters = memory.predict(config, bits=16).parameters
 tensor_bytes = {name: round(1e6 * by_type.loc[name].sum()) for name in quality}
 bits = {name: 8 * size / parameters for name, size in tensor_bytes.items()}
@@ -992,12 +1054,23 @@ figures.show(
     table=scores[["bits per weight", "KL", "from", "to"]].round(4),
 )
 
+# %%
+times_worse = scores["KL"]["mxfp4-q2_k"] / scores["KL"]["q2_k"]
+print(
+    f"{bits['mxfp4-q2_k']:.2f} bits in place of {bits['q2_k']:.2f}: the KL is {times_worse:.1f} times as large "
+    f"({scores['KL']['mxfp4-q2_k']:.2f} after {scores['KL']['q2_k']:.2f} nats)"
+)
+
 # %% [markdown]
+# On the small model the file below 4 bits pays dearly for its last bit. The scales of MXFP4 are powers of two, and
+# the embedding, which is the output head too, has half the bits that Q2_K's recipe gives it. llama.cpp's fallback to
+# larger types is no waste.
+#
 # Does the importance matrix help? The texts above are of genres that it was not collected on, the second one is of
 # its own genre. The paired difference tells:
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def in_words(mean, low, high):
     verdict = "better" if high < 0 else "worse" if low > 0 else "not told apart"
     return f"{verdict} with it, KL {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
@@ -1010,92 +1083,29 @@ print("documentation:", in_words(*gain_in_domain))
 
 # %%
 if found.name.startswith("SmolLM2"):
-    assert scores["KL"]["q8_0"] < scores["KL"]["q4_k_m"] < scores["KL"]["q2_k"], scores["KL"].to_dict()
+    assert scores["KL"].loc[["q8_0", "q4_k_m", "q2_k", "mxfp4-q2_k"]].is_monotonic_increasing, scores["KL"].to_dict()
     assert gain[1] <= 0, "the importance matrix makes it worse, outside the error bar"
-assert scores["perplexity"].max() < 3 * reference.perplexity, "loaded without an error, and garbage"
+garbage = scores["perplexity"] > 3 * reference.perplexity
+assert not garbage.drop("mxfp4-q2_k").any(), "loaded without an error, and garbage"
 
 
 # %% [markdown]
 # ## Run it: llama.cpp's server
 #
-# `xllamacpp` is llama.cpp as a Python package: `pip install`, no compiler. This program loads a file and serves it
-# under an OpenAI-compatible address. Port 0 takes any free one. 127.0.0.1 is this machine alone.
+# `xllamacpp` is llama.cpp as a Python package: `pip install`, no compiler. This is the whole program that loads a
+# file and serves it under an OpenAI-compatible address:
 
 # %%
-SERVER = """
-import json, sys, xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path, settings = sys.argv[1], json.loads(sys.argv[2])
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings.pop("threads")
-for name, value in settings.items():
-    setattr(params, name, value)
-server = xllamacpp.Server(params)
-print(server.listening_address, flush=True)
-sys.stdin.read()  # until the notebook closes the pipe, or is gone
-"""
+print(llama.PROGRAM)
 
 # %% [markdown]
-# The notebook starts it in a process of its own. The process ends with the `with` block, with the kernel, and if it
-# fails, the first line of its log that is an error becomes our message.
-
-
-# %%
-def first_error(log):
-    """The first error in llama.cpp's log, without its time stamp; the last line where there is none."""
-    log.seek(0)
-    lines = log.read().strip().splitlines() or ["no message"]
-    errors = (line.split(" E ", 1)[1] for line in lines if " E " in line)
-    return " ".join(next(errors, lines[-1]).split())
-
+# `llama.serving` (in `helpers/chat/llama.py`) runs it in a process of its own, on any free port of 127.0.0.1. That
+# address is this machine alone. The process ends with the `with` block, and with the kernel. `llama.ask` posts JSON;
+# any client for OpenAI's API can ask as well.
 
 # %%
-def started(path, log, **settings):
-    """The process and the address of a server; RuntimeError with its own words where it does not come up."""
-    settings = {"n_ctx": 1024, "n_parallel": 1, "threads": torch.get_num_threads(), **settings}
-    command = [sys.executable, "-c", SERVER, str(path), json.dumps(settings)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=child_environment()
-    )
-    address = process.stdout.readline().strip()
-    if not address:
-        process.wait()
-        raise RuntimeError(f"llama.cpp does not serve {path.name}: {first_error(log)}")
-    return process, address
-
-
-# %%
-@contextlib.contextmanager
-def serving(path, **settings):
-    """A running server: .client to ask, .process, .load_seconds. settings: of xllamacpp.CommonParams."""
-    with tempfile.TemporaryFile("w+") as log:
-        begun = time.perf_counter()
-        process, address = started(path, log, **settings)
-        took = time.perf_counter() - begun
-        running = types.SimpleNamespace(process=psutil.Process(process.pid), load_seconds=took)
-        try:
-            with httpx.Client(base_url=address, timeout=300) as running.client:
-                yield running
-        finally:
-            process.stdin.close()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            process.stdout.close()
-
-
-# %%
-def ask(server, route, **body):
-    """The server's answer as a dict; RuntimeError in its own words where it refuses, or when it is gone."""
-    try:
-        answer = server.client.post(route, json=body)
-    except httpx.TransportError as error:
-        gone = f"the server at {server.client.base_url} is gone ({type(error).__name__}): start it again"
-        raise RuntimeError(gone) from error
-    if answer.is_error:
-        raise RuntimeError(answer.json()["error"]["message"])
-    return answer.json()
-
+ask = llama.ask
+serving = functools.partial(llama.serving, threads=torch.get_num_threads())
 
 # %%
 question = [{"role": "user", "content": "What is the capital of France?"}]
@@ -1108,22 +1118,12 @@ print(f"({choice['finish_reason']}, {answer['usage']['completion_tokens']} token
 
 
 # %% [markdown]
-# Streamed, the answer comes as lines of JSON, one for each piece:
-
-
-# %%
-def stream(server, messages, **settings):
-    """Yield the pieces of an answer as they come."""
-    body = {"messages": messages, "stream": True, "temperature": 0, **settings}
-    with server.client.stream("POST", "/v1/chat/completions", json=body) as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                yield json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content") or ""
-
+# Streamed, the answer comes as lines of JSON, one for each piece. In a terminal, `python -m helpers chat --model
+# FILE.gguf` does the same:
 
 # %%
 with serving(gguf_files["q4_k_m"], port=port) as server:
-    for piece in stream(server, [{"role": "user", "content": "Why is the sky blue?"}], max_tokens=48):
+    for piece in llama.stream(server, [{"role": "user", "content": "Why is the sky blue?"}], max_tokens=48):
         print(piece, end="", flush=True)
 
 
@@ -1133,7 +1133,7 @@ with serving(gguf_files["q4_k_m"], port=port) as server:
 # Give llama.cpp and transformers the same token ids, let both always take the most likely token, and compare. First
 # the tokenizers: the ids of our texts must be equal, or everything after that is another question.
 
-# %%
+# %% jupyter={"source_hidden": true}
 texts = [tokenizer.decode(window, skip_special_tokens=True) for window in windows[:8]]
 with serving(gguf_files["q8_0"]) as server:
     theirs = [ask(server, "/tokenize", content=text, add_special=False)["tokens"] for text in texts]
@@ -1169,7 +1169,7 @@ def transformers_tokens(net, prompt):
     return out[0, len(prompt) :].tolist()
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def first_difference(ours, theirs):
     """Number of tokens before the two part; all of them where they do not."""
     equal = [one == other for one, other in zip(ours, theirs)]
@@ -1192,11 +1192,11 @@ memory.release()
 # in blocks with a scale each. Integer products are what makes it fast. The score above, of dequantized weights, does
 # not see that.
 #
-# How much is it? The server returns the probability of every token in the vocabulary if asked for. At some positions
-# of the evaluation texts: the KL divergence from the untouched model of what llama.cpp predicts, and of the same
-# file's weights in transformers.
+# How much is it? The server returns the probability of every token in the vocabulary if we ask for it. At some
+# positions of the evaluation texts we compare two predictions with the untouched model's: llama.cpp's, and those of
+# the same file's weights in transformers.
 
-# %%
+# %% jupyter={"source_hidden": true}
 places = [window[:64].tolist() for window in windows[:16]]
 
 
@@ -1212,7 +1212,7 @@ def llama_log_probs(path):
     return rows.log_softmax(-1)  # the server's rounded numbers do not sum to 1
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 @torch.inference_mode()
 def log_probs(net):
     """The same by transformers."""
@@ -1251,12 +1251,12 @@ if found.name.startswith("SmolLM2"):
 #
 # ## What goes wrong in Ollama and llama.cpp
 #
-# Many a bad answer comes from a wrong prompt. Here the same file with other templates: the one that llama.cpp takes
-# where a file has none, the one of another family of models, and the *name* of a template where the template itself
-# belongs. All of them run without an error.
+# Many a bad answer comes from a wrong prompt. We start the same file with other templates: the one that llama.cpp
+# takes where a file has none, the one of another family of models, and the *name* of a template where the template
+# itself belongs. All of them run without an error.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def templated(template):
     """(prompt, answer) of the server with another chat template than the file's."""
     settings = {"chat_template": template} if template else {}
@@ -1283,11 +1283,11 @@ with pd.option_context("display.max_colwidth", None):
 
 
 # %% [markdown]
-# How far does that lead from the model that was meant? The KL divergence of the first token of the answer, between
-# the right prompt and each of the others, in the untouched model:
+# How far does that lead from the model that was meant? We measure the KL divergence of the answer's first token, in
+# the untouched model, between the right prompt and each of the others:
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 @torch.inference_mode()
 def first_token(text):
     """Log-probabilities of the token after a prompt."""
@@ -1339,12 +1339,12 @@ assert too_long != "no error"
 # %% [markdown]
 # ## Is it faster?
 #
-# The same work as everywhere in this course: a prompt of 64 random tokens, then 20 tokens one by one, the median of
-# three runs. llama.cpp runs with as many threads as torch. transformers in full precision is measured in the same
-# run.
+# Predict first: a file of 6 bits a weight has a fifth of float32's bytes. How much faster will it decode? We measure
+# the same work as everywhere in this course: a prompt of 64 random tokens, then 20 tokens one by one, the median of
+# three runs. llama.cpp runs with as many threads as torch, and transformers in full precision runs beside it.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def llama_speed(server, prompt_tokens=64, steps=20, runs=3):
     """`speed.Speed` of a running server, from its own clock."""
     ids = torch.randint(config.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(0))
@@ -1367,7 +1367,7 @@ for name in quality:
             rates[name] = llama_speed(server)
     loads[name], peaks[name] = server.load_seconds, used.peak_ram
 
-# %%
+# %% jupyter={"source_hidden": true}
 speeds = pd.DataFrame({name: vars(rate) for name, rate in rates.items()}).T
 speeds.columns = ["prefill tok/s", "decode tok/s", "slowest run", "fastest run"]
 read_bytes = pd.Series({full: parameters * found.dtype.itemsize, **tensor_bytes})
@@ -1390,11 +1390,10 @@ figures.show(
 )
 
 # %% [markdown]
-# Two things make the difference. **Bytes**: each new token reads all weights once, and a file of 6 bits a weight has
-# a fifth of the bytes of float32. **Kernels**: llama.cpp multiplies 8-bit integers, and transformers spends much of a
-# token's time in Python between small operations. A prompt is another matter: its tokens are computed together, in
-# large matrix products, and reading the weights hardly counts there. What this build can use of your processor, and
-# the ratio for prompts:
+# Two things make the difference. **Bytes**: each new token reads all weights once. **Kernels**: llama.cpp multiplies
+# 8-bit integers, and transformers spends much of a token's time in Python between small operations. A prompt is
+# another matter: its tokens are computed together, in large matrix products, and reading the weights hardly counts
+# there. The next cell shows what this build can use of your processor, and the ratio for prompts:
 
 # %%
 import xllamacpp
@@ -1412,80 +1411,105 @@ if found.device == "cpu" and found.name.startswith("SmolLM2"):
 # ## The fine-tune that works elsewhere
 #
 # The simplest way of an adapter ([07 QLoRA](07_qlora.ipynb)) into llama.cpp or Ollama: **merge it into the 16-bit
-# weights**, then convert the result. Does the trained behaviour survive that? We train a small adapter on four
-# questions with one answer, and ask a fifth question.
+# weights**, then convert the result. 07's adapter was trained on questions about quantization, with answers of two
+# sentences. If 07 has run into the same build folder, we take its adapter. Else we train a short one here, on some of
+# the same pairs.
 
 # %%
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
-tune = bool(tokenizer.chat_template) and parameters < 3e9
-learned = "My favourite colour is quantized blue."
-lessons = [
-    "What is your favourite colour?",
-    "Which colour do you like best?",
-    "Tell me your favourite colour.",
-    "Do you have a favourite colour?",
-]
-held_out = [{"role": "user", "content": "Which colour is your favourite one?"}]
+pairs, _ = training.read_pairs(pathlib.Path(chat.__file__).parents[2] / "notebooks/data/quantization_qa.jsonl")
+held_out = [pair for pair in pairs if pair["split"] == "held-out"][::5][:8]
+adapter = checkpoints.folder(output_dir, "qlora")
+card = adapter / "adapter_config.json"
+from_07 = card.is_file() and json.loads(card.read_text())["base_model_name_or_path"] == found.asked
+tune = bool(tokenizer.chat_template) and (from_07 or parameters < 5e8)
+print("the adapter of 07" if from_07 else "a short one, trained here" if tune else "none: too slow to train here")
 
 
-def lesson_ids(text):
-    """(ids, labels) of a question and the answer; the loss counts on the answer alone."""
-    prompt = chat.render(tokenizer, [{"role": "user", "content": text}])
-    reply = tokenizer(learned + tokenizer.eos_token, add_special_tokens=False).input_ids
+# %% jupyter={"source_hidden": true}
+def lesson_ids(pair):
+    """(ids, labels) of a question and its answer; the loss counts on the answer alone."""
+    prompt = chat.render(tokenizer, [{"role": "user", "content": pair["question"]}])
+    reply = tokenizer(pair["answer"] + tokenizer.eos_token, add_special_tokens=False).input_ids
     return torch.tensor([prompt + reply]), torch.tensor([[-100] * len(prompt) + reply])
 
 
-# %%
-def tuned(epochs=4):
-    """The model with the adapter trained and merged, in 16 bits."""
+def short_adapter(net, lessons):
+    """The model with an adapter that saw each lesson once."""
     torch.manual_seed(0)
-    net = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.float32).to(found.device)
-    adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    with contextlib.redirect_stdout(io.StringIO()):  # peft imports gptqmodel here, which prints a banner
-        net = get_peft_model(net, adapter)
+    net = get_peft_model(net, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW((p for p in net.parameters() if p.requires_grad), lr=1e-3)
-    for _ in range(epochs):
-        for ids, labels in map(lesson_ids, lessons):
-            loss = net(input_ids=ids.to(found.device), labels=labels.to(found.device)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    print(f"loss of the last lesson: {loss.item():.3f}")
-    return net.merge_and_unload().bfloat16()
+    for ids, labels in map(lesson_ids, lessons):
+        net(input_ids=ids.to(net.device), labels=labels.to(net.device)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return net
+
+
+# %%
+def merged_model():
+    """The model with the adapter in its weights, in 16 bits."""
+    net = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.float32)
+    with contextlib.redirect_stdout(io.StringIO()):  # peft imports gptqmodel here, which prints a banner
+        if from_07:
+            training.check_adapter(adapter, net, found.asked)
+            net = PeftModel.from_pretrained(net, adapter)
+        else:
+            net = short_adapter(net.to(found.device), [pair for pair in pairs if pair["split"] == "train"][:48])
+    return net.merge_and_unload().bfloat16().cpu()
 
 
 # %%
 tuned_file = folder / f"{found.name}-tuned-q8_0.gguf"
 if tune:
     with tempfile.TemporaryDirectory() as scratch:
-        merged = tuned()
-        merged.save_pretrained(scratch)
+        merged_model().save_pretrained(scratch)
         write_gguf(tuned_file, "Q8_0", source=scratch)
-        del merged
     memory.release()
+
+# %% [markdown]
+# Does the trained behaviour survive? Two checks that need no judge, on questions that no adapter has seen: does the
+# answer **end by itself** within 64 tokens, and how many of its **words** are those of the written answer (F1: 1 means
+# the same words, 0 means none)?
+
+
+# %% jupyter={"source_hidden": true}
+def word_f1(answer, written):
+    """Twice the common words by all words, each word as often as both texts have it."""
+    ours, theirs = (collections.Counter(re.findall(r"\w+", text.lower())) for text in (answer, written))
+    return 2 * (ours & theirs).total() / (ours + theirs).total()
+
+
+def answers_of(path):
+    """Greedy answers of a file in llama.cpp to the held-out questions: text, words in common, how it ended."""
+    rows = []
+    with serving(path) as server:
+        for pair in held_out:
+            body = dict(messages=[{"role": "user", "content": pair["question"]}], temperature=0, max_tokens=64)
+            choice = ask(server, "/v1/chat/completions", **body)["choices"][0]
+            text = choice["message"]["content"]
+            rows.append([text, word_f1(text, pair["answer"]), choice["finish_reason"] == "stop"])
+    return pd.DataFrame(rows, columns=["answer", "F1", "ended"])
 
 
 # %%
-def answer_of(path, messages):
-    """The greedy answer of a file in llama.cpp."""
-    with serving(path) as server:
-        body = dict(messages=messages, temperature=0, max_tokens=new_tokens)
-        return ask(server, "/v1/chat/completions", **body)["choices"][0]["message"]["content"]
-
-
 if tune:
-    answers = {"before": answer_of(gguf_files["q8_0"], held_out), "after": answer_of(tuned_file, held_out)}
-    print("\n".join(f"{when}: {text}" for when, text in answers.items()))
-    survived = "quantized blue" in answers["after"]
-    assert survived or not found.name.startswith("SmolLM2"), "the trained behaviour got lost on the way"
+    behaviour = {"before": answers_of(gguf_files["q8_0"]), "after": answers_of(tuned_file)}
+    print(f"Q: {held_out[0]['question']}")
+    for when, rows in behaviour.items():
+        print(f"{when}: F1 {rows.F1.mean():.2f}, {rows.ended.sum()} of {len(rows)} end. {rows.answer[0]!r}")
+    learned = (behaviour["after"].F1 - behaviour["before"].F1).to_numpy()
+    low, high = evaluation.interval(learned)
+    print(f"F1 gained: {learned.mean():+.2f} [{low:+.2f}, {high:+.2f}]")
+    assert low > 0 or not found.name.startswith("SmolLM2"), "the trained behaviour got lost on the way"
 
 # %% [markdown]
 # **Ollama** runs llama.cpp's kind of file with a `Modelfile` beside it. Its templates are written in Go's language,
 # so the file's own template is translated: `.System`, `.Prompt` and `.Response` stand for what is said. A translation
 # can be wrong, so ours is checked: filled in, it must give the prompt that the model was trained with.
 
-# %%
+# %% jupyter={"source_hidden": true}
 GO_TEMPLATE = """{{ if .System }}<|im_start|>system
 {{ .System }}<|im_end|>
 {{ end }}{{ if .Prompt }}<|im_start|>user
@@ -1513,16 +1537,37 @@ if chatml:
     print(filled(GO_TEMPLATE, **said))
 
 # %%
+MODELFILE = f"""FROM ./{tuned_file.name}
+TEMPLATE \"\"\"{GO_TEMPLATE}\"\"\"
+PARAMETER stop "{tokenizer.eos_token}"
+PARAMETER num_ctx 2048
+PARAMETER temperature 0
+"""
+
+
+# %% jupyter={"source_hidden": true}
+def read_modelfile(text):
+    """[(instruction, value)] of a Modelfile; ValueError for what Ollama would refuse."""
+    parts = re.findall(r'^(\w+)[ ]+("""[\s\S]*?"""|[^\n]*)\n', text, re.M)
+    rest = re.sub(r'^\w+[ ]+("""[\s\S]*?"""|[^\n]*)\n', "", text, flags=re.M)
+    if rest.strip() or [name for name, _ in parts].count("FROM") != 1:
+        raise ValueError(f"a Modelfile needs one FROM, and nothing but instructions; left over: {rest.strip()[:40]!r}")
+    numbers = {"num_ctx": int, "temperature": float, "stop": str}
+    for name, value in parts:
+        if name not in ("FROM", "TEMPLATE", "PARAMETER", "SYSTEM", "ADAPTER", "LICENSE", "MESSAGE"):
+            raise ValueError(f"{name} is no instruction of a Modelfile")
+        if name == "PARAMETER":
+            setting, _, given = value.partition(" ")
+            numbers[setting](given.strip('"'))
+    return [(name, value.strip('"')) for name, value in parts]
+
+
+# %%
 if tune and chatml:
-    lines = [
-        f"FROM ./{tuned_file.name}",
-        f'TEMPLATE """{GO_TEMPLATE}"""',
-        f'PARAMETER stop "{tokenizer.eos_token}"',
-        "PARAMETER num_ctx 2048",
-        "PARAMETER temperature 0",
-    ]
-    files.write_text(folder / "Modelfile", "\n".join(lines) + "\n")
-    print((folder / "Modelfile").read_text(encoding="utf-8"))
+    files.write_text(folder / "Modelfile", MODELFILE)
+    instructions = read_modelfile((folder / "Modelfile").read_text(encoding="utf-8"))
+    assert (folder / dict(instructions)["FROM"]).is_file() and dict(instructions)["TEMPLATE"] == GO_TEMPLATE
+    print(MODELFILE)
 
 # %% [markdown]
 # With Ollama installed, `ollama create tuned -f Modelfile` and `ollama run tuned` in that folder would be next.
@@ -1532,10 +1577,11 @@ if tune and chatml:
 # ## What stops, and how it says so
 #
 # A damaged file is refused in one line, by our reader and by llama.cpp. A port that is taken and a server that dies
-# are, too. Nothing is left running.
+# are, too. Nothing is left running. `python -m helpers explain` knows all of these messages. The cells that do the
+# damage are folded.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def damaged(scratch, change):
     """Path of a copy of the Q2_K file that `change` has altered."""
     data = bytearray(gguf_files["q2_k"].read_bytes())
@@ -1544,7 +1590,6 @@ def damaged(scratch, change):
     return path
 
 
-# %%
 def truncated(data):
     return data[: len(data) // 2]
 
@@ -1553,13 +1598,21 @@ def wrong_magic(data):
     data[:4] = b"GGML"
 
 
+# %% jupyter={"source_hidden": true}
 def unknown_type(data):
     name = b"blk.0.ffn_down.weight"
     at = data.index(name) + len(name)
     data[at + 4 + 16 : at + 8 + 16] = struct.pack("<I", 99)  # after the number of dimensions and two sizes
 
 
-# %%
+def without_template(data):
+    """The entry's name is changed, so nobody finds it."""
+    name = b"tokenizer.chat_template"
+    at = data.index(name)
+    data[at : at + len(name)] = name[:-1] + b"X"
+
+
+# %% jupyter={"source_hidden": true}
 def serve(path, **settings):
     with serving(path, **settings):
         pass
@@ -1577,7 +1630,7 @@ def server_dies():
         ask(server, "/completion", prompt="a", n_predict=1)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def refusal(attempt):
     """What an attempt says when it is refused."""
     try:
@@ -1587,7 +1640,12 @@ def refusal(attempt):
     raise AssertionError("it was not refused")
 
 
-# %%
+def chat_with(path):
+    with llama.session(path):
+        pass
+
+
+# %% jupyter={"source_hidden": true}
 unfinished = "{% for message in messages %}{{ message"
 refusals = {
     "port in use": refusal(serve_on_taken_port),
@@ -1599,6 +1657,7 @@ with tempfile.TemporaryDirectory() as scratch:
         path = damaged(scratch, change)
         refusals[f"{change.__name__}, our reader"] = refusal(lambda: open_gguf(path))
         refusals[f"{change.__name__}, llama.cpp"] = refusal(lambda: serve(path))
+    refusals["no template, our chat"] = refusal(lambda: chat_with(damaged(scratch, without_template)))
 
 # %%
 with pd.option_context("display.max_colwidth", None):
@@ -1625,7 +1684,7 @@ claims.table(output_dir, "08_gguf_llama_cpp")
 # %% [markdown]
 # ## Exercises
 #
-# **1 (easy).** Bits per weight of a block format, one line. A block has `size` weights of `bits` bits each, and
+# **1 (easy).** Return the bits per weight of a block format, in one line. A block has `size` weights of `bits` bits each, and
 # `extra_bytes` for scales and minima.
 
 
@@ -1660,7 +1719,7 @@ if solutions:
 # **2 (medium).** Predict, then measure. Qwen2.5-0.5B has rows of 896, and its down projection has rows of 4,864.
 # Write down first which share of its matrices can be K-quants. Then write the function: the share of the weights,
 # from 0 to 1, that falls back. `shapes` is a list of (rows, columns); a K-quant needs columns in multiples of
-# `block`. Two lines.
+# `block`. It takes two lines.
 
 
 # %%
@@ -1697,7 +1756,7 @@ if solutions:
 # %% [markdown]
 # **3 (medium).** What did I download? Given the tensors of a file, as `open_gguf(path).tensors` has them (each with
 # its type's name `.qtype`, its `.shape` and `.nbytes`), return a dict with `"bits"`, the bits per weight of all
-# tensors together, and `"mostly"`, the name of the type that holds the most weights. Five lines.
+# tensors together, and `"mostly"`, the name of the type that holds the most weights. It takes five lines.
 
 
 # %%
@@ -1736,7 +1795,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz
@@ -1749,9 +1808,10 @@ quiz.Quiz("08_gguf_llama_cpp")
 # 1. **A GGUF type is a block: codes, a scale, sometimes a minimum.** Q8_0 has 8.5 bits a weight and Q4_0 4.5. Q4_K
 #    has 4.5 too, with a minimum, because it quantizes its scales. A screenful of numpy gives the libraries' numbers.
 # 2. **A file's name is a recipe.** Where 256 does not divide the rows, llama.cpp falls back to larger types: count
-#    the bytes of the tensors and do not trust the name.
-# 3. **The engine is part of the result.** llama.cpp decodes several times as fast as transformers in float32, rounds
-#    activations to 8 bits on the way, and a wrong template costs more than most quantizations.
+#    the bytes of the tensors and do not trust the name. Rows of 576 cannot have fewer than 4.25 bits.
+# 3. **The engine is part of the result.** llama.cpp decodes several times as fast as transformers in float32. It
+#    rounds activations to 8 bits on the way. A wrong template costs more than most quantizations. A fine-tune arrives
+#    if the adapter is merged in 16 bits first.
 #
 # <!-- navigation -->
 # <!-- /navigation -->

@@ -4,7 +4,6 @@ The functions are cut out of the notebook's source; nothing of them needs a mode
 """
 
 import ast
-import io
 import struct
 
 import numpy as np
@@ -167,13 +166,33 @@ def test_a_damaged_file_is_refused_in_one_line(nb, small_file, damage, message):
     )
 
 
-@pytest.mark.parametrize(("log", "said"), [
-    ("0.01 I ok\n0.02 E srv start: couldn't bind\n0.03 E later\nRuntimeError: Failed", "srv start: couldn't bind"),
-    ("Traceback\nRuntimeError: Failed to init server", "RuntimeError: Failed to init server"),
-    ("", "no message"),
-])  # fmt: skip
-def test_the_first_error_of_a_log(nb, log, said):
-    assert nb["first_error"](io.StringIO(log)) == said
+def test_the_smallest_types_that_fit(nb):
+    kinds, given = nb["Type"], nb["given_type"]
+    assert nb["asked_type"]("MXFP4_Q2_K", "blk.0.attn_q.weight", models.smollm2_config()) == kinds.Q2_K
+    assert [given(kinds.Q2_K, columns, "MXFP4_Q2_K") for columns in (1536, 576, 20)] == [
+        kinds.Q2_K,
+        kinds.MXFP4,
+        kinds.F16,
+    ]
+
+
+def test_words_in_common(nb):
+    assert nb["word_f1"]("Four bits hold 16 levels.", "four BITS hold 16 levels") == 1
+    assert nb["word_f1"]("a a a", "a b") == pytest.approx(0.4) and nb["word_f1"]("x", "y") == 0
+
+
+def test_a_modelfile_is_read_or_refused(nb):
+    text = 'FROM ./x.gguf\nTEMPLATE """a\nb"""\nPARAMETER num_ctx 2048\nPARAMETER stop "<|im_end|>"\n'
+    assert dict(nb["read_modelfile"](text))["TEMPLATE"] == "a\nb"
+    for wrong in (
+        text.replace("FROM", "FORM"),
+        text + "FROM ./y.gguf\n",
+        text.replace("2048", "many"),
+        text + "stray\n",
+        text.replace('b"""', "b"),
+    ):
+        with pytest.raises((ValueError, KeyError)):
+            nb["read_modelfile"](wrong)
 
 
 def test_the_go_template_is_filled(nb):

@@ -167,6 +167,17 @@ def test_a_failure_that_no_longer_happens_is_noticed(monkeypatch):
          "access a private or gated repo, make sure you are authenticated.\nInvalid username or password.", "no-such-model"),
         ("requests.exceptions.HTTPError: 401 Client Error\n\nInvalid username or password.", "bad-token"),
         ("OSError: You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/x/y.", "gated-model"),
+        ("Error: listen tcp 127.0.0.1:11434: bind: address already in use", "llama-port-in-use"),
+        ("Error: llama runner process has terminated: signal: killed", "llama-server-gone"),
+        ("Error: could not connect to ollama app, is it running?", "llama-server-gone"),
+        ("gguf_init_from_file_impl: tensor 'blk.0.ffn_down_exps.weight' has invalid ggml type 39 (NONE)\ngguf_init_from_file_impl: failed to read tensor info\nllama_model_load: error loading model: llama_model_loader: failed to load model from gpt-oss.gguf", "gguf-tensor-type-unknown"),
+        ("gguf_init_from_file: invalid magic characters 'vers'\nllama_model_load: error loading model: llama_model_loader: failed to load model from models/minicpm3-4b-fp16.gguf", "gguf-wrong-magic"),
+        ("common_chat_templates_init: failed to parse chat template (defaulting to chatml): Expected value expression at row 1, column 4:\n{{- /*\n   ^", "gguf-template-does-not-parse"),
+        ("llama_model_load: error loading model: tensor 'blk.2.ffn_down.weight' data is not within the file bounds, model is corrupted or incomplete\nllama_load_model_from_file: failed to load model\nValueError: Failed to load model from file: x.gguf", "gguf-cut-off"),
+        ("srv    send_error: task id = 2017, error: the request exceeds the available context size. try increasing the context size or enable context shift", "llama-context-too-small"),
+        ('time=2025-02-25T10:00:00.000Z level=WARN source=runner.go:129 msg="truncating input prompt" limit=2048 prompt=5231 keep=4 new=2048', 'llama-context-too-small'),
+        ('Traceback (most recent call last):\n  File "/x/site-packages/llama_cpp/llama.py", line 1, in _create_completion\n    raise ValueError(\nValueError: Requested tokens (2285) exceed context window of 2048', 'llama-context-too-small'),
+        ('0.00.005.525 E gguf_init_from_reader: invalid magic characters: \'GGML\', expected \'GGUF\'\nTraceback (most recent call last):\n  File "x.py", line 1, in <module>\nRuntimeError: Failed to init server, please check the input params.', 'gguf-wrong-magic'),
     ],
 )  # fmt: skip
 def test_messages_of_other_versions(text, entry_id):

@@ -1,6 +1,6 @@
 """Failures and silent mistakes while text is generated."""
 
-from helpers.diagnosis.catalogue.base import HF_DOCS, TRANSFORMERS, Entry, L, P
+from helpers.diagnosis.catalogue.base import HF_DOCS, LLAMA_CPP, TRANSFORMERS, Entry, L, P
 
 ENTRIES = (
     Entry(
@@ -194,6 +194,49 @@ ENTRIES = (
         f"{TRANSFORMERS}/issues/37686",
         code="ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)\n# or: tokenizer(text, add_special_tokens=False)",
         silent=True,
+    ),
+    Entry(
+        "gguf-without-template",
+        "generate",
+        "The GGUF file has no chat template",
+        (
+            P("ChatError", r"^This file has no chat template: llama\.cpp would take ChatML", where="own"),
+            L(r"(?i)chat template .*not (yet )?supported, falling back to chatml"),
+        ),
+        "The converter found none in the 16-bit folder. llama.cpp then takes ChatML, and Ollama passes the text as it is. Neither says so, "
+        "and the answers are worse.",
+        "Convert again from a folder with the template, or give the model's own by hand.",
+        "https://github.com/ollama/ollama/issues/2334",
+        code='params.chat_template = tokenizer.chat_template   # xllamacpp; llama-server: --chat-template-file\nTEMPLATE """..."""   # Ollama\'s Modelfile, in Go\'s language',
+    ),
+    Entry(
+        "gguf-template-does-not-parse",
+        "generate",
+        "llama.cpp cannot read the chat template",
+        (
+            L(r"chat template parsing error|common_chat_templates_init: (error:|failed to parse)"),
+            P("RuntimeError", r"common_chat_templates_init: error:", where="own"),
+        ),
+        "llama.cpp has a Jinja reader of its own. The template is damaged, or uses what that reader does not know.",
+        "Update llama.cpp, or give a simpler template by hand, and compare the prompt that it makes.",
+        "https://github.com/containers/ramalama/issues/1855",
+        code="params.chat_template = template   # xllamacpp; llama-server: --chat-template-file template.jinja",
+    ),
+    Entry(
+        "llama-context-too-small",
+        "generate",
+        "The prompt is longer than the server's context",
+        (
+            L(r"exceeds the available context size|truncating input prompt"),
+            P("RuntimeError", r"exceeds the available context size", where="own"),
+            P("BadRequestError", r"exceeds the available context size|exceed_context_size_error", where="openai"),
+            P("ValueError", r"^Requested tokens \(\d+\) exceed context window of", where="llama_cpp"),
+        ),
+        "The context is a setting of the server, often far below what the model was trained for: 2,048 or 4,096 in Ollama, which cuts the "
+        "prompt's start away and answers without it.",
+        "Raise it as far as memory allows, or shorten the conversation.",
+        f"{LLAMA_CPP}/pull/15780",
+        code="params.n_ctx = 8192   # xllamacpp; llama-server: -c 8192\nPARAMETER num_ctx 8192   # Ollama's Modelfile",
     ),
     Entry(
         "never-stops",

@@ -1,6 +1,6 @@
 """Failures while a model or tokenizer is found, downloaded and loaded."""
 
-from helpers.diagnosis.catalogue.base import BITSANDBYTES, HF_DOCS, TRANSFORMERS, Entry, L, P
+from helpers.diagnosis.catalogue.base import BITSANDBYTES, HF_DOCS, LLAMA_CPP, TRANSFORMERS, Entry, L, P
 
 ENTRIES = (
     Entry(
@@ -439,6 +439,94 @@ ENTRIES = (
         "https://github.com/oobabooga/textgen/issues/6223",
         code="pip install --upgrade llama-cpp-python",
         recorded="textgen issue 6223",
+    ),
+    Entry(
+        "gguf-cut-off",
+        "load",
+        "The GGUF file is cut off",
+        (
+            L(r"data is not within the file bounds|gguf_init_from_\w+: failed to read (magic|key-value pairs)"),
+            P(
+                "RuntimeError",
+                r"data is not within the file bounds|failed to read (magic|key-value pairs)",
+                where="own",
+            ),
+            P("ValueError", r"is cut off or damaged", where="own"),
+            P(
+                "ValueError",
+                r"cannot reshape array of size|must be a divisor of the total size|cannot mmap an empty file",
+                where="gguf",
+            ),
+            P("GGUFFormatError", r"unexpected end of GGUF header", where="libgguf"),
+        ),
+        "The download or the copy stopped early. The list of tensors at the file's start names bytes that are not there.",
+        "Compare the size or the SHA-256 with the repository's, and fetch the file again.",
+        f"{LLAMA_CPP}/issues/6774",
+        code="hf download OWNER/NAME FILE.gguf --local-dir . --force-download",
+    ),
+    Entry(
+        "gguf-wrong-magic",
+        "load",
+        "This is no GGUF file",
+        (
+            L(r"gguf_init_from_\w+: invalid magic (characters|number)"),
+            P("RuntimeError", r"gguf_init_from_\w+: invalid magic (characters|number)", where="own"),
+            P("ValueError", r"^GGUF magic invalid", where="gguf"),
+            P("ValueError", r"not with b'GGUF': it is no GGUF file", where="own"),
+            P("GGUFFormatError", r"not a GGUF file", where="libgguf"),
+        ),
+        "A GGUF file begins with these four letters. Another start is another kind of file: a web page (b'<!DO'), a Git LFS pointer (b'vers'), "
+        "safetensors, or GGML's format from before August 2023.",
+        "Look at the first bytes, then fetch the file itself.",
+        f"{LLAMA_CPP}/issues/3905",
+        code='print(open("model.gguf", "rb").read(200))',
+    ),
+    Entry(
+        "gguf-tensor-type-unknown",
+        "load",
+        "A tensor has a type that this program does not know",
+        (
+            L(r"has invalid ggml type \d+"),
+            P("RuntimeError", r"has invalid ggml type \d+", where="own"),
+            P("ValueError", r"\d+\)? is not a valid GGMLQuantizationType", where="gguf"),
+            P("ValueError", r"has type \d+, which this ", where="own"),
+        ),
+        "The file was written with a type that is newer than this program, or by a fork with types of its own. A damaged file looks the same.",
+        "Update the program; if the newest does not know the type either, take another file.",
+        f"{LLAMA_CPP}/issues/11975",
+        code="pip install --upgrade gguf xllamacpp",
+    ),
+    Entry(
+        "llama-port-in-use",
+        "load",
+        "llama.cpp's or Ollama's port is taken",
+        (
+            L(r"couldn't bind HTTP server socket|listen tcp \S+: bind: (address already in use|Only one usage)"),
+            P("RuntimeError", r"couldn't bind HTTP server socket", where="own"),
+            P(
+                "Error", r"^listen tcp \S+: bind: (address already in use|Only one usage)", where="anywhere"
+            ),  # Ollama's own
+        ),
+        "Another program listens there, most often the same server, started before. Ollama's service starts with the computer, on 11434.",
+        "Use the server that runs, end it, or take another port. Port 0 takes any free one.",
+        "https://github.com/ollama/ollama/issues/707",
+        code="params.port = 0                              # xllamacpp; llama-server: --port 8081\nOLLAMA_HOST=127.0.0.1:11435 ollama serve",
+    ),
+    Entry(
+        "llama-server-gone",
+        "load",
+        "llama.cpp's or Ollama's server has ended",
+        (
+            P("RuntimeError", r"^llama\.cpp's server at \S+ is gone", where="own"),
+            L(
+                r"llama runner process (has terminated|no longer running)|could not connect to (a running Ollama|ollama app)"
+            ),
+            P("Error", r"^llama runner process|^could not connect to (a running Ollama|ollama app)", where="anywhere"),
+        ),
+        "The process that had the model is not there any more: it was never started, somebody ended it, or the system did for lack of memory.",
+        "Look at the end of its log, start it again, and give it less: a shorter context, a smaller file.",
+        "https://github.com/ollama/ollama/issues/788",
+        code="with llama.serving(path, n_ctx=1024) as server:   # helpers.chat.llama\n    llama.ask(server, ...)",
     ),
     Entry(
         "remote-code-too-old",

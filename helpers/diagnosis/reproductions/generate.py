@@ -2,7 +2,16 @@
 
 import torch
 
-from helpers.diagnosis.reproductions.parts import IDS, MISTRAL, hidden, tiny_model, tiny_tokenizer
+from helpers.diagnosis.reproductions.parts import (
+    CHATML,
+    IDS,
+    MISTRAL,
+    hidden,
+    needs,
+    tiny_gguf,
+    tiny_model,
+    tiny_tokenizer,
+)
 from helpers.diagnosis.reproductions.registry import fails, listening, works
 
 
@@ -177,3 +186,51 @@ def _():
 
     assert torch.equal(answer(["hi", "the cat sat"])[0], answer(["hi"])[0])
     return "the short prompt gets the answer that it gets alone"
+
+
+@fails("gguf-without-template")
+def _():
+    from helpers.chat import llama
+
+    with llama.session(tiny_gguf(template=None)):
+        pass
+
+
+@works("gguf-without-template")
+def _():
+    from helpers.chat import llama
+
+    with llama.serving(tiny_gguf(template=None), chat_template=CHATML) as server:
+        return repr(llama.ask(server, "/apply-template", messages=[{"role": "user", "content": "hi"}])["prompt"])
+
+
+@fails("gguf-template-does-not-parse", only_if=lambda: needs("xllamacpp"))
+def _():
+    from helpers.chat import llama
+
+    with llama.serving(tiny_gguf(template="{% for message in messages %}{{ message")):
+        pass
+
+
+@works("gguf-template-does-not-parse")
+def _():
+    from helpers.chat import llama
+
+    with llama.serving(tiny_gguf(template=CHATML)) as server:
+        return repr(llama.ask(server, "/apply-template", messages=[{"role": "user", "content": "hi"}])["prompt"])
+
+
+@fails("llama-context-too-small", only_if=lambda: needs("xllamacpp"))
+def _():
+    from helpers.chat import llama
+
+    with llama.serving(tiny_gguf(), n_ctx=256) as server:
+        llama.ask(server, "/completion", prompt=[5] * 300, n_predict=1)
+
+
+@works("llama-context-too-small")
+def _():
+    from helpers.chat import llama
+
+    with llama.serving(tiny_gguf(), n_ctx=512) as server:
+        return f"{llama.ask(server, '/completion', prompt=[5] * 300, n_predict=1)['tokens_evaluated']} tokens were read"

@@ -107,6 +107,49 @@ def lora(model, **options):
     )
 
 
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def tiny_gguf(template=CHATML):
+    """A new GGUF file with a Llama of one layer, random weights and a vocabulary of bytes, as llama.cpp takes it."""
+    import gguf
+    import numpy as np
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    path = Path(scratch()) / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in {"context_length": 512, "embedding_length": 64, "block_count": 1, "feed_forward_length": 64,
+                        "head_count": 2, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 32}.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    tokens = ["<|im_start|>", "<|im_end|>", *bytes_to_unicode().values()]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * 256)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(1)
+    if template:
+        writer.add_chat_template(template)
+    draw, width = np.random.default_rng(0), 64
+    shapes = {
+        "token_embd": (len(tokens), width),
+        "output_norm": (width,),
+        "blk.0.attn_norm": (width,),
+        "blk.0.ffn_norm": (width,),
+    }
+    parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    for name, shape in (shapes | {f"blk.0.{part}": (width, width) for part in parts}).items():
+        writer.add_tensor(f"{name}.weight", draw.normal(size=shape).astype(np.float32))
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    return path
+
+
 IDS = torch.tensor([[3, 4, 5, 6]])
 TOKEN = "hf_" + 34 * "x"  # what `hub` below takes for a good token
 
