@@ -104,8 +104,9 @@ by_hand.round(4)
 
 # %% jupyter={"source_hidden": true}
 fig, axes = plt.subplots(3, 1, figsize=(7, 3), sharex=True, layout="constrained")
-for ax, (name, levels), color in zip(axes, LEVELS.items(), figures.PALETTE, strict=False):
-    ax.eventplot(levels / levels.max(), color=color, linelengths=1)
+colors = {"E2M1": figures.PALETTE[2], "INT4": figures.PALETTE[1], "NF4": figures.PALETTE[0]}  # 04 draws the last two so
+for ax, (name, levels) in zip(axes, LEVELS.items()):
+    ax.eventplot(levels / levels.max(), color=colors[name], linelengths=1)
     ax.set(yticks=[], ylabel=name)
 axes[0].set_title("A 4-bit float is fine near zero and coarse at the ends")
 axes[2].set_xlabel("level, as a share of the largest")
@@ -555,8 +556,8 @@ lost = pd.DataFrame(lost, index=[f"{10 * n} to {10 * n + 10} %" for n in range(1
 fig, ax = plt.subplots(figsize=(7, 2.8))
 for number, color in zip(lost, figures.PALETTE, strict=False):
     ax.plot(range(10), lost[number], "o-", color=color)
-    ax.annotate(number, (5, lost[number].iloc[5]), xytext=(0, 8), textcoords="offset points")
-ax.set(xticks=range(10), xticklabels=range(10, 101, 10), ylim=(0, None))
+    ax.annotate(number, (5, lost[number].iloc[5]), xytext=(0, 8), textcoords="offset points", color=color)
+ax.set(xticks=range(10), xticklabels=range(10, 101, 10), ylim=(0, 1.2))  # room for the label above the upper line
 ax.set(xlabel="inputs by size, % (smallest first)", ylabel="relative error (1: all lost)")
 ax.set_title("With one outlier in the scale, INT8 loses most inputs")
 figures.show(fig, alt=f"Relative error of the inputs of {outlier}, by size. INT8 loses "
@@ -760,11 +761,10 @@ shown = [name for name in table.sort_values("KL", ascending=False).index if name
 fig, ax = plt.subplots(figsize=(7, 3.4))
 for row, name in enumerate(shown):
     scores = quality[name]
-    color = figures.PALETTE[0 if bits_of[name] == 4.25 else 1]
-    ax.plot([scores.kl_low, scores.kl_high], [row, row], color=color)
-    ax.plot(scores.kl_divergence, row, "o", color=color)
+    ax.plot([scores.kl_low, scores.kl_high], [row, row], color=figures.PALETTE[1])
+    ax.plot(scores.kl_divergence, row, "o", color=figures.PALETTE[1])
 ax.set(yticks=range(len(shown)), yticklabels=[f"{name} ({bits_of[name]})" for name in shown])
-ax.set(xlabel="KL divergence from the untouched model (left is better)")
+ax.set(xlabel="KL divergence from the untouched model (left is better); in brackets: bits a weight")
 ax.set_title("Four bits: levels, blocks and scales all count")
 worst_name, best_name = shown[0], shown[-1]
 figures.show(fig, alt=f"KL divergence of nine 4-bit formats of {found.name}, with intervals. {best_name} is "

@@ -58,7 +58,7 @@ def test_plot_says_what_it_shows():
 
 
 @pytest.mark.parametrize(("method", "bits"), [("gptq-3", 3), ("autoround-2", 2), ("fp8-weight-only", 8), ("mxfp4", 4), ("nvfp4", 4), ("nf4-single", 4), ("rtn-int4-asym", 4),
-    ("int8-dynamic-torchao", 8), ("gguf-q2_k", 2), ("gguf-q4_k_m-imatrix", 4), ("bf16", 16), ("bf16-kv4", 16), ("fp32", 32), ("autoawq", 4), ("hybrid-int4", None)])  # fmt: skip
+    ("int8-dynamic-torchao", 8), ("gguf-q2_k", 2), ("gguf-q4_k_m-imatrix", 4), ("bf16", 16), ("bf16-kv4", 16), ("fp32", 32), ("autoawq", 4), ("hybrid-int4", None), ("ternary", 2)])  # fmt: skip
 def test_bits_of_a_method_are_in_its_name(method, bits):
     assert pareto.bits(method) == bits
 
@@ -352,7 +352,9 @@ def test_report_of_a_full_run(tmp_path, measured):
     for claim in ("quantized models have fewer parameters to load", "needs hardware not present"):
         assert claim in page
     assert all(f'<td style="text-align:left">{method}</td>' in page for method in measured)
-    assert "not run here</td>" not in page.split("<h3>")[0]
+    of_this_run, behind = page.split('<h2 id="references">')
+    assert "not run here</td>" not in of_this_run and "<details><summary>2 CPU cores" in behind
+    assert page.index("<img ") < page.index("All methods of this run"), "pictures first"
 
 
 def test_report_leaves_fine_tuned_models_out_of_the_plots_and_says_why(tmp_path, monkeypatch):
@@ -366,7 +368,7 @@ def test_report_leaves_fine_tuned_models_out_of_the_plots_and_says_why(tmp_path,
         page.count("Not in the plot: qlora. Fine-tuning is meant to leave") == 2
         and page.count("data:image/png;base64,") == 2
     )
-    assert "<h3>Reference: 2 CPU cores" not in page and "8,192 tokens of course in windows of 256" in page
+    assert "<summary>2 CPU cores" not in page and "8,192 tokens of course in windows of 256" in page
 
 
 def test_report_needs_no_results_to_come_with_the_course(tmp_path, monkeypatch):
@@ -377,7 +379,7 @@ def test_report_needs_no_results_to_come_with_the_course(tmp_path, monkeypatch):
 
 def test_report_of_an_empty_run_shows_what_was_not_run(tmp_path, committed):
     page = report.write(tmp_path, [run.Result("04", 1.0, 10**9, "ok")]).read_text(encoding="utf-8")
-    table = page.split("<h3>")[0]
+    table = page.split('<h2 id="references">')[0]
     assert "nf4" in table and "not run here" in table and "data:image/png" not in page
     assert "Reference: 2 CPU cores" in page and "committed run" in page
 

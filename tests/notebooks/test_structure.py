@@ -193,6 +193,16 @@ def test_readme_table_and_address_are_current():
     assert pages.replace_part(readme, "notebooks", pages.readme_table()) == readme, "run `make links`"
 
 
+def test_readme_shows_pictures_of_the_committed_notebooks():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme) < 12_000
+    for name, words, file in pages.SHOWN.values():
+        png, alt = pages.picture_in(pages.read(pages.FOLDER / f"{name}.ipynb"), words)
+        assert file.read_bytes() == png and f"![{alt}](notebooks/{file.name})" in readme, "run `make links`"
+    for alt, file in re.findall(r"!\[(.*?)\]\((.+?)\)", readme):
+        assert len(alt) > 30 and (ROOT / file).stat().st_size < 150_000, file
+
+
 @pytest.mark.parametrize("address", [None, "https://github.com/someone/course"])
 def test_badges_stand_there_once_the_course_has_an_address(address, monkeypatch):
     if address:
