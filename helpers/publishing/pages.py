@@ -47,8 +47,8 @@ def title(notebook):
 
 
 def promise(notebook):
-    """The sentence under the title."""
-    paragraphs = [part.strip() for part in notebook.cells[0].source.split("\n\n")]
+    """The sentence under the title, on one line: it stands in tables too."""
+    paragraphs = [" ".join(part.split()) for part in notebook.cells[0].source.split("\n\n")]
     return next((part for part in paragraphs[1:] if not part.startswith(("<!--", "[!", "|"))), "")
 
 

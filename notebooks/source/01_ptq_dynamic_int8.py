@@ -388,7 +388,8 @@ def entropy(x, bits, bins=2048):
 clippings = {"min-max": minmax, "percentile": percentile, "MSE": mse, "entropy": entropy}
 
 # %% [markdown]
-# A real weight, and a real activation: what enters `down_proj` of the same layer on calibration text.
+# We try them on a real weight, and on a real activation: the input of `down_proj` of the same layer on calibration
+# text.
 
 
 # %% jupyter={"source_hidden": true}
@@ -657,8 +658,8 @@ figures.show(
 # In most layers the largest activation is less than 200 times the median. In two down projections it is thousands of
 # times the median, in one channel, at the very first token. These are the *massive activations* of language models
 # ([Sun et al. 2024](https://arxiv.org/abs/2402.17762)); at the inputs of the down projections they are spikes of the
-# gated feed-forward ([Yang et al. 2024](https://arxiv.org/abs/2405.14428)). What one scale per tensor makes of the
-# worst of them:
+# gated feed-forward ([Yang et al. 2024](https://arxiv.org/abs/2405.14428)). The next table shows what one scale per
+# tensor makes of the worst of them:
 
 # %%
 worst = activations.index[0]
@@ -1486,6 +1487,9 @@ with pd.option_context("display.max_colwidth", None):
     display(claims.table(output_dir, "01_ptq_dynamic_int8"))
 
 # %% [markdown]
+# Guide 000 also names Hugging Face Optimum. That package is not in this environment, so the course measures nothing
+# of it.
+#
 # **On a 24 GB GPU with Mistral-7B** this notebook does not run as it is: torch's int8 modules are made for the CPU
 # and need float32. LLM.int8() does: in Mistral-7B's shape it took 7.75 GB to load and 8.10 GB to answer, measured on
 # an H100 with torch held to 16 GB ([figures](gpu/README.md)).
@@ -1522,7 +1526,7 @@ if solutions:
     exercises.require(snr_db, test_snr)
 
 # %% [markdown]
-# **2 (medium).** SmoothQuant for one pair, `second(first(x))` with no function in between. Return new weights (first,
+# **2 (medium).** Write SmoothQuant for one pair, `second(first(x))` with no function in between. Return new weights (first,
 # second) such that the product is unchanged and each channel between them has the same largest value on both sides:
 # `max|activation| = max|column|` (two lines).
 
@@ -1560,7 +1564,7 @@ if solutions:
     exercises.require(migrate, test_migrate)
 
 # %% [markdown]
-# **3 (hard).** What torch's dynamic kernel computes, with integers only inside the product (four lines): quantize `x`
+# **3 (hard).** Write what torch's dynamic kernel computes, with integers only inside the product (four lines): quantize `x`
 # asymmetrically (one range, 8 bits), multiply codes, and correct for the zero point with the row sums of the weight
 # codes.
 
@@ -1599,7 +1603,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz

@@ -1006,10 +1006,10 @@ folders = {method: str(checkpoints.folder(output_dir, method)) for method in ("a
 for folder in folders.values():
     check_seal(folder)
 with tempfile.TemporaryDirectory() as scratch:
-    order = [str(found.path), precisions, folders, question_ids.tolist(), found.device, scratch]
+    job = [str(found.path), precisions, folders, question_ids.tolist(), found.device, scratch]
     program = PROGRAM.format(reload=f"dtype = {dtype}\n{inspect.getsource(reload)}")
     done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(order)],
+        [sys.executable, "-c", program, json.dumps(job)],
         capture_output=True,
         text=True,
         env=child_environment(),
@@ -1508,7 +1508,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz
