@@ -666,6 +666,9 @@ print(f"{blocks * calibration_length:,} calibration tokens are used")
 # - `calib_data` holds our samples. autoawq fetches its default from the hub.
 # - `apply_clip=False`, because the library's clip search takes the seconds predicted above, or more.
 # - `export_compatible=True` stops before packing, so that we can look at the scaled model. `pack()` does the rest.
+#
+# We leave one argument of the guide out: `trust_remote_code=True` at the tokenizer. It runs Python code that comes
+# with the checkpoint, and no model of this course needs any.
 
 # %%
 del net, linears, victim

@@ -758,6 +758,9 @@ tour("save")
 # %% [markdown]
 # ### Colab and Jupyter
 #
+# The guide for Colab starts with `!python setup_mistral_colab.py` and does not contain that script, so its first cell
+# stops with "No such file or directory". Its second version, the `pip install` lines, pins packages of 2023.
+#
 # After an installation, **restart the runtime**. A package that is loaded stays loaded in its old version. A restart
 # also ends the process and frees all of its memory, on the GPU too.
 
