@@ -63,6 +63,35 @@ def test_bits_of_a_method_are_in_its_name(method, bits):
     assert pareto.bits(method) == bits
 
 
+def test_no_label_hides_a_point_of_the_crowded_panel(committed):
+    from matplotlib.text import Text
+
+    fig, _, _ = pareto.plot(list(committed.records.values()))
+    fig.canvas.draw()
+    panel = fig.axes[1]
+    points = [panel.transData.transform(dot.get_offsets()[0]) for dot in panel.collections]
+    labels = {text.get_text(): Text.get_window_extent(text) for text in panel.texts}
+    assert len(labels) == len(points) > 8
+    assert [name for name, box in labels.items() if any(box.contains(*point) for point in points)] == []
+    assert all(panel.bbox.y0 < box.y0 and box.y1 < panel.bbox.y1 for box in labels.values()), "a label leaves the panel"
+
+
+def test_the_readme_takes_two_panels_and_no_label_of_the_third():
+    shown = [
+        record(method, weight_bytes=size * 1e6, kl_divergence=kl)
+        for method, size, kl in (
+            ("bf16", 270, 0.001),
+            ("nf4", 112, 0.3),
+            ("awq", 114, 0.15),
+            ("gptq-3", 99, 0.9),
+            ("rtn-3", 99, 1.9),
+        )
+    ]
+    fig, _, _ = pareto.plot(shown, most=2)
+    assert [ax.get_title() for ax in fig.axes] == ["All methods", "4 bits"]
+    assert "rtn-3" not in {text.get_text() for ax in fig.axes for text in ax.texts}
+
+
 def test_what_lies_below_four_bits_has_a_panel_of_its_own():
     shown = [
         record(method, weight_bytes=size * 1e6, kl_divergence=kl)
