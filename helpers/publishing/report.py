@@ -20,7 +20,7 @@ div.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-nu
 caption { text-align: left; font-weight: 600; padding: .3rem 0 }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap }
 th:first-child, td:first-child, td.text { text-align: left } td.text { white-space: normal; min-width: 5rem } .claims th { text-align: left } td.claim { min-width: 14rem }
-.wide img { width: 100%; min-width: 44rem; height: auto } summary { cursor: pointer; padding: .2rem 0; color: #0b4f8a } .failed { color: #a40000; font-weight: 600 } a { color: #0b4f8a }
+.wide img { width: 100%; min-width: 56rem; height: auto } summary { cursor: pointer; padding: .2rem 0; color: #0b4f8a } .failed { color: #a40000; font-weight: 600 } a { color: #0b4f8a }
 </style></head><body>
 <h1>Quantization course: this run</h1>
 <p>{{ date }}, {{ device }}. Evaluation: {{ protocol }}.</p>
