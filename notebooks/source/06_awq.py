@@ -667,8 +667,8 @@ print(f"{blocks * calibration_length:,} calibration tokens are used")
 # - `apply_clip=False`, because the library's clip search takes the seconds predicted above, or more.
 # - `export_compatible=True` stops before packing, so that we can look at the scaled model. `pack()` does the rest.
 #
-# We leave one argument of the guide out: `trust_remote_code=True` at the tokenizer. It runs Python code that comes
-# with the checkpoint, and no model of this course needs any.
+# We leave one argument of the guide out: it sets `trust_remote_code` at the tokenizer. That runs Python code which
+# comes with the checkpoint, and no model of this course needs any.
 
 # %%
 del net, linears, victim
