@@ -4,6 +4,7 @@ Badge, cost card, bootstrap cell and previous/next links are generated, so that 
 pyproject.toml, runs `make links`, and all of them follow. A test compares what is committed with what would be generated.
 """
 
+import base64
 import re
 import tomllib
 
@@ -12,6 +13,8 @@ from helpers import files
 ROOT = files.COURSE
 FOLDER = files.NOTEBOOKS
 PICTURE = FOLDER / "results.png"  # quality against size, from the records of the committed run
+# Pictures of executed notebooks that the README shows: {its part: (notebook, words of the picture's alternative text, file)}
+SHOWN = {"below": ("10_below_four_bits", "against bits per weight", FOLDER / "below_four_bits.png")}
 
 BOOTSTRAP = """\
 import importlib.util, os, pathlib, runpy, subprocess  # finds the course, or clones it, and prepares this process
@@ -44,8 +47,8 @@ def title(notebook):
 
 
 def promise(notebook):
-    """The sentence under the title."""
-    paragraphs = [part.strip() for part in notebook.cells[0].source.split("\n\n")]
+    """The sentence under the title, on one line: it stands in tables too."""
+    paragraphs = [" ".join(part.split()) for part in notebook.cells[0].source.split("\n\n")]
     return next((part for part in paragraphs[1:] if not part.startswith(("<!--", "[!", "|"))), "")
 
 
@@ -178,6 +181,16 @@ def readme_table():
     return "\n".join(lines)
 
 
+def picture_in(notebook, words):
+    """(PNG bytes, alternative text) of the first picture whose alternative text holds these words; None without one."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            alt = output.get("metadata", {}).get("image/png", {}).get("alt", "")
+            if words in alt:
+                return base64.b64decode(output["data"]["image/png"]), alt
+    return None
+
+
 def refresh_all(picture_alt=None):
     """Write the generated parts of every notebook and of the README; with `picture_alt` also the text of its picture."""
     import nbformat
@@ -188,4 +201,9 @@ def refresh_all(picture_alt=None):
     text = replace_part(readme.read_text(encoding="utf-8"), "notebooks", readme_table())
     if picture_alt:
         text = replace_part(text, "picture", f"![{picture_alt}](notebooks/{PICTURE.name})")
+    for part, (name, words, file) in SHOWN.items():
+        shown = picture_in(read(FOLDER / f"{name}.ipynb"), words)
+        if shown:  # else its cell has changed and has not run again: the README keeps the older picture
+            file.write_bytes(shown[0])
+            text = replace_part(text, part, f"![{shown[1]}](notebooks/{file.name})")
     readme.write_text(text, encoding="utf-8")

@@ -32,9 +32,12 @@ def bits(method: str) -> int | None:
     """How many bits a method stores a weight in, by its name: `gptq-3` 3, `fp8` 8, `nf4-single` 4; 4 where the name holds no number.
 
     None for the hybrids, which mix widths. A GGUF recipe's number is that of its main format: its files may hold more a weight.
+    Three values need 1.6 bits, so `ternary` stands with 2.
     """
     if method.startswith("hybrid"):
         return None
+    if method.startswith("ternary"):
+        return 2
     stated = re.search(r"-(\d)$", method) or re.search(r"(?:int|fp|nf|bf|q)(\d+)", method)
     return int(stated[1]) if stated else 4
 
@@ -62,12 +65,13 @@ def frontier(points, more_is_better=False):
     return kept
 
 
-def plot(found, against="weight_bytes"):
+def plot(found, against="weight_bytes", most=3):
     """(figure, alternative text, table) of KL divergence against one of AXES for a list of records; None for fewer than two.
 
-    The first panel has all methods, the second those of 4 bits, a third those below 4 bits where there are any. A colour is a bit
-    width, a square is a GGUF file. Methods on the frontier are filled and joined by a line, the others hollow. Records without one
-    of the two numbers are left out, and so are FINE_TUNED.
+    The first panel has all methods, the second those of 4 bits, a third those below 4 bits where there are any; `most` is the
+    number of panels at most, and a method that only a panel left out would name has no name. A colour is a bit width, a square is a
+    GGUF file. Methods on the frontier are filled and joined by a line, the others hollow. Records without one of the two numbers are
+    left out, and so are FINE_TUNED.
     """
     label, factor, more = AXES[against]
     shown = [r for r in found if r["kl_divergence"] is not None and r[against] and r["method"] not in FINE_TUNED]
@@ -80,7 +84,7 @@ def plot(found, against="weight_bytes"):
     best = frontier(points, more)
     names = [shown[n]["method"] for n in best]
     finding = _finding(shown, points, best, against)
-    fig = _panels(shown, points, best, label, more, finding)
+    fig = _panels(shown, points, best, label, more, finding, most)
     alt = (
         f"{finding} KL divergence from the untouched model against {label.replace(', MB', ' in MB')} for {len(points)} methods. "
         f"On the frontier (filled), which no other method beats: {', '.join(names)}."
@@ -111,7 +115,7 @@ def _finding(shown, points, best, against):
     return f"The closest 4-bit method, {name}, {what} at a KL of {points[first][1]:.2f}."
 
 
-def _panels(shown, points, best, label, more, finding):
+def _panels(shown, points, best, label, more, finding, most):
     """The figure of `plot`."""
     import matplotlib.pyplot as plt
 
@@ -125,8 +129,9 @@ def _panels(shown, points, best, label, more, finding):
     below = [n for n, width in enumerate(widths) if width is not None and width < 4]
     groups = {"All methods": range(len(shown)), "4 bits": four, "Below 4 bits": below}
     groups = {name: list(group) for name, group in groups.items() if name == "All methods" or len(group) > 1}
-    fig, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups) + 0.6, 4.6), squeeze=False, layout="constrained")
-    for ax, (title, group) in zip(axes[0], groups.items()):
+    drawn = list(groups.items())[:most]
+    fig, axes = plt.subplots(1, len(drawn), figsize=(5 * len(drawn) + 0.6, 4.6), squeeze=False, layout="constrained")
+    for ax, (title, group) in zip(axes[0], drawn):
         zoomed = (
             set().union(*(other for name, other in groups.items() if name != title))
             if title == "All methods"
@@ -143,13 +148,14 @@ def _panels(shown, points, best, label, more, finding):
                 edgecolor=color,
                 facecolor=color if n in best else "white",
                 linewidth=1.5,
-                zorder=3,
+                zorder=4,  # above the labels
             )
         ax.set(xlabel=label, yscale="log", title=title)
         ax.title.set_fontsize("medium")
         ax.margins(x=0.25, y=0.12)
         ax.set_xlim(left=max(0, ax.get_xlim()[0]))
-        _label(ax, [(points[n], texts[n], COLORS.get(widths[n], MIXED)) for n in group if n not in zoomed or n in best])
+        labels = [(points[n], texts[n], COLORS.get(widths[n], MIXED)) for n in group if n not in zoomed or n in best]
+        _label(ax, labels, [points[n] for n in group])
     for ax in axes[0][1:]:
         _plain_ticks(ax)
     axes[0][0].set_ylabel("KL from the untouched model, nats")
@@ -188,15 +194,25 @@ def _plain_ticks(ax):
     ax.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _label(ax, labels):
-    """Write each (point, text, color) right of its point, or left of it in the right half; texts that would touch are pushed apart."""
+def _label(ax, labels, points):
+    """Write each (point, text, color) where it hides fewer of `points`: right of its point or left of it, in doubt towards the middle.
+
+    Texts that would touch are pushed apart.
+    """
     ax.figure.canvas.draw()  # the layout must be settled before data turn into pixels
     scale = ax.figure.dpi / 72  # pixels of a point
-    middle = ax.transAxes.transform((0.5, 0))[0]
+    edge, middle = (ax.transAxes.transform((place, 0))[0] for place in (0, 0.5))
+    pixels = [ax.transData.transform(point) for point in points]
+
+    def hidden(left, right, height):
+        return sum(left < x < right and abs(y - height) < 8 * scale for x, y in pixels)
+
     texts = []
     for point, text, color in sorted(labels):
         x, y = ax.transData.transform(point)
-        width, on_the_left = 5.5 * scale * len(text), x > middle
+        width, gap = 5.5 * scale * len(text), 4 * scale
+        beside = [hidden(x - width - 3 * gap, x - gap, y), hidden(x + gap, x + width + 3 * gap, y)]
+        on_the_left = x - width > edge and (beside[0] < beside[1] or (beside[0] == beside[1] and x > middle))
         texts.append(
             {
                 "x": x - width if on_the_left else x,
@@ -223,7 +239,7 @@ def _label(ax, labels):
             va="center",
             ha="right" if text["left"] else "left",
             arrowprops=line,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3},
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 0.3},
         )
 
 

@@ -20,34 +20,37 @@ div.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-nu
 caption { text-align: left; font-weight: 600; padding: .3rem 0 }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap }
 th:first-child, td:first-child, td.text { text-align: left } td.text { white-space: normal; min-width: 5rem } .claims th { text-align: left } td.claim { min-width: 14rem }
-img { max-width: 100%; height: auto } .failed { color: #a40000; font-weight: 600 } a { color: #0b4f8a }
+.wide img { width: 100%; min-width: 56rem; height: auto } summary { cursor: pointer; padding: .2rem 0; color: #0b4f8a } .failed { color: #a40000; font-weight: 600 } a { color: #0b4f8a }
 </style></head><body>
 <h1>Quantization course: this run</h1>
 <p>{{ date }}, {{ device }}. Evaluation: {{ protocol }}.</p>
-<nav aria-label="Contents"><a href="#methods">Methods</a> · {% for plot in plots %}<a href="#plot{{ loop.index }}">{{ plot.title }}</a> · {% endfor %}\
-<a href="#claims">Claims</a> · <a href="#notebooks">Notebooks</a> · <a href="#environment">Environment</a></nav>
-<h2 id="methods">Methods</h2>
+<nav aria-label="Contents">{% for plot in plots %}<a href="#plot{{ loop.index }}">{{ plot.title }}</a> · {% endfor %}<a href="#methods">All methods</a> · \
+<a href="#notebooks">Notebooks</a> · <a href="#claims">Claims</a> · {% if references or gpu %}<a href="#references">References</a> · {% endif %}<a href="#environment">Environment</a></nav>
+{% for plot in plots %}<h2 id="plot{{ loop.index }}">{{ plot.title }}</h2>
+<div class="wide" tabindex="0" role="region" aria-label="Picture: {{ plot.title }}"><img alt="{{ plot.alt }}" src="data:image/png;base64,{{ plot.png }}"></div><p><em>{{ plot.alt }}</em></p>
+{% if tuned %}<p>Not in the plot: {{ tuned|join(", ") }}. Fine-tuning is meant to leave the untouched model, so there KL is no loss of quality.</p>
+{% endif %}<details><summary>The numbers of this picture</summary>{{ plot.html }}</details>
+{% endfor %}
+<h2 id="methods">All methods</h2>
 <p>A dash means: not measured, or does not apply. "{{ not_run }}" means: no record in this run. A click on a heading sorts.</p>
 {{ methods }}
-{% for other in references %}<h3>Reference: {{ other.device }}, {{ other.date }}</h3><p>{{ other.model }}</p>{{ other.html }}
-{% endfor %}
-{% if gpu %}<h3>Reference: {{ gpu.device }}, {{ gpu.date }}</h3><p>{{ gpu.model }}</p>{{ gpu_table }}{% endif %}
-{% for plot in plots %}<h2 id="plot{{ loop.index }}">{{ plot.title }}</h2><p><img alt="{{ plot.alt }}" src="data:image/png;base64,{{ plot.png }}"></p><p><em>{{ plot.alt }}</em></p>
-{% if tuned %}<p>Not in the plot: {{ tuned|join(", ") }}. Fine-tuning is meant to leave the untouched model, so there KL is no loss of quality.</p>
-{% endif %}{{ plot.html }}
-{% endfor %}
+<h2 id="notebooks">Notebooks</h2>
+<div class="wide" tabindex="0" role="region" aria-label="Notebooks"><table><thead><tr><th scope="col">notebook</th><th scope="col">seconds</th><th scope="col">peak GB</th><th scope="col">verdict</th></tr></thead>
+<tbody>{% for r in results %}<tr><td>{{ r.notebook }}</td><td>{{ "%.0f"|format(r.seconds) }}</td><td>{{ "%.2f"|format(r.peak_ram_bytes / 1e9) }}</td>
+<td class="text{{ "" if r.ok else " failed" }}">{{ r.verdict }}</td></tr>{% endfor %}
+<tr><td>together</td><td>{{ "%.0f"|format(results|sum(attribute="seconds")) }}</td><td></td><td class="text">{{ results|selectattr("ok")|list|length }} of {{ results|length }} ok</td></tr></tbody></table></div>
 <h2 id="claims">What the guides claim</h2>
 <p>{{ counts }}. Each claim is judged by the measurement nearest to what it speaks of, of this run or of those that come with the course.</p>
 <ul>{% for key, title in sources.items() %}<li>{{ key }}: {{ title }}</li>{% endfor %}</ul>
 <div class="wide" tabindex="0" role="region" aria-label="Claims"><table class="claims"><thead><tr>{% for head in ("claim", "guide", "found", "judged on", "verdict", "whose run", "measured elsewhere") %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
 <tbody>{% for v in verdicts %}<tr><td class="text claim">{{ v.claim.claim }}</td><td class="text">{{ v.claim.source }}</td><td class="text claim">{{ v.found }}</td><td class="text">{{ v.judged_on }}</td>
 <td class="text">{{ v.word }}</td><td class="text">{{ v.whose }}</td><td class="text claim">{{ v.elsewhere }}</td></tr>{% endfor %}</tbody></table></div>
-<h2 id="notebooks">Notebooks</h2>
-<div class="wide" tabindex="0" role="region" aria-label="Notebooks"><table><thead><tr><th scope="col">notebook</th><th scope="col">seconds</th><th scope="col">peak GB</th><th scope="col">verdict</th></tr></thead>
-<tbody>{% for r in results %}<tr><td>{{ r.notebook }}</td><td>{{ "%.0f"|format(r.seconds) }}</td><td>{{ "%.2f"|format(r.peak_ram_bytes / 1e9) }}</td>
-<td class="text{{ "" if r.ok else " failed" }}">{{ r.verdict }}</td></tr>{% endfor %}
-<tr><td>together</td><td>{{ "%.0f"|format(results|sum(attribute="seconds")) }}</td><td></td><td class="text">{{ results|selectattr("ok")|list|length }} of {{ results|length }} ok</td></tr></tbody></table></div>
-<h2 id="environment">Environment</h2>
+{% if references or gpu %}<h2 id="references">References</h2>
+<p>These runs come with the course. Compare the KL; the speed belongs to each machine.</p>
+{% for other in references %}<details><summary>{{ other.device }}, {{ other.date }}: {{ other.model }}</summary>{{ other.html }}</details>
+{% endfor %}
+{% if gpu %}<details><summary>{{ gpu.device }}, {{ gpu.date }}: {{ gpu.model }}</summary>{{ gpu_table }}</details>{% endif %}
+{% endif %}<h2 id="environment">Environment</h2>
 <p>{{ system }}, {{ cores }} CPU cores. {% for name, version in versions.items() %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}</p>
 </body></html>
 """
@@ -94,19 +97,22 @@ def counts(judged):
 
 
 def picture(found):
-    """(PNG bytes, alternative text) of quality against size for a list of records; (None, "") for fewer than two."""
-    plot = _draw(found, "weight_bytes")
+    """(PNG bytes, alternative text) of quality against size for a list of records; (None, "") for fewer than two.
+
+    Two panels: the README shows it about 900 pixels wide, where three would be too small to read.
+    """
+    plot = _draw(found, "weight_bytes", most=2)
     return plot[:2] if plot else (None, "")
 
 
-def _draw(found, against):
+def _draw(found, against, most=3):
     """(PNG, alternative text, table) or None, drawn without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plot = pareto.plot(found, against)
+    plot = pareto.plot(found, against, most)
     if plot is None:
         return None
     fig, alt, table = plot

@@ -1,9 +1,10 @@
 """A static site of the executed notebooks: `build()` turns them into pages with search, contents and previous / next.
 
-nbconvert renders the cells; the page around them, its style and its script are in `helpers/site/`. Nothing on a page is fetched
+nbconvert renders the cells; the page around them, its style and its script are in `theme/`. Nothing on a page is fetched
 from elsewhere, so the site works offline, from a folder or from any web server.
 """
 
+import base64
 import datetime
 import json
 import re
@@ -17,6 +18,21 @@ from helpers import files
 from helpers.publishing import pages, run, tables
 
 COURSE = "Quantization course"
+# Where three kinds of readers start: {who: (what they get, numbers of notebooks)}; the README says the same.
+START = {
+    "You have no GPU": (
+        "Understand what quantization does to a model, load one in 4 bits, and run it with llama.cpp at the speed of your CPU.",
+        ("00", "04", "08"),
+    ),
+    "You have a small GPU and want to fine-tune": (
+        "Load a 7B model in 4 bits, train adapters beside it, and know before you start what will fit.",
+        ("00", "04", "07"),
+    ),
+    "You want to serve a model": (
+        "Quantize it with a method that servers load, compare all methods, and choose an engine.",
+        ("00", "05", "06", "11", "12"),
+    ),
+}
 SITE = Path(__file__).resolve().parent / "theme"
 # nbconvert's plain cell template, with solutions folded. Widgets come last: a page without a kernel shows their static twin.
 CELLS = """{%- extends 'basic/index.html.j2' -%}
@@ -135,6 +151,10 @@ def _body(exporter, page, names):
     for picture in soup("img"):
         if not str(picture["src"]).startswith("data:"):
             picture.replace_with(str(picture.get("alt", "")))
+            continue
+        if width := _width(str(picture["src"])):  # a phone shows it smaller, but no smaller than one can read
+            picture["style"] = f"--width: {width}px"
+        picture.wrap(soup.new_tag("div", attrs={"class": "wide picture"}))
     for element in soup(True):  # outputs come from a run, with whatever a model said in it
         element.attrs = {name: value for name, value in element.attrs.items() if not name.startswith("on")}
     for link in soup("a", href=True):
@@ -144,6 +164,12 @@ def _body(exporter, page, names):
     for link in soup(class_="anchor-link"):
         link["aria-label"] = "Link to this section"
     return str(soup), _sections(soup, page.title)
+
+
+def _width(address):
+    """Pixels across of a PNG in a data address; None for anything else."""
+    kind, _, data = address.partition(";base64,")
+    return int.from_bytes(base64.b64decode(data[:32])[16:20], "big") if kind == "data:image/png" else None
 
 
 def _only_live(output):
@@ -179,7 +205,7 @@ def _sections(soup, title):
 
 
 def _front(shown, scratch):
-    """What the first page says: each notebook with its promise and its cost, and the picture of all methods."""
+    """What the first page says: for whom the course is, where each kind of reader starts, and what comes out of it."""
     import jinja2
 
     costs = [page.notebook.metadata.get("course", {}).get("cost", {}).get("cpu") for page in shown]
@@ -187,22 +213,19 @@ def _front(shown, scratch):
     picture = re.search(r"<!-- picture -->\s*!\[(.*?)\]", (pages.ROOT / "README.md").read_text(encoding="utf-8"))
     if picture and pages.PICTURE.is_file():
         shutil.copy(pages.PICTURE, scratch)
-    template = """<h1>{{ course }}</h1>
-<p>Run and fine-tune language models in less memory. Every number on these pages comes from a run that you can repeat.</p>
-<ul class="front">{% for page, time in rows %}<li><a href="{{ page.name }}.html">{{ page.title }}</a>{% if time %} <span>{{ time }} on 2 cores</span>{% endif %}<br>{{ page.promise }}</li>
-{% endfor %}</ul>
-{% if alt %}<p><img src="{{ picture }}" alt="{{ alt }}"></p><p><em>{{ alt }}</em></p>{% endif %}
-{% if repository %}<p><a href="{{ repository }}">Source, installation and licence</a></p>{% endif %}"""
-    body = (
-        jinja2.Environment(autoescape=True)
-        .from_string(template)
-        .render(
-            course=COURSE,
-            rows=rows,
-            alt=picture and picture[1],
-            picture=pages.PICTURE.name,
-            repository=pages.is_public() and pages.repository(),
-        )
+    by_number = {page.name[:2]: (page, time) for page, time in rows}
+    routes = [
+        {"who": who, "what": what, "rows": [by_number[number] for number in numbers if number in by_number]}
+        for who, (what, numbers) in START.items()
+    ]
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(SITE), autoescape=True)
+    body = environment.get_template("front.html.j2").render(
+        course=COURSE,
+        rows=rows,
+        paths=routes,
+        alt=picture and picture[1],
+        picture=pages.PICTURE.name,
+        repository=pages.is_public() and pages.repository(),
     )
     return {
         "name": "index",

@@ -81,19 +81,28 @@ def plot(record):
     import matplotlib.pyplot as plt
 
     from helpers import figures
+    from helpers.publishing.pareto import COLORS
 
     figures.style()
     rows = ladder(record)[::-1]
+    speed = {row["what"]: row["batch 1"] for row in rows}
     fig, ax = plt.subplots(figsize=(8, 3.8))
     four_bit = [row["bytes"] < 5e9 for row in rows]
     ax.barh([row["what"].replace("`", "") for row in rows], [row["batch 1"] for row in rows],
-            color=[figures.PALETTE[small] for small in four_bit])  # fmt: skip
+            color=[COLORS[4 if small else 16] for small in four_bit])  # fmt: skip
     for y, row in enumerate(rows):
         ax.plot([row["limit"]] * 2, [y - 0.4, y + 0.4], color="black", lw=2)
         inside = row["batch 1"] > 60  # a number beside a long bar could run into the black mark
         ax.annotate(f"{row['batch 1']:.0f}", (row["batch 1"], y), (-4 if inside else 4, 0), textcoords="offset points", va="center",
                     ha="right" if inside else "left", color="white" if inside else "black")  # fmt: skip
     ax.set(xlabel="tokens a second at batch 1; black: what the weights' bytes allow at this GPU's bandwidth")
+    ratio = speed[LADDER[-1][0]] / speed["fp16, lean"]
+    ax.set_title(
+        f"In the lean loop 4 bits (orange) decode {ratio:.1f} times as fast as 16 bits (green)",
+        fontsize="medium",
+        x=0,
+        ha="left",
+    )
     ax.grid(axis="y", visible=False)
     return fig
 

@@ -350,7 +350,7 @@ for dtype, bits in {found.dtype: torch.finfo(found.dtype).bits, torch.bfloat16: 
     rows[f"weights, {bits} bits"] = expected, memory.weight_bytes(nets[dtype])
 
 # %% [markdown]
-# And the KV cache of a prompt of 512 tokens:
+# We do the same for the KV cache of a prompt of 512 tokens:
 
 # %%
 net = nets[found.dtype]
@@ -395,7 +395,7 @@ monitor
 #
 # An RTX A5000 reads 768 GB/s (its data sheet). By hand: 768 / 14.5 = 53 tokens per second for Mistral-7B in 16 bits,
 # 768 / 4.14 = 185 in NF4. No kernel and no trick goes above this limit at batch 1. How close real kernels come is
-# measured in [11](11_compare_methods.ipynb). Here for the model of this machine:
+# measured in [11](11_compare_methods.ipynb). The next cells compute the limit for the model of this machine:
 
 
 # %%
@@ -562,7 +562,7 @@ toy.round(3)
 # ### The baseline
 #
 # Every method is compared with the untouched model on the same texts, which the course's authors wrote for this
-# purpose: a news report, a story, dialogues, an explainer. No method is ever calibrated, trained or tuned on them.
+# purpose: a news report, a story, dialogues and an explainer. No method is ever calibrated, trained or tuned on them.
 # `evaluation.score` computes the three measures on windows of 256 tokens, and must give what the ten lines above
 # give.
 
@@ -723,7 +723,8 @@ if solutions:
     exercises.require(rms_error, test_rms)
 
 # %% [markdown]
-# **2 (easy).** Bytes of a KV cache (one line): keys and values, for each layer, each key-value head, each token.
+# **2 (easy).** Count the bytes of a KV cache (one line): keys and values, for each layer, each key-value head, each
+# token.
 
 
 # %%
@@ -792,7 +793,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz

@@ -244,7 +244,7 @@ print(f"{layer_name} {tuple(weight.shape)}: equal to torchao and torch")
 print(f"{blocked:.2%} of the weights are clipped and get no gradient")
 
 # %% [markdown]
-# A picture of one group of that layer. The last code reaches 7 steps up, and the largest weight of the group may be
+# The picture shows one group of that layer. The last code reaches 7 steps up, and the largest weight of the group may be
 # 7.5 steps away: where it is positive, it is clipped and gets no gradient. That is the price of using all 16 codes
 # symmetrically.
 
@@ -379,8 +379,8 @@ def measure(net, count=None, fast=False, batch_size=4):
 
 # %% [markdown]
 # ## The eager route
-# The guide's lines for QAT, as they stand but for the names of model and training loop. The first two calls work, the
-# third does not. (One layer of the model shows it.)
+# These are the guide's lines for QAT; only the names of the model and of the training loop are ours. The first two
+# calls work, the third does not. (One layer of the model shows it.)
 
 # %%
 import warnings
@@ -587,8 +587,8 @@ memory.release()
 
 # %% [markdown]
 # ## 4-bit weights with torchao
-# torchao's recipe leaves activations alone and puts one scale on each group of weights. First the baseline that
-# training has to beat: the same configuration, applied at once.
+# torchao's recipe leaves activations alone and puts one scale on each group of weights. First we make the baseline
+# that training has to beat: the same configuration, applied at once.
 
 # %%
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
@@ -602,8 +602,8 @@ scores = {"round to nearest": measure(net, judges, fast=True)}
 print(scores["round to nearest"])
 
 # %% [markdown]
-# We score it under autocast, on the first half of the evaluation text, as all models below. What autocast costs in
-# accuracy:
+# We score it under autocast, on the first half of the evaluation text, as all models below. The next cell prints what
+# autocast costs in accuracy.
 
 # %%
 blur = abs(measure(net, few, fast=True).kl_divergence - measure(net, few).kl_divergence)
@@ -613,10 +613,10 @@ del net
 memory.release()
 
 # %% [markdown]
-# One loop serves all runs: same windows in the same order, AdamW, warm-up and cosine decay, gradients clipped to norm
-# 1. The embedding stays as it is, because it is not quantized. Under autocast the matrix products are in bf16;
+# One loop serves all runs. It takes the same windows in the same order, with AdamW, warm-up and cosine decay, and
+# clips gradients to norm 1. The embedding stays as it is, because it is not quantized. Under autocast the matrix products are in bf16;
 # weights, gradients and optimizer stay in fp32. Activation checkpointing keeps one activation per layer and computes
-# the rest again: slower, and with less memory. The layers that have memory to spare go without it.
+# the rest again: it is slower and needs less memory. The layers that have memory to spare go without it.
 
 
 # %%
@@ -1230,7 +1230,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz

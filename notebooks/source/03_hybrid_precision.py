@@ -159,8 +159,8 @@ print(f"{probe.numel():,} probe tokens; {judges.numel():,} of other genres judge
 # %% [markdown]
 # ## The guide's call, and why it fails
 #
-# The guide writes `prepare_fx(model, {"": default_dynamic_qconfig})`. First as it stands, then with the argument it
-# lacks:
+# The guide writes `prepare_fx(model, {"": default_dynamic_qconfig})`. We run it as it stands, then with the argument
+# that it lacks:
 
 # %%
 from torch.ao.quantization import default_dynamic_qconfig
@@ -182,7 +182,7 @@ for extra in ((), (probe[:1],)):
 # - The call would not have been hybrid anyway: the key `""` means *every* layer.
 #
 # **torchao's `quantize_` works.** It swaps the weights of exactly the layers you name, and needs no graph. Name them
-# either with a filter, or with `FqnToConfig`: a dictionary from layer names to settings. Both on one decoder layer:
+# either with a filter, or with `FqnToConfig`: a dictionary from layer names to settings. The next cell uses both on one decoder layer:
 
 # %%
 from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightConfig, quantize_
@@ -334,7 +334,7 @@ figures.show(
 #
 # ### Which kind is sensitive?
 #
-# Two ways to read it: the whole kind, and per million weights.
+# There are two ways to read the map: by the whole kind, and per million weights.
 
 # %%
 rows = []
@@ -455,7 +455,7 @@ for ours, theirs in ((ours8, guide8), (ours4, guide4)):
     assert 0.98 <= ratio <= 1, f"not the same size: {ratio:.3f}"
 
 # %% [markdown]
-# What the map raises, as the share of each kind's layers that gets the higher precision:
+# This table shows what the map raises, as the share of each kind's layers that gets the higher precision:
 
 
 # %%
@@ -572,8 +572,8 @@ figures.show(
 
 # %% [markdown]
 # The last column of the table adds up the map's entries of what a plan quantizes (it has none for bf16 and 8-bit
-# weights). The sum comes within 10 % of the measured KL, or close to it. So the parts add up, and choosing them one
-# by one is justified.
+# weights). The sum comes within 10 % of the measured KL (all int4: 0.46 against 0.51). So the parts nearly add up, and
+# choosing them one by one is justified.
 #
 # ### The verdict
 #
@@ -620,7 +620,7 @@ print(
 # %% [markdown]
 # ### Is it fast?
 #
-# Decoding at batch 1, all in this run. Fewer bytes allow more speed; the kernel that a precision has on this device
+# We decode at batch 1, all in this run. Fewer bytes allow more speed; the kernel that a precision has on this device
 # decides how much of it arrives.
 
 # %%
@@ -856,7 +856,7 @@ if solutions:
     print(f"the two maps agree with a rank correlation of {agreement:.2f}")
 
 # %% [markdown]
-# **3 (hard).** Three precisions at once (about 14 lines). Start with everything at `"int4"`; in each step raise one
+# **3 (hard).** Plan with three precisions at once (about 14 lines). Start with everything at `"int4"`; in each step raise one
 # unit to the next level (`"int4"`, `"int8 weights"`, `"bf16"`), the one with the most KL saved per extra byte that
 # still fits. `predicted[unit][precision]` is the KL of a unit. Return the plan.
 
@@ -910,7 +910,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz

@@ -855,7 +855,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz

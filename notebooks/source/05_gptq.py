@@ -18,7 +18,7 @@
 # 3. Choose calibration text, grid and order of columns by what they do to text that nobody calibrated on.
 #
 # **Before you start:** [04 NF4](04_nf4_bitsandbytes.ipynb) for quantization without calibration, and
-# [00](00_start_here.ipynb) for sizes.
+# [00](00_start_here.ipynb) for sizes. Folded cells are plumbing and checks; skip them on a first reading.
 
 # %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
@@ -110,8 +110,8 @@ print(f"documentation to calibrate on: {len(docs)} samples of {docs.shape[1]} to
 # Take a layer with two weights, 1.4 and 1.3, and a grid of whole numbers. Rounding to nearest gives 1 and 1. Both
 # weights became smaller, so the output is too small wherever both inputs are large together.
 #
-# How often the inputs are large together stands in a matrix, the **Hessian** `H` of the squared output error. It is
-# the mean of `2 x xᵀ` over real inputs `x`. For this example we choose inputs that are alike 80 % of the way:
+# The **Hessian** `H` of the squared output error says how often that happens. It is the mean of `2 x xᵀ` over real
+# inputs `x`. In this example the inputs are alike 80 % of the way:
 
 # %%
 H = torch.tensor([[1.0, 0.8], [0.8, 1.0]])
@@ -130,8 +130,7 @@ print(f"1.4 and 1.3 become {nearest[0]:.0f} and {nearest[1]:.0f}; output error {
 
 # %% [markdown]
 # **Two columns by hand.** Round the first weight: 1.4 becomes 1, and 0.4 is lost. Before we round the second weight,
-# we move it to where it makes up for the loss as well as it can. The derivative of the cost is zero at a change of
-# `0.4 · H₁₂ / H₂₂`:
+# we move it to make up for the loss. The derivative of the cost is zero at a change of `0.4 · H₁₂ / H₂₂`:
 
 # %%
 lost = pair[0] - 1
@@ -158,7 +157,7 @@ by_hand
 # all points of one ellipse have the same output error, and the ellipse is long where two errors cancel.
 
 # %%
-across, up = torch.meshgrid(torch.linspace(0.4, 2.6, 120), torch.linspace(0.4, 2.6, 120), indexing="xy")
+across, up = torch.meshgrid(torch.linspace(0, 2.6, 120), torch.linspace(0, 2.6, 120), indexing="xy")
 change = torch.stack([across, up], -1) - pair
 cost = torch.einsum("...i,ij,...j->...", change, H, change)
 path = torch.stack([pair, torch.tensor([1.0, pair[1]]), torch.stack([torch.tensor(1.0), moved]), repaired])
@@ -169,8 +168,9 @@ levels = [output_cost(repaired), output_cost(nearest)]
 ax.contour(across, up, cost, levels=levels, colors=[figures.PALETTE[0], figures.PALETTE[1]])
 ax.plot([1, 1, 2, 2], [1, 2, 1, 2], "s", color="grey")  # the grid
 ax.plot(*path.T, "-", color=figures.PALETTE[0], marker=".")
-for name, (x, y) in {"weights": pair, "round to nearest": nearest, "repaired": repaired}.items():
-    ax.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points")
+for name, (x, y), step in (("weights", pair, 6), ("round to nearest", nearest, -12), ("repaired", repaired, 6)):
+    side = "left" if step > 0 else "right"
+    ax.annotate(name, (x, y), xytext=(step, step), textcoords="offset points", ha=side)
 ax.set(xlabel="first weight", ylabel="second weight", title="The repaired point lies on the smaller ellipse")
 figures.show(
     fig,
@@ -309,14 +309,13 @@ print(
 #
 # Three things make the loop above the library's algorithm.
 #
-# - **Cholesky.** All the rows that the loop takes from the shrinking inverse are the rows of one matrix: the upper
-#   Cholesky factor of the inverse Hessian, up to a scale each. We compute the factor once and never update an
-#   inverse.
+# - **Cholesky.** The rows that the loop takes from the shrinking inverse are, up to a scale, the rows of the upper
+#   Cholesky factor of the inverse Hessian. We compute this factor once and update nothing.
 # - **Blocks.** Inside a block of columns, each error goes to its neighbours at once. The rest of the matrix gets all
-#   errors of the block in one matrix product. A group that starts inside a block reads its scale before the errors of
-#   that block have arrived, so `blocksize` changes the result a little.
-# - **Order.** A column that is rounded early can be repaired by many others, so the loudest columns should come
-#   first. `desc_act` sorts all columns; a group is then no run of neighbours, and kernels need an index.
+#   errors of the block in one matrix product. A group that starts inside a block reads its scale before these errors
+#   have arrived, so `blocksize` changes the result a little.
+# - **Order.** Many others can repair a column that is rounded early, so the loudest columns should come first.
+#   `desc_act` sorts all columns; the members of a group are then no neighbours, and kernels need an index.
 #   `act_group_aware` sorts whole groups, and the columns inside each group, and needs no index.
 
 
@@ -338,14 +337,14 @@ def loudest_first(energy, group_size, keep_groups):
     return inside.take_along_dim(groups.amax(-1).argsort(-1, descending=True)[..., None], -2).flatten(-2)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def without_dead(weight, hessian):
     """A column whose input is always zero gets weight 0, and 1 on the diagonal: nothing to repair."""
     dead = hessian.diagonal(dim1=-2, dim2=-1) == 0
     return weight.float().masked_fill(dead[..., None, :], 0), hessian + torch.diag_embed(dead.float())
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def reordered(W, H, turn):
     """Columns of the weight, rows and columns of the Hessian, in another order."""
     H = H.take_along_dim(turn[..., None, :], -1).take_along_dim(turn[..., None], -2)
@@ -391,8 +390,8 @@ assert unlike < 0.01, "the fast version must be the simple one, rounding at the 
 
 
 # %% [markdown]
-# **Against the library.** We give the same inputs to gptqmodel's own class, once in each order. (Both packages print
-# a lot. In Jupyter you see their progress; a batch run leaves it out.)
+# **Against the library.** We give the same inputs to gptqmodel's own class, once in each order. (A batch run leaves
+# out what the packages print.)
 
 
 # %%
@@ -466,10 +465,9 @@ print(
 #
 # ## What the guides leave open
 #
-# Which text should calibrate, which group size, which order of columns? We answer with a study on a few layers spread
-# over the model. The function above quantizes them (each weight shape is one batch), and all other layers stay as
-# they are. One run over the untouched model collects the Hessians. We score the result on text, because the layer's
-# own error says nothing about other genres.
+# Which text should calibrate, which group size, which order of columns? We quantize a few layers spread over the
+# model with the function above, and all other layers stay as they are. One run over the untouched model collects the
+# Hessians. We score the result on text, because the layer's own error says nothing about other genres.
 
 # %%
 PARTS = {
@@ -495,7 +493,7 @@ original = {
 }
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def adder(total):
     """A hook that adds X Xᵀ of a module's input to `total`."""
 
@@ -506,7 +504,7 @@ def adder(total):
     return hook
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 @torch.inference_mode()
 def hessians(windows):
     """X Xᵀ of every part of the chosen layers: {part: [layers, columns, columns]}."""
@@ -524,7 +522,7 @@ def hessians(windows):
     return sums
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 @torch.inference_mode()
 def put(weights):
     """Write one weight per part into the chosen layers."""
@@ -556,9 +554,8 @@ def study_gptq(hessian, size=group_size, **settings):
 # %% [markdown]
 # ### Text to calibrate on: the model's own
 #
-# Documentation is one genre. A model that was calibrated on one genre may lose others. One text has no genre of ours:
-# what the model itself writes when it starts from nothing. We sample it at temperature 1 and keep the tail of the
-# distribution.
+# A model that was calibrated on one genre may lose others. The text that the model itself writes, when it starts from
+# nothing, has no genre of ours. We sample it at temperature 1, without cutting the tail of the distribution.
 
 
 # %%
@@ -651,8 +648,9 @@ for ax, (question, names) in zip(axes, asked.items()):
     ax.invert_yaxis()
     ax.set(xscale="log", title=question)
 axes[1].set_xlabel(f"KL, {len(chosen)} of {config.num_hidden_layers} layers in {bits} bits (less is better)")
-axes[1].xaxis.set_minor_formatter("{x:.2f}")
-axes[1].xaxis.set_major_formatter("{x:.2f}")
+axes[1].xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+axes[1].xaxis.set_major_formatter("{x:g}")
+axes[1].xaxis.set_minor_formatter("")
 axes[0].legend(loc="lower center", bbox_to_anchor=(0.4, 1.15), ncols=2)
 best = answers[list(probes)].idxmin()
 alt = f"KL of each choice on two texts. The best on other genres is {best.iloc[0]}, "
@@ -661,7 +659,7 @@ alt += f"The dotted line is rounding on other genres, {answers['other genres'].i
 figures.show(fig, alt=alt, table=answers.round(4))
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def told(difference):
     """A difference with its 95 % interval, and whether the interval leaves zero out."""
     mean, low, high = difference
@@ -701,7 +699,7 @@ pd.DataFrame(repair.applied, columns=["patch", "upstream assumed", "true now"]).
 # **Check the inputs before a slow run.** This function reads the config file and the samples, and loads no weight:
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def preflight(config, bits, group_size, samples):
     """Raise ValueError, before any weight is loaded, for settings and calibration that cannot work."""
     if getattr(config, "quantization_config", None):
@@ -740,11 +738,10 @@ quantize_config = BaseQuantizeConfig(
 
 # %% [markdown]
 # **Load and quantize.** These are the guide's lines, with another `torch_dtype`, because a CPU is slow in the default
-# float16. The library reports in log lines. A handler turns them into a progress bar and keeps the seconds of each
-# layer.
+# float16. A folded handler turns the library's log lines into a progress bar.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 class LayerLog(logging.Handler):
     """Counts auto-gptq's "Start quantizing layer 3/30"; .began holds when each layer began."""
 
@@ -759,7 +756,7 @@ class LayerLog(logging.Handler):
             self.began.append(time.perf_counter())
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 layer_log = LayerLog()
 talk = logging.getLogger("auto_gptq.modeling._base")
 talk.handlers, talk.propagate = [layer_log], False
@@ -778,12 +775,11 @@ print(f"{autogptq_cost.seconds:.0f} s in all, {autogptq_layers.median():.2f} s a
 
 
 # %% [markdown]
-# **Save.** We write into a scratch folder that takes the checkpoint's name only when it is whole. A process that is
-# killed on the way leaves nothing that loads. The digests say later whether the files are still the ones that we
-# saved.
+# **Save.** We write into a scratch folder that takes the checkpoint's name only when it is whole, so a killed process
+# leaves nothing that loads. The folded cells write digests (`seal`) and compare them before a load (`check_seal`).
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def digests(folder):
     """SHA-256 of every file in a checkpoint but the list itself."""
     lines = []
@@ -794,12 +790,12 @@ def digests(folder):
     return lines
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def seal(folder):
     (pathlib.Path(folder) / "SHA256SUMS").write_text("\n".join(digests(folder)) + "\n")
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def check_seal(folder):
     """Raise ValueError unless every file is the one that was saved. Takes a second and loads no model."""
     saved = (pathlib.Path(folder) / "SHA256SUMS").read_text().splitlines()
@@ -818,7 +814,7 @@ def logits_of(net):
     return net.eval()(input_ids=question_ids.to(next(net.parameters()).device)).logits.float().cpu()
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def relative_gap(logits, expected):
     return ((logits - expected).norm() / expected.norm()).item()
 
@@ -886,11 +882,11 @@ del autogptq
 memory.release()
 
 # %% [markdown]
-# Four things are wrong in these lines. They print the system prompt and the question too, because `outputs[0]` starts
-# with the prompt. They render the template to text and tokenize the text again, which adds a second BOS token with
-# Mistral's tokenizer ([06 AWQ](06_awq.ipynb) counts it). `"cuda:0"` stands in the code. And the answer changes from
-# run to run, because the model's own generation settings sample. The course's way is `apply_chat_template(...,
-# return_dict=True)` and `outputs[0, prompt_length:]`.
+# Four things are wrong in these lines. They print the prompt too, because `outputs[0]` starts with it. They render
+# the template to text and tokenize the text again, which adds a second BOS token with Mistral's tokenizer
+# ([06 AWQ](06_awq.ipynb) counts it). They name `"cuda:0"`. And the answer changes from run to run, because the
+# model's own generation settings sample. The course uses `apply_chat_template(..., return_dict=True)` and
+# `outputs[0, prompt_length:]`.
 
 # %% [markdown]
 # ## Today, and at its best: gptqmodel
@@ -1010,10 +1006,10 @@ folders = {method: str(checkpoints.folder(output_dir, method)) for method in ("a
 for folder in folders.values():
     check_seal(folder)
 with tempfile.TemporaryDirectory() as scratch:
-    order = [str(found.path), precisions, folders, question_ids.tolist(), found.device, scratch]
+    job = [str(found.path), precisions, folders, question_ids.tolist(), found.device, scratch]
     program = PROGRAM.format(reload=f"dtype = {dtype}\n{inspect.getsource(reload)}")
     done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(order)],
+        [sys.executable, "-c", program, json.dumps(job)],
         capture_output=True,
         text=True,
         env=child_environment(),
@@ -1071,7 +1067,7 @@ for method, rounding in {"rtn-int4": round_to_nearest, "rtn-int4-asym": round_as
 del floor_net
 memory.release()
 
-# %%
+# %% jupyter={"source_hidden": true}
 fp32_net = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.float32).to(found.device)
 bf16_net = AutoModelForCausalLM.from_pretrained(found.path, dtype=torch.bfloat16).to(found.device)
 rounding = relative_gap(logits_of(bf16_net), logits_of(fp32_net))  # what bfloat16 alone does
@@ -1133,6 +1129,9 @@ fig, ax = plt.subplots(figsize=(7.5, 3.6))
 for (name, row), color, marker in zip(by_genre.iterrows(), figures.PALETTE, "oDsP"):
     ax.plot(row.index, row, marker, color=color, label=name, markersize=8)
 ax.set(yscale="log", ylabel="KL (less is better)", title="GPTQ's gain depends on the text it is scored on")
+ax.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+ax.yaxis.set_major_formatter("{x:g}")
+ax.yaxis.set_minor_formatter("")
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 other = [quality[method].kl_divergence for method in ("autogptq", "rtn-int4")]
 figures.show(
@@ -1214,9 +1213,12 @@ speeds.round(1)
 
 # %% [markdown]
 # ## Which loader takes which checkpoint?
+#
+# We try both checkpoints in four loaders. The kernel shows which one answered, and the last column compares its
+# logits with those from before saving.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def in_autogptq(folder):
     return AutoGPTQForCausalLM.from_quantized(str(folder), device=found.device, torch_dtype=found.dtype).model
 
@@ -1226,7 +1228,7 @@ def in_gptqmodel(folder):
     return GPTQModel.load(str(folder), device=found.device, backend=backend, dtype=fast).model
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def in_autoawq(folder):
     with archived.enable("autoawq"):
         from awq import AutoAWQForCausalLM
@@ -1234,12 +1236,12 @@ def in_autoawq(folder):
         return AutoAWQForCausalLM.from_quantized(str(folder), fuse_layers=False).model
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def in_transformers(folder):
     return nets[folder.name]
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def try_loader(loader, method):
     """(kernel or error, relative difference of the logits) of a checkpoint in one loader."""
     if (method, loader) == ("autogptq", in_autogptq):  # done above
@@ -1262,16 +1264,16 @@ pd.DataFrame(table, columns=["checkpoint", "loader", "kernel or error", "logits 
 # %% [markdown]
 # ## What stops, and how it says so
 #
-# We make eight mistakes. Each is refused before the long work, or when the file is first read.
+# The folded cells make eight mistakes. Each is refused before the long work, or when the file is first read.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def truncated(folder):
     with open(folder / "model.safetensors", "r+b") as file:
         file.truncate(file.seek(0, 2) - 1000)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def swapped(folder):
     tensors = load_file(folder / "model.safetensors")
     one, other = (f"model.layers.0.mlp.{name}_proj.qweight" for name in ("gate", "up"))
@@ -1279,7 +1281,7 @@ def swapped(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def damaged(how):
     """Check a copy of the checkpoint that `how` has damaged."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -1288,7 +1290,7 @@ def damaged(how):
         check_seal(folder)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 quantized_config = AutoConfig.from_pretrained(checkpoints.folder(output_dir, "gptq"))
 attempts = {
     "a group size that does not divide": lambda: preflight(config, bits, 2 * max(columns), docs),
@@ -1314,12 +1316,12 @@ pd.Series(refusals, name="what it says").to_frame()
 # ## Upload
 #
 # The upload is off unless `push_to_hub` is set. The guide's `login("your_read_token_here")` puts a token into a cell,
-# and a saved notebook then carries it. Here the token comes from the environment, from Colab's secrets, or from a
-# prompt that does not echo. The guide's model is gated: accept its terms on its hub page first, or the download ends
-# in a 403 error. The checkpoint goes up as it is, seal included.
+# and a saved notebook then carries it. The folded `hub_token` takes it from the environment, from Colab's secrets, or
+# from a prompt that does not echo. The guide's model is gated: accept its terms on its hub page first, or the
+# download ends in a 403 error.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def hub_token():
     """A write token for the hub, from where secrets belong."""
     if token := os.environ.get("HF_TOKEN"):
@@ -1361,7 +1363,7 @@ print(
 # %%
 from helpers.publishing import claims
 
-# %%
+# %% jupyter={"source_hidden": true}
 linear_bits = bits + (16 + bits) / group_size
 smaller = 1 - sizes_of["gptq"] / bf16_bytes
 on_disk = f"{smaller:.0%} on disk; in the Linear layers {1 - linear_bits / 16:.0%} ({linear_bits:.2f} bits)"
@@ -1506,7 +1508,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz

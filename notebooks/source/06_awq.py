@@ -20,7 +20,7 @@
 #    and how fast.
 #
 # **Before you start:** [00 Start here](00_start_here.ipynb) for the memory arithmetic, [05 GPTQ](05_gptq.ipynb) for
-# groups and calibration.
+# groups and calibration. Folded cells are plumbing and checks; skip them on a first reading.
 
 # %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
@@ -70,7 +70,7 @@ for name in ("auto_gptq", "auto_gptq.modeling._base", "accelerate", "bitsandbyte
     logging.getLogger(name).setLevel(logging.ERROR)  # they explain themselves at length
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def quietly():
     """Progress bars and pages of text: shown in Jupyter, left out of a batch run."""
     stack = contextlib.ExitStack()
@@ -91,9 +91,8 @@ reference, in_domain_reference, letter_reference = (
 )
 
 # %% [markdown]
-# Three texts judge. The four genres count most, because no method here was calibrated on them. Python's documentation
-# comes second: AWQ is calibrated on other pages of it. We hold a letter back to the end. [05 GPTQ](05_gptq.ipynb)
-# studies what another calibration text changes.
+# Three texts judge. The four genres count most, because no method here was calibrated on them. AWQ is calibrated on
+# other pages of the second text, Python's documentation. We hold the third, a letter, back to the end.
 
 # %%
 calibration = evaluation.windows(
@@ -538,8 +537,8 @@ for name, ours, library in [("gate and up", scales, theirs), ("down", scales_dow
 #
 # After scaling, autoawq may shrink the range of each group. A few weights are clipped, and all others get finer
 # steps. autoawq tries ten limits a group and multiplies every weight with every token for each. There is a faster
-# way: the error of a group is `d·G·d`. Here d is the change of its weights, and G is one small matrix, the products
-# of its inputs summed over all tokens.
+# way: the error of a group is `d·G·d`, with the change d of its weights and one small matrix G, the products of its
+# inputs summed over all tokens.
 
 
 # %%
@@ -667,6 +666,9 @@ print(f"{blocks * calibration_length:,} calibration tokens are used")
 # - `calib_data` holds our samples. autoawq fetches its default from the hub.
 # - `apply_clip=False`, because the library's clip search takes the seconds predicted above, or more.
 # - `export_compatible=True` stops before packing, so that we can look at the scaled model. `pack()` does the rest.
+#
+# We leave one argument of the guide out: it sets `trust_remote_code` at the tokenizer. That runs Python code which
+# comes with the checkpoint, and no model of this course needs any.
 
 # %%
 del net, linears, victim
@@ -758,9 +760,9 @@ del awq_model
 # ## gptqmodel: AWQ, maintained
 #
 # AutoAWQ's own README sends its users to llm-compressor, which this course does not run. gptqmodel runs the same
-# method, on a CPU too, with its own kernels. Two things are special here. On a CPU we have to say which layer class it
-# packs into, or it asks for CUDA. And it always clips, with the same slow search. **For this call we replace its clip
-# search with our faster one, so the result is gptqmodel's scales with the clipping from above.**
+# method, on a CPU too, with its own kernels. On a CPU we name the layer class it packs into, or it asks for CUDA. It
+# always clips, with the same slow search. **For this call we replace its clip search with our faster one, so the
+# result is gptqmodel's scales with the clipping from above.**
 
 # %% jupyter={"source_hidden": true}
 with quietly():
@@ -985,7 +987,7 @@ def first_line(error, folder):
     return f"{type(error).__name__}: {text[:110]}"
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def try_loader(open_it, folder):
     """("loads", kernel) or ("refuses", why)."""
     try:
@@ -1076,8 +1078,8 @@ for name, net in {"untouched": plain, **loaded}.items():
 # %% [markdown]
 # ## Mistakes, and when you hear of them
 #
-# We make five mistakes, once with our check and once with autoawq itself. autoawq gets a single decoder layer, so
-# that the wait is short here:
+# We make five mistakes, once with our check and once with autoawq itself. autoawq gets a single decoder layer here,
+# so that the wait is short:
 
 # %%
 del plain, loaded, net
@@ -1085,7 +1087,7 @@ memory.release()
 short = AutoAWQForCausalLM.from_pretrained(found.path, torch_dtype=found.fast)
 short.model.model.layers = short.model.model.layers[:1]
 
-# %%
+# %% jupyter={"source_hidden": true}
 widths = set(linear_layers(found.path).values())
 wrong_group = next(size for size in (128, 96, 80) if any(width % size for width in widths))
 good = dict(folder=found.path, bits=bits, group_size=group_size)
@@ -1099,7 +1101,7 @@ mistakes = {
 }
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def outcome(action, folder):
     try:
         action()
@@ -1108,7 +1110,7 @@ def outcome(action, folder):
         return first_line(error, folder) if str(error) else type(error).__name__
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def quantize_one_layer(folder, bits, group_size, samples, length):
     with quietly():
         victim = copy.deepcopy(short) if folder == found.path else AutoAWQForCausalLM.from_pretrained(folder)
@@ -1303,7 +1305,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz

@@ -16,7 +16,8 @@
 # 2. Fine-tune with the Trainer so that a run cannot fail silently, survives a kill, and is measured before and after.
 # 3. Save, reload and merge the adapter, and compute line by line what a 7B model needs.
 #
-# **Before you start:** [04 NF4 with bitsandbytes](04_nf4_bitsandbytes.ipynb) for the 4-bit format.
+# **Before you start:** [04 NF4 with bitsandbytes](04_nf4_bitsandbytes.ipynb) for the 4-bit format. Folded cells are
+# plumbing and checks; skip them on a first reading.
 
 # %% jupyter={"source_hidden": true} tags=["bootstrap"]
 # `make notebooks` fills in the bootstrap cell.
@@ -291,7 +292,7 @@ training.check_targets(net, target_modules)
 # 3. **Checkpointing**: keep only the input of each block, compute the rest again in the backward pass.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def state(net):
     """What the three steps change."""
     return [
@@ -343,7 +344,7 @@ print(f"{len(train)} pairs to train on, {len(held_out)} held out. One of each:")
 for pair in (train[0], held_out[0]):
     print(f"\nQ: {pair['question']}\nA: {pair['answer']}")
 
-# %%
+# %% jupyter={"source_hidden": true}
 with tempfile.TemporaryDirectory() as scratch:
     damaged = pathlib.Path(scratch) / "damaged.jsonl"
     lines = course_data.read_text(encoding="utf-8").split("\n")[:5]
@@ -414,7 +415,7 @@ print(f"{min(lengths)} to {max(lengths)} tokens a pair; {share:.0%} of them coun
 # memory?
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def setting(adapted, compute, checkpointing):
     """Switch the type in which 4-bit layers compute, and checkpointing, on a loaded model."""
     for module in adapted.modules():
@@ -496,7 +497,7 @@ figures.show(
 # How much is at stake for Mistral-7B? We count the parameters from its config:
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def optimizer_gib(parameters):
     """GiB of AdamW's two states, in float32 and in 8 bits."""
     return {
@@ -506,7 +507,7 @@ def optimizer_gib(parameters):
     }
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def lora_parameters(config, r, targets):
     """Parameters of LoRA on the Linear layers whose names end in one of the targets."""
     with torch.device("meta"):
@@ -528,9 +529,8 @@ pd.DataFrame(
 
 # %% [markdown]
 # With the guide's adapters the states hardly count. With r = 64 on all layers, 8 bits save about a gigabyte. Full
-# fine-tuning needs more for the states alone than any 24 GB card has. In the Trainer one argument switches it on:
-# `optim="paged_adamw_8bit"`. Paging exists on CUDA only. The table says what 8 bits save; it does not say what paging
-# costs in time, which we did not measure.
+# fine-tuning needs more for the states alone than any 24 GB card has. In the Trainer one argument switches both on,
+# on CUDA only: `optim="paged_adamw_8bit"`. We did not measure what paging costs in time.
 #
 # ## The trap: a run that learns nothing
 #
@@ -673,8 +673,7 @@ print(format_before[0])
 
 # %% [markdown]
 # **trl's `SFTTrainer`** is the usual tool for such a run. It renders the chat template, masks the prompt in the
-# labels, prepares the 4-bit model and adds the adapters: all that the sections above did by hand. It takes
-# conversations of a prompt and a completion:
+# labels, prepares the 4-bit model and adds the adapters. It takes conversations of a prompt and a completion:
 
 # %%
 from datasets import Dataset
@@ -771,15 +770,14 @@ memory.release()
 # %% [markdown]
 # Before training no answer keeps the format, and after 24 short steps nearly all do. The *contents* are no better
 # than before: a model learns a format long before it learns facts. An answer that breaks the format usually repeats
-# itself until the limit. `SFTTrainer` needed about 20 lines. Its adapters are in 16 bits here, because trl casts them
-# for 4-bit models; the loop below keeps them in float32.
+# itself until the limit. trl casts the adapters of a 4-bit model to 16 bits; the loop below keeps them in float32.
 
 # %% [markdown]
 # ## The loop you control: transformers' Trainer
 #
 # The second run learns the answers themselves, with adapters on all Linear layers and our own encoding of the pairs.
-# It is made to be interrupted: it saves a checkpoint half-way. Then we throw everything away and resume in new
-# objects, as after a kill. (A test kills a real process with SIGKILL and compares the final losses.)
+# It saves a checkpoint half-way. Then we throw everything away and resume in new objects, as after a kill. (A test
+# kills a real process with SIGKILL and compares the final losses.)
 #
 # - `gradient_check()` stops the run at its first step if a gradient does not arrive.
 # - `LivePlot` redraws the loss as it falls. A batch run has one figure at the end.
@@ -806,7 +804,7 @@ class LivePlot(TrainerCallback):
         plt.close(fig)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 class StopAt(TrainerCallback):
     """Ends the run early: our stand-in for a kill."""
 
@@ -855,7 +853,7 @@ def new_trainer(config, *callbacks):
     return trainer, check
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def fingerprint(net):
     """SHA-256 of every tensor of the model that belongs to no adapter."""
     digest = hashlib.sha256()
@@ -866,9 +864,8 @@ def fingerprint(net):
 
 
 # %% [markdown]
-# Now we train the configured layers (by default all Linear ones), with the interruption. We train without
-# dropout: in the default number of steps no pair is seen twice, so none can be learned by heart, and on a CPU drawing
-# the random numbers costs time in every step.
+# Now we train the configured layers (by default all Linear ones), with the interruption. We need no dropout: in the
+# default number of steps no pair is seen twice, so none can be learned by heart.
 
 # %%
 config = LoraConfig(
@@ -947,7 +944,7 @@ memory.release()
 # Put this adapter on another base, and peft raises a long list of mismatches, or no error at all where the shapes
 # happen to fit. `check_adapter` compares name and shapes:
 
-# %%
+# %% jupyter={"source_hidden": true}
 other_config = AutoConfig.from_pretrained(found.path)
 other_config.hidden_size *= 2
 with torch.device("meta"):
@@ -961,11 +958,11 @@ del base, candidate, other
 
 
 # %% [markdown]
-# These functions bring their own imports. A test runs them in a fresh process. In a program of your own, write the
-# hub name of the base instead of `models.find`, and leave `check_adapter` out.
+# The folded functions bring their own imports. In a program of your own, write the hub name of the base instead of
+# `models.find`, and leave `check_adapter` out.
 
 
-# %% tags=["reload"]
+# %% jupyter={"source_hidden": true} tags=["reload"]
 def base_in_nf4(name):
     """(the base in NF4, the type in which it computes)."""
     import torch
@@ -1161,7 +1158,7 @@ print(f"merging into the 4-bit weights costs {cost_of_merging:+.3f}")
 # %%
 from transformers import MistralConfig
 
-# %%
+# %% jupyter={"source_hidden": true}
 mistral = MistralConfig(
     vocab_size=32768,
     hidden_size=4096,
@@ -1224,7 +1221,7 @@ compared.loc["difference, %"] = 100 * (compared.iloc[0] / compared.iloc[1] - 1)
 assert compared.loc["difference, %"].abs().max() < 10, "the budget should be within 10 % of the measurement"
 pd.concat([lines, lines.sum().to_frame("together").T, compared]).round(3)
 
-# %%
+# %% jupyter={"source_hidden": true}
 short = lines.groupby(lines.index.str.split(":").str[0], sort=False).sum()
 short = short.T[["weights", "activations", "CUDA context"]].copy()
 short["adapters, gradients, optimizer"] = lines.iloc[2:5].sum()
@@ -1248,8 +1245,8 @@ figures.show(
 
 # %% [markdown]
 # With the guide's adapters (r = 16 on q and v), adapters, gradients and optimizer are hardly visible. The weights
-# remain, and activations that grow with every token. So halving this rank saves next to nothing. Adapters on all
-# layers are another matter: see the table of the optimizer.
+# remain, and activations that grow with every token. So halving this rank saves next to nothing. With r = 64 on all
+# layers the states alone take 1.25 GiB in float32 (the table of the optimizer).
 
 # %%
 longer = lines["2048 tokens"]
@@ -1274,7 +1271,7 @@ saved.to_frame().round(2)
 # %% [markdown]
 # ## What the guides claim
 
-# %%
+# %% jupyter={"source_hidden": true}
 from helpers.publishing import claims
 
 needed = short.iloc[0].sum() * 2**30 / 1e9
@@ -1413,7 +1410,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz

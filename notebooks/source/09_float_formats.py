@@ -69,7 +69,7 @@ print(f"{found.name} on the {found.device.upper()}, {found.origin}")
 # again at 4. An integer has one step.
 #
 # Both get a **block scale**: a few neighbours share one number that they are multiplied with, so that the largest of
-# them meets the largest level. Eight weights by hand. Their largest magnitude is 0.6, so the scale of E2M1 is 0.6 / 6 =
+# them meets the largest level. Take eight weights by hand. Their largest magnitude is 0.6, so the scale of E2M1 is 0.6 / 6 =
 # 0.1 and the scale of INT4 is 0.6 / 7:
 
 # %%
@@ -100,12 +100,13 @@ by_hand.round(4)
 # %% [markdown]
 # INT4 turns the two smallest weights into 0. E2M1 keeps the second of them, and pays with coarse steps further out:
 # -0.33 becomes -0.30. **E4M3** and **E5M2** are the 8-bit floats. They need no block scale for these weights: E4M3
-# reaches from 0.002 to 448, E5M2 from 0.000015 to 57,344. The 4-bit levels:
+# reaches from 0.002 to 448, E5M2 from 0.000015 to 57,344. The picture shows the 4-bit levels:
 
 # %% jupyter={"source_hidden": true}
 fig, axes = plt.subplots(3, 1, figsize=(7, 3), sharex=True, layout="constrained")
-for ax, (name, levels), color in zip(axes, LEVELS.items(), figures.PALETTE, strict=False):
-    ax.eventplot(levels / levels.max(), color=color, linelengths=1)
+colors = {"E2M1": figures.PALETTE[2], "INT4": figures.PALETTE[1], "NF4": figures.PALETTE[0]}  # 04 draws the last two so
+for ax, (name, levels) in zip(axes, LEVELS.items()):
+    ax.eventplot(levels / levels.max(), color=colors[name], linelengths=1)
     ax.set(yticks=[], ylabel=name)
 axes[0].set_title("A 4-bit float is fine near zero and coarse at the ends")
 axes[2].set_xlabel("level, as a share of the largest")
@@ -118,8 +119,8 @@ figures.show(fig, alt=f"Number lines of E2M1, INT4 and NF4, scaled to 1. The ste
 
 # %% [markdown]
 # A float's step grows with its value, so its **relative** error stays the same over its whole range. An integer's step
-# is fixed, so a small value beside a large one loses everything. The largest relative error of a value, with the scale
-# set so that the largest value is 448:
+# is fixed, so a small value beside a large one loses everything. We plot the largest relative error of a value,
+# with the scale set so that the largest value is 448:
 
 # %%
 values = torch.logspace(-3, 2.65, 4000)
@@ -318,7 +319,7 @@ def pack(codes):
 
 
 # %% [markdown]
-# One weight of the model, code for code against torchao in all four rules, with E2M1 and with E4M3 elements:
+# We compare one weight of the model with torchao, code for code, in all four rules, with E2M1 and with E4M3 elements:
 
 # %%
 from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_mx
@@ -404,7 +405,7 @@ assert not (other & ~negative_zero & ~halfway).any()
 # %% [markdown]
 # ### What a rule costs
 #
-# The relative error of this weight, restored. **Search** tries two powers of two for each block, and takes the one with
+# The table has the relative error of this weight, restored. **Search** tries two powers of two for each block, and takes the one with
 # the smaller squared error. For NVFP4 it tries five scales: a scale 1.5 times as large puts the largest weight on level
 # 4, where the levels are closer.
 
@@ -539,8 +540,8 @@ def per_token(x, number):
 
 
 # %% [markdown]
-# One static scale for this layer. Its inputs are sorted by size into ten equal groups, and each group's error is
-# compared with its own size:
+# We give this layer one static scale. We sort its inputs by size into ten equal groups, and compare each group's error
+# with its own size:
 
 # %%
 inputs = activation.flatten()
@@ -555,8 +556,8 @@ lost = pd.DataFrame(lost, index=[f"{10 * n} to {10 * n + 10} %" for n in range(1
 fig, ax = plt.subplots(figsize=(7, 2.8))
 for number, color in zip(lost, figures.PALETTE, strict=False):
     ax.plot(range(10), lost[number], "o-", color=color)
-    ax.annotate(number, (5, lost[number].iloc[5]), xytext=(0, 8), textcoords="offset points")
-ax.set(xticks=range(10), xticklabels=range(10, 101, 10), ylim=(0, None))
+    ax.annotate(number, (5, lost[number].iloc[5]), xytext=(0, 8), textcoords="offset points", color=color)
+ax.set(xticks=range(10), xticklabels=range(10, 101, 10), ylim=(0, 1.2))  # room for the label above the upper line
 ax.set(xlabel="inputs by size, % (smallest first)", ylabel="relative error (1: all lost)")
 ax.set_title("With one outlier in the scale, INT8 loses most inputs")
 figures.show(fig, alt=f"Relative error of the inputs of {outlier}, by size. INT8 loses "
@@ -564,7 +565,7 @@ figures.show(fig, alt=f"Relative error of the inputs of {outlier}, by size. INT8
              table=lost.round(3))  # fmt: skip
 
 # %% [markdown]
-# The whole model: weights with one scale an output row, inputs rounded in front of each layer. This is an
+# Now we round the whole model: weights with one scale an output row, inputs in front of each layer. This is an
 # **emulation**: the rounded numbers are multiplied in the model's own type. A GPU multiplies the codes and applies both
 # scales to the sum. The products are the same numbers; only the order of the sums differs. The first 2 windows of each
 # genre are enough to tell these apart:
@@ -625,7 +626,7 @@ print(f"KL of INT8 over FP8: {static_ratio:,.1f} with a scale a layer, {dynamic_
 assert static_ratio > 5 or not found.name.startswith("SmolLM2"), "a float should survive the outlier"
 
 # %% [markdown]
-# For SmolLM2-135M on two CPU cores: with one scale a layer INT8 costs a KL of about 1.0, and FP8 about 0.04. The
+# On SmolLM2-135M and two CPU cores, with one scale a layer, INT8 costs a KL of about 1.0, and FP8 about 0.04. The
 # outlier sets the scale of INT8 so high that nearly all other inputs become zero. E4M3 spends four bits on an exponent,
 # so they stay. With one scale a token the outlier spoils only its own token: INT8 falls to about 0.045 and FP8 to 0.03.
 # The float is ahead, and the choice of the scale matters more than the choice of the number.
@@ -633,7 +634,7 @@ assert static_ratio > 5 or not found.name.startswith("SmolLM2"), "a float should
 # %% [markdown]
 # ## Measured: FP8, and four bits at equal size
 #
-# The formats of this notebook as records, each on all windows and on Python's documentation:
+# These formats become records, each measured on all windows and on Python's documentation:
 #
 # | record | what it is | bits a weight |
 # |---|---|---|
@@ -760,11 +761,10 @@ shown = [name for name in table.sort_values("KL", ascending=False).index if name
 fig, ax = plt.subplots(figsize=(7, 3.4))
 for row, name in enumerate(shown):
     scores = quality[name]
-    color = figures.PALETTE[0 if bits_of[name] == 4.25 else 1]
-    ax.plot([scores.kl_low, scores.kl_high], [row, row], color=color)
-    ax.plot(scores.kl_divergence, row, "o", color=color)
+    ax.plot([scores.kl_low, scores.kl_high], [row, row], color=figures.PALETTE[1])
+    ax.plot(scores.kl_divergence, row, "o", color=figures.PALETTE[1])
 ax.set(yticks=range(len(shown)), yticklabels=[f"{name} ({bits_of[name]})" for name in shown])
-ax.set(xlabel="KL divergence from the untouched model (left is better)")
+ax.set(xlabel="KL divergence from the untouched model (left is better); in brackets: bits a weight")
 ax.set_title("Four bits: levels, blocks and scales all count")
 worst_name, best_name = shown[0], shown[-1]
 figures.show(fig, alt=f"KL divergence of nine 4-bit formats of {found.name}, with intervals. {best_name} is "
@@ -773,7 +773,7 @@ figures.show(fig, alt=f"KL divergence of nine 4-bit formats of {found.name}, wit
              table=table.loc[shown, ["bits", "KL", "from", "to"]].round(3))  # fmt: skip
 
 # %% [markdown]
-# Last, the letter, which no choice was made by. Does it put the four recorded formats in the same order?
+# Last comes the letter, which no choice was made by. Does it put the four recorded formats in the same order?
 
 # %%
 orders = [sorted(RECORDED, key=key) for key in (lambda name: quality[name].kl_divergence, held_back.get)]
@@ -820,7 +820,7 @@ assert different == 0
 
 # %% [markdown]
 # **transformers** can quantize to FP8 while it loads (`FineGrainedFP8Config`, one scale for 128 x 128 weights), and to
-# NVFP4 (`NVFP4Config`). What these say on this machine:
+# NVFP4 (`NVFP4Config`). We ask what these say on this machine:
 
 # %%
 from transformers import FineGrainedFP8Config, NVFP4Config
@@ -842,8 +842,8 @@ with pd.option_context("display.max_colwidth", None):
     display(pd.Series(said, name="what it says").to_frame())
 
 # %% [markdown]
-# `NVFP4Config` only quantizes while loading, and reads no NVFP4 checkpoint. What the source of transformers 5.23 says
-# about finished checkpoints (read, not run here): FP8 in DeepSeek's layout (`quant_method` `fp8`) and the MXFP4 of
+# `NVFP4Config` only quantizes while loading, and reads no NVFP4 checkpoint. The source of transformers 5.23 says this
+# about finished checkpoints (we read it and did not run it): FP8 in DeepSeek's layout (`quant_method` `fp8`) and the MXFP4 of
 # gpt-oss (`mxfp4`) load on every machine. Where the hardware or a package lacks, the weights are restored to bfloat16
 # with a warning, and the memory is that of bfloat16. The next section has the format that everybody reads.
 #
@@ -1014,7 +1014,7 @@ assert max(gaps.values()) < 1e-3, "the file predicts something else than the wei
 # A library can lag behind its card: the matrix names MXFP8 as missing in Transformer Engine on 12.0, and NVFP4 as
 # partial there.
 #
-# Your own card:
+# And what can your own card do?
 
 # %%
 NATIVE_FROM = {"FP8": (8, 9), "MXFP8": (10, 0), "MXFP4": (10, 0), "NVFP4": (10, 0)}
@@ -1155,7 +1155,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz

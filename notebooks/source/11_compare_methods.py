@@ -67,7 +67,7 @@ def beaten(method, points):
 [method for method in hand_sized if not beaten(method, hand_sized)]
 
 # %% [markdown]
-# The rest of this notebook does the same with real methods. First the imports and the untouched model.
+# The rest of this notebook does the same with real methods. We start with the imports and the untouched model.
 
 # %% jupyter={"source_hidden": true}
 import contextlib
@@ -845,7 +845,7 @@ else:
 # %% [markdown]
 # ## What the guides claim
 #
-# First the claims that this notebook measured itself. The interval of a difference between two scores on 64 questions
+# First come the claims that this notebook measured itself. The interval of a difference between two scores on 64 questions
 # is wide.
 
 # %%
@@ -863,7 +863,7 @@ claims.write(output_dir, notebook="11_compare_methods", found=found, findings=fi
 claims.table(output_dir, "11_compare_methods")
 
 # %% [markdown]
-# Now every claim of the guides. `notebooks/data/claims.json` holds the guide's words, what they speak of, and the
+# Now follows every claim of the guides. `notebooks/data/claims.json` holds the guide's words, what they speak of, and the
 # values for which they hold. The finding that is nearest to a claim's subject judges it. For Mistral-7B's memory and
 # speed, that is its shape on a GPU. For its quality, it is the largest real model measured, of at least 1 billion
 # parameters. A claim without such a finding is "not tested on its subject". A verdict whose interval crosses a
@@ -1003,7 +1003,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz
@@ -1017,8 +1017,8 @@ quiz.Quiz("11_compare_methods")
 #    at a KL of 0.15, while a Q4_K_M file made with an importance matrix needs 104 MB at 0.06, and decodes 3.5 times
 #    as fast in llama.cpp.
 # 2. **After the weights, the rest counts.** In 4 bits the matrix products take a smaller share of a token. A compiled
-#    step targets the remaining overhead, and the table says whether it gained here. A quantized cache makes room for
-#    context; in plain PyTorch it costs speed.
+#    step of six layers gained less than a fifth and took 20 s to compile: it pays after thousands of tokens. A
+#    quantized cache makes room for context; in plain PyTorch it costs speed (25 instead of 27 tokens a second).
 # 3. **A small test has a large error.** One of 64 questions is 1.6 points, and the standard error is about 6. The KL
 #    sees what the score cannot see. Many claims of the guides hold partly or not at all, so the number stands beside
 #    each.

@@ -99,7 +99,7 @@ print(f"{found.name}, {predicted.parameters / 1e6:.0f} M parameters; {gpus} GPUs
 #
 # `device_map="auto"` fills the first device up to `max_memory`, then the next one, and the disk takes the rest. In
 # the forward pass, each layer's weights are fetched just before they are needed. Nothing is quantized and nothing is
-# left out, so **the answer must not change**. First the answer and the speed of the whole model on one device:
+# left out, so **the answer must not change**. First we take the answer and the speed of the whole model on one device:
 
 # %%
 dtype = torch.bfloat16
@@ -475,7 +475,7 @@ if tensor_parallel:
 # ## Many notebooks, many workers
 #
 # Each notebook of the course is a papermill job without shared state, so any executor can run it. As an example we
-# sweep bits and group size of plain rounding: one small notebook, four settings, two workers of
+# sweep bits and group size of plain rounding, with one small notebook, four settings and two workers of
 # [Dask](https://distributed.dask.org). Dask runs the same way on one machine and on a cluster.
 
 # %%
@@ -711,7 +711,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz

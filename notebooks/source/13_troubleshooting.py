@@ -89,7 +89,7 @@ print(f"{found.name} on the {found.device.upper()}, {found.origin}")
 net = AutoModelForCausalLM.from_pretrained(found.path, load_in_4bit=True)
 
 # %% [markdown]
-# `%%explain` keeps the exception as `error`. Its last line, and its frames from yours to the one that raised:
+# `%%explain` keeps the exception as `error`. We print its last line, and its frames from yours to the one that raised:
 
 # %%
 reading = explain.read(explain.as_text(error))
@@ -113,7 +113,7 @@ print(explain.read(leaked).errors[-1])
 #
 # This run **provokes** every entry below, mostly on random models of two layers. The message is the library's own.
 # Then `explain` must name the entry, and the repair must run. Click an entry to see the code of both. The code uses
-# small helpers (`tiny_model`, `hub`) without importing them. They are in `helpers/reproductions.py`.
+# small helpers (`tiny_model`, `hub`) without importing them. They are in `helpers/diagnosis/reproductions/parts.py`.
 #
 # Three entries are staged, because the real thing would stop this notebook: `process-killed` kills a child process of
 # its own, `disk-full` writes to `/dev/full`, and `bitsandbytes-missing` patches a flag of transformers. An entry that
@@ -369,7 +369,7 @@ pd.Series(activations, name="MB").round(1).to_frame()
 # not expect.
 
 # %% [markdown]
-# Now the entries of the catalogue on memory.
+# Now we run the catalogue's entries on memory.
 
 # %%
 tour("memory")
@@ -758,6 +758,9 @@ tour("save")
 # %% [markdown]
 # ### Colab and Jupyter
 #
+# The guide for Colab starts with `!python setup_mistral_colab.py` and does not contain that script, so its first cell
+# stops with "No such file or directory". Its second version, the `pip install` lines, pins packages of 2023.
+#
 # After an installation, **restart the runtime**. A package that is loaded stays loaded in its old version. A restart
 # also ends the process and frees all of its memory, on the GPU too.
 
@@ -1042,7 +1045,7 @@ if solutions:
 # %% [markdown]
 # ## Quiz
 #
-# Three questions. Each answer says why it is right or not.
+# Answer three questions. Each answer says why it is right or not.
 
 # %%
 from helpers import quiz
@@ -1058,8 +1061,8 @@ quiz.Quiz("13_troubleshooting")
 # 2. **Out of memory has a moment.** Training with AdamW holds four times the weights after its first step. The
 #    message tells whether memory is in pieces, and the snapshot tells who holds it.
 # 3. **No error is not success, and advice ages.** Count the BOS tokens and the ends in the labels. Look at
-#    `hf_device_map` and at the first two losses. Measure every quantized model before you keep it. The table says
-#    which lines of the guide hold.
+#    `hf_device_map` and at the first two losses. Measure every quantized model before you keep it. Of
+#    the eleven lines of the guide, four hold, four hold partly, one does not, and two were not tested on their subject.
 #
 # <!-- navigation -->
 # <!-- /navigation -->

@@ -572,6 +572,13 @@ def test_quiz_by_keyboard_explains_and_is_kept(live, lab):
     assert json.loads((lab[1] / progress.FILE).read_text()) == {"04_nf4_bitsandbytes": {"quiz": [0, 1]}}
 
 
+def keep(cell, name):
+    """Store the README's picture of a cell where COURSE_PICTURES names a folder (`COURSE_PICTURES=notebooks`)."""
+    if os.environ.get("COURSE_PICTURES"):
+        cell.scroll_into_view_if_needed()
+        cell.screenshot(path=ROOT / os.environ["COURSE_PICTURES"] / f"widget_{name}.png")
+
+
 @in_lab
 def test_notebook_00_and_a_chat_with_the_model(tab, lab):
     """Run all, by mouse; then ask in the chat box and watch the answer grow."""
@@ -596,7 +603,11 @@ def test_notebook_00_and_a_chat_with_the_model(tab, lab):
     ]
     growing = [len(answer) for answer in answers if answer.strip()]
     assert len(set(growing)) >= 4 and growing == sorted(growing), "the answer came in one piece"
-    assert tab.get_by_text(re.compile(r"RAM \d+\.\d\d of")).first.is_visible()
+    memory = tab.get_by_text(re.compile(r"RAM \d+\.\d\d of")).first
+    assert memory.is_visible()
+    cells = tab.locator(".jp-CodeCell")
+    keep(cells.filter(has=tab.get_by_label("You:")), "chat")
+    keep(cells.filter(has=tab.get_by_role("button", name="Stop monitor")), "monitor")
 
 
 @in_lab
@@ -632,3 +643,4 @@ def test_the_explorer_by_the_keyboard_alone_changes_the_picture(tab, lab):
     tab_to(tab, "range per")
     changes("4 bits, 576 values", "Space", "ArrowDown", "Enter")
     assert len(set(shown)) == 4
+    keep(tab.locator(".jp-CodeCell").last, "explorer")

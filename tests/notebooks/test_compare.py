@@ -58,9 +58,38 @@ def test_plot_says_what_it_shows():
 
 
 @pytest.mark.parametrize(("method", "bits"), [("gptq-3", 3), ("autoround-2", 2), ("fp8-weight-only", 8), ("mxfp4", 4), ("nvfp4", 4), ("nf4-single", 4), ("rtn-int4-asym", 4),
-    ("int8-dynamic-torchao", 8), ("gguf-q2_k", 2), ("gguf-q4_k_m-imatrix", 4), ("bf16", 16), ("bf16-kv4", 16), ("fp32", 32), ("autoawq", 4), ("hybrid-int4", None)])  # fmt: skip
+    ("int8-dynamic-torchao", 8), ("gguf-q2_k", 2), ("gguf-q4_k_m-imatrix", 4), ("bf16", 16), ("bf16-kv4", 16), ("fp32", 32), ("autoawq", 4), ("hybrid-int4", None), ("ternary", 2)])  # fmt: skip
 def test_bits_of_a_method_are_in_its_name(method, bits):
     assert pareto.bits(method) == bits
+
+
+def test_no_label_hides_a_point_of_the_crowded_panel(committed):
+    from matplotlib.text import Text
+
+    fig, _, _ = pareto.plot(list(committed.records.values()))
+    fig.canvas.draw()
+    panel = fig.axes[1]
+    points = [panel.transData.transform(dot.get_offsets()[0]) for dot in panel.collections]
+    labels = {text.get_text(): Text.get_window_extent(text) for text in panel.texts}
+    assert len(labels) == len(points) > 8
+    assert [name for name, box in labels.items() if any(box.contains(*point) for point in points)] == []
+    assert all(panel.bbox.y0 < box.y0 and box.y1 < panel.bbox.y1 for box in labels.values()), "a label leaves the panel"
+
+
+def test_the_readme_takes_two_panels_and_no_label_of_the_third():
+    shown = [
+        record(method, weight_bytes=size * 1e6, kl_divergence=kl)
+        for method, size, kl in (
+            ("bf16", 270, 0.001),
+            ("nf4", 112, 0.3),
+            ("awq", 114, 0.15),
+            ("gptq-3", 99, 0.9),
+            ("rtn-3", 99, 1.9),
+        )
+    ]
+    fig, _, _ = pareto.plot(shown, most=2)
+    assert [ax.get_title() for ax in fig.axes] == ["All methods", "4 bits"]
+    assert "rtn-3" not in {text.get_text() for ax in fig.axes for text in ax.texts}
 
 
 def test_what_lies_below_four_bits_has_a_panel_of_its_own():
@@ -368,7 +397,9 @@ def test_report_of_a_full_run(tmp_path, measured):
     for claim in ("quantized models have fewer parameters to load", "needs hardware not present"):
         assert claim in page
     assert all(f'<td style="text-align:left">{method}</td>' in page for method in measured)
-    assert "not run here</td>" not in page.split("<h3>")[0]
+    of_this_run, behind = page.split('<h2 id="references">')
+    assert "not run here</td>" not in of_this_run and "<details><summary>2 CPU cores" in behind
+    assert page.index("<img ") < page.index("All methods of this run"), "pictures first"
 
 
 def test_report_leaves_fine_tuned_models_out_of_the_plots_and_says_why(tmp_path, monkeypatch):
@@ -382,7 +413,7 @@ def test_report_leaves_fine_tuned_models_out_of_the_plots_and_says_why(tmp_path,
         page.count("Not in the plot: qlora. Fine-tuning is meant to leave") == 2
         and page.count("data:image/png;base64,") == 2
     )
-    assert "<h3>Reference: 2 CPU cores" not in page and "8,192 tokens of course in windows of 256" in page
+    assert "<summary>2 CPU cores" not in page and "8,192 tokens of course in windows of 256" in page
 
 
 def test_report_needs_no_results_to_come_with_the_course(tmp_path, monkeypatch):
@@ -393,7 +424,7 @@ def test_report_needs_no_results_to_come_with_the_course(tmp_path, monkeypatch):
 
 def test_report_of_an_empty_run_shows_what_was_not_run(tmp_path, committed):
     page = report.write(tmp_path, [run.Result("04", 1.0, 10**9, "ok")]).read_text(encoding="utf-8")
-    table = page.split("<h3>")[0]
+    table = page.split('<h2 id="references">')[0]
     assert "nf4" in table and "not run here" in table and "data:image/png" not in page
     assert "Reference: 2 CPU cores" in page and "committed run" in page
 

@@ -193,6 +193,16 @@ def test_readme_table_and_address_are_current():
     assert pages.replace_part(readme, "notebooks", pages.readme_table()) == readme, "run `make links`"
 
 
+def test_readme_shows_pictures_of_the_committed_notebooks():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme) < 12_000
+    for name, words, file in pages.SHOWN.values():
+        png, alt = pages.picture_in(pages.read(pages.FOLDER / f"{name}.ipynb"), words)
+        assert file.read_bytes() == png and f"![{alt}](notebooks/{file.name})" in readme, "run `make links`"
+    for alt, file in re.findall(r"!\[(.*?)\]\((.+?)\)", readme):
+        assert len(alt) > 30 and (ROOT / file).stat().st_size < 150_000, file
+
+
 @pytest.mark.parametrize("address", [None, "https://github.com/someone/course"])
 def test_badges_stand_there_once_the_course_has_an_address(address, monkeypatch):
     if address:
@@ -204,11 +214,16 @@ def test_badges_stand_there_once_the_course_has_an_address(address, monkeypatch)
     assert address or "YOUR_ACCOUNT" not in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+LONGEST_READING = 40  # minutes
+STILL_LONGER = {"08_gguf_llama_cpp": 60, "10_below_four_bits": 60}  # these are being cut: empty this once they are
+
+
 @each_notebook
 def test_reading_time_is_said_and_short_enough(path):
     notebook = nbformat.read(path, as_version=4)
     minutes = pages.reading_minutes(notebook)
-    assert minutes <= 60 and f"Reading time: {minutes:.0f} minutes." in notebook.cells[0].source
+    assert minutes <= STILL_LONGER.get(path.stem, LONGEST_READING), f"{minutes:.1f} minutes: cut prose, fold plumbing"
+    assert f"Reading time: {minutes:.0f} minutes." in notebook.cells[0].source
 
 
 def test_notebooks_are_json_with_stable_ids():

@@ -101,6 +101,16 @@ def test_previous_and_next_lead_through_all_notebooks_and_back(soups):
         assert seen == order
 
 
+def test_the_first_page_says_where_each_reader_starts_as_the_readme_does(soups):
+    routes = soups["index.html"].find_all("section")[1:]  # the first one holds search results
+    readme = (pages.ROOT / "README.md").read_text(encoding="utf-8")
+    assert [route.h3.text for route in routes] == list(site.START)
+    for route, (who, (_, numbers)) in zip(routes, site.START.items()):
+        assert [link["href"][:2] for link in route("a")] == list(numbers)
+        (line,) = re.findall(rf"^- \*\*{who}:?\*\*:? (.+)$", readme, re.M)
+        assert re.findall(r"\b\d\d\b(?!_)", line) == list(numbers), who
+
+
 def test_solutions_are_folded(soups):
     for path in pages.paths():
         folded = [

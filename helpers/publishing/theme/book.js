@@ -83,9 +83,9 @@ function reachable() {
   for (const box of document.querySelectorAll(".wide, pre")) {
     if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
-    if (box.matches("pre")) { // a name for what takes the focus; tables have theirs
+    if (box.matches("pre, .picture")) { // a name for what takes the focus; tables have theirs
       box.role = "group";
-      box.ariaLabel = "Text that scrolls sideways";
+      box.ariaLabel = `${box.matches("pre") ? "Text" : "Picture"} that scrolls sideways`;
     }
   }
 }
