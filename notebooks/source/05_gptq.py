@@ -92,6 +92,8 @@ pd.set_option("display.max_colwidth", None)
 found = models.find(model, copies=2.5)
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 config = AutoConfig.from_pretrained(found.path)
+if config.model_type not in ("llama", "mistral", "qwen2"):
+    raise ValueError(f"auto-gptq knows llama, mistral and qwen2 models, and no {config.model_type}")
 
 # %%
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)  # four genres, in turn

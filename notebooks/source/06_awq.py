@@ -82,6 +82,7 @@ def quietly():
 
 # %%
 found = models.find(model, copies=2.5)
+models.decoder.require(found, ["self_attn.q_proj", "mlp.gate_proj"], without=["pre_feedforward_layernorm"])
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)
 in_domain = evaluation.windows(tokenizer, source="pydoc", tokens=eval_tokens // 4)
