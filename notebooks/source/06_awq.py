@@ -891,7 +891,8 @@ reloaded = pd.DataFrame(rows).T
 reloaded.round(4)
 
 # %%
-assert (reloaded["of bf16"] < 0.45).all(), "a 4-bit checkpoint this large?"
+largest = 1.02 - 0.7 * full.weights / full.model  # embeddings, head and norms keep 16 bits
+assert (reloaded["of bf16"] < largest).all(), "a 4-bit checkpoint this large?"
 unlike = reloaded["KL to before saving"]
 assert unlike.max() < 0.01, "the file predicts something else than the model in memory"
 same = 1e-3 if found.device == "cpu" else 0.5  # float16, and a GPU adds in an order of its own
