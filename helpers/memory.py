@@ -245,9 +245,14 @@ def free_vram():
     return min(free, parse_size(os.environ[CAP]) - gpu.memory_allocated()) if os.environ.get(CAP) else free
 
 
+RAM_CAP = "COURSE_RAM_CAP"  # environment variable: a size that this process shall not grow beyond, such as "8GB"
+
+
 def free_ram():
-    """Bytes this process may still take: what the system has available, or less where a container or `ulimit -v` caps it."""
+    """Bytes this process may still take: what the system has available, or less where COURSE_RAM_CAP, a container or `ulimit -v` caps it."""
     available = psutil.virtual_memory().available
+    if os.environ.get(RAM_CAP):
+        available = max(0, min(available, parse_size(os.environ[RAM_CAP]) - resident()))
     if sys.platform == "linux":
         import resource
 

@@ -30,7 +30,10 @@ BECAUSE = {
     (ERROR, CERTAIN): "type, message and place agree with the catalogue",
     (ERROR, LIKELY): "type and message agree; the text does not show all of the traceback that leads there",
     (PRINTED, CERTAIN): "this line was printed, and no error stands in the text",
-    (PRINTED, LIKELY): "this line was printed; the error beside it only reports that something failed",
+    (
+        PRINTED,
+        LIKELY,
+    ): "this line was printed; the error beside it is not the cause, or only reports that something failed",
 }
 # Python writes these messages itself, whoever's mistake it is: the place must agree. Other messages name their library.
 _PYTHONS = {
@@ -66,18 +69,20 @@ def explain(text):
     for raised in reading.reasons:  # the last error of the chain first; what it follows from if that one is not known
         if answers := _fitting(raised, whole=raised == reading.root[-1] and not reading.cut):
             return answers
-    if reading.root:
-        return []
+    if reading.root:  # a program that still printed a traceback and was killed afterwards had survived it
+        last = reading.text.strip().rpartition("\n")[2]
+        return warnings(reading, last) if tracebacks.ENDED.match(last) else []
+    found = [] if reading.cut else [answer for answer in warnings(reading) if not answer.entry.silent]
     for raised in reversed(reading.errors):  # nothing but reports that something failed: by a signal, say
         if answers := _fitting(raised, whole=not reading.cut):
-            return answers
+            return [*found, *answers] if answers[0].entry.general else answers
     return [] if reading.cut else warnings(reading)
 
 
-def warnings(reading):
+def warnings(reading, printed=None):
     """`Answer`s for the lines that were printed outside tracebacks, in the order of the catalogue."""
-    sure = LIKELY if reading.errors else CERTAIN
-    found = ((entry, pattern.search(reading.printed)) for entry in catalogue.ENTRIES for pattern in entry.lines)
+    sure, printed = LIKELY if reading.errors else CERTAIN, reading.printed if printed is None else printed
+    found = ((entry, pattern.search(printed)) for entry in catalogue.ENTRIES for pattern in entry.lines)
     answers = {entry.id: Answer(entry, sure, None, _line(match)) for entry, match in found if match}
     return list(answers.values())
 

@@ -44,7 +44,8 @@ _PROCESS = re.compile(
     r"|[\w.]+(?:-[\w.]+)*-\d+ {1,4}\|[ ]"  # docker compose
 )
 _LINK = re.compile(
-    r"\[([^\[\]\n]{1,300})\]\((?:vscode-notebook-cell:|file:///|https://(?:localhost|github\.com/[\w/.-]{1,100}/actions/))[^)\n]{0,400}\)"
+    r"\[([^\[\]\n]{1,300})\]\((?:(?:vscode-notebook-cell:|file:///|https://(?:localhost|github\.com/[\w/.-]{1,100}/actions/))[^)\n]{0,400}"
+    r"|[^)\n]{0,200}?\1)\)"
 )
 _LEVEL = r"(?P<level>DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL)"
 _LOGGED = re.compile(
@@ -84,6 +85,14 @@ _LINKS = {"The above exception was the direct cause": "cause", "During handling 
 _CHAIN = re.compile(r"^(The above exception was the direct cause|During handling of the above exception)")
 _RULE = re.compile(r"^-{20,}\s*$")
 _MEMBER = re.compile(r"^\s*\|?\s*\+-[-+ ]*\d+ -+")  # the head of one member of an exception group
+_DEBUGGER = re.compile(
+    r"^Exception has occurred: [\w.]+"
+)  # VS Code: the message first, then the frames, the innermost at the top
+# What the shell says when the system ends a program: no part of the message above it.
+SHELLS = r"(?:[\w./-]+: (?:line \d+: *\d+ +)?|\[\d+\] +[-+]? *\d+ +)?"
+ENDED = re.compile(
+    rf"^{SHELLS}(?:[Kk]illed|[Tt]erminated|[Ss]egmentation fault|Bus error|Aborted)(?: +\S.*| \(core dumped\).*)?$"
+)
 
 _FRAMES = tuple(
     re.compile(pattern)
@@ -220,9 +229,9 @@ _REPORTS = set(
 _REPORTING = re.compile(
     r"^(?:Engine core initialization failed|Engine process failed to start|EngineCore encountered an issue|Worker failed with error"
     r"|WorkerProc initialization failed|Caught \w+ in |Failed to import [\w.]+ because of the following error|Could not import module"
-    r"|Failed to init server, please check the input params|Failed to load model from file)"
+    r"|Failed to init server, please check the input params|Failed to load model from file|1 validation error for LlamaCpp)"
 )
-_IMPORT = re.compile(r"^(?:No module named|cannot import name) ")
+_IMPORT = re.compile(r"^(?:No module named |cannot import name |DLL load failed |\S+\.so[.\d]*: undefined symbol: )")
 # What the other processes say once one of them has failed.
 _SECONDARY = re.compile(
     r"(?i)\bnccl\b|connection (?:reset|closed|refused)|broken pipe|gloo|remote process exited|SIGTERM"
@@ -316,8 +325,8 @@ def undress(line):
     """(process, level, line) without the prefixes of launchers and logs; process and level are "" where there is none."""
     process = level = ""
     for _ in range(4):  # a rank in front of a time in front of a level
-        if (found := _PROCESS.match(line)) and not process:
-            process, line = found[0].strip(), line[found.end() :]
+        if found := _PROCESS.match(line):
+            process, line = process or found[0].strip(), line[found.end() :]
         elif found := _LOGGED.match(line) and next(
             (match for pattern in _logs() if (match := pattern.match(line)) and match.end()), None
         ):
@@ -357,7 +366,7 @@ class _Process:
         self.clear()
 
     def clear(self):
-        self.frames, self.message, self.kind, self.start, self.level = [], [], None, None, ""
+        self.frames, self.message, self.kind, self.start, self.level, self.inner_first = [], [], None, None, "", False
 
     def close(self, number):
         if self.kind is None:
@@ -370,7 +379,7 @@ class _Process:
             and (before.type, before.message.split("\n")[0]) == (kind, message.split("\n")[0])
         )
         if not repeats:  # nbclient and saved notebooks name the error once more below its traceback
-            stack = tuple(parse_frames(self.frames))
+            stack = tuple(parse_frames(self.frames)[:: -1 if self.inner_first else 1])
             self.errors.append((number, Raised(kind, message, frames, stack, self.link, self.name, self.start or 0)))
         self.link = "group" if self.grouped else ""
         self.clear()
@@ -393,11 +402,17 @@ class _Process:
             self.link = _LINKS[chain[1]]
         elif _RULE.match(bare):
             self.close(number)
+        elif _DEBUGGER.match(bare):
+            self.close(number)
+            self.header, self.start, self.frames, self.inner_first = "Exception", number, [], True
+        elif not self.header and ENDED.match(bare):
+            self.close(number)
+            printed.append(bare)
         elif warning := _WARNING.match(bare):
             self.close(number) if not self.header else None
             printed.append(warning[1])
         elif (found := _ERROR.match(bare) or (self.header and _ANY_NAME.match(bare))) and (
-            self.header or level not in _QUIET
+            self.header or (level not in _QUIET and bare.strip() not in ("Error", "Exception"))
         ):
             if self.kind is not None:
                 self.close(number)
@@ -459,7 +474,8 @@ def parse_frames(lines):
 
 def _reported(error):
     """The import error that a lazy import's message ends in, or None."""
-    tail = next((line for line in error.message.split("\n") if _IMPORT.match(line)), None)
+    lines = error.message.replace(" traceback): ", " traceback):\n").split("\n")
+    tail = next((line for line in lines if _IMPORT.match(line)), None)
     if tail is None:
         return None
     return Raised("ModuleNotFoundError" if tail.startswith("No module") else "ImportError", tail)

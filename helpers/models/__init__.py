@@ -1,5 +1,6 @@
 """Which model this machine gets, as a local folder that `from_pretrained` takes: `models.find("auto").path`."""
 
+from helpers.models import decoder  # noqa: F401
 from helpers.models.base import (  # noqa: F401 - what notebooks and the other modules take from here
     AUTO_GPU,
     GEOMETRY,

@@ -15,6 +15,7 @@ GEOMETRY = "mistral-7b-geometry"
 OFFLINE = "smollm2-offline"
 QWEN = "qwen2.5-coder-1.5b-offline"
 AUTO_GPU = 15 * 2**30  # bytes of GPU memory from which "auto" wants Mistral-7B: a "16 GB" card reports a little less
+PARAMETERS = {OFFLINE: 134_515_008, QWEN: 1_777_088_000}  # of what needs no hub, smaller ones first
 KERNEL = 1.5e9  # bytes: a process with torch, transformers and a batch of logits, without a model
 
 
@@ -141,8 +142,18 @@ def require_room(name, size, settings, copies):
         kind = "GPU memory" if device == "cuda" else "RAM"
         raise ModelError(
             f"{name} needs about {need / 1e9:.1f} GB of {kind} {how}, and {free / 1e9:.1f} GB are free. Nothing was loaded. "
-            f'Take a smaller model, such as model="{OFFLINE}", or a machine with more memory.'
+            + what_fits(free / 2 if device == "cuda" else (free - KERNEL) / 4 / copies)
         )
+
+
+def what_fits(parameters: float) -> str:
+    """A sentence for a machine with room for so many parameters: which of the course's own models it can take."""
+    named = [name for name, size in PARAMETERS.items() if size <= parameters]
+    if not named:
+        return (
+            f'Not even model="{OFFLINE}" fits: close other programs and notebooks, or take a machine with more memory.'
+        )
+    return f'Up to {parameters / 1e9:.2f} billion parameters fit: model="{named[-1]}", for example.'
 
 
 def stored_bytes(settings):

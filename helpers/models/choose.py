@@ -13,6 +13,7 @@ from helpers.models.base import (
     GEOMETRY,
     MISTRAL,
     OFFLINE,
+    PARAMETERS,
     QWEN,
     SMOLLM2,
     Found,
@@ -40,6 +41,7 @@ def find(model: str = "auto", copies: float = 1) -> Found:
     if model == "auto":
         return _auto()
     if model in (OFFLINE, QWEN):
+        require_room(model, 2 * PARAMETERS[model], {"dtype": "bfloat16"}, copies)
         found = packages.get(model)
     elif model == GEOMETRY:
         require_room(model, geometry.size(32), {"dtype": "bfloat16"}, copies)

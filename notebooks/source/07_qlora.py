@@ -79,6 +79,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 assert steps >= 4 and steps % 2 == 0, "steps must be even and at least 4: the run is interrupted half-way"
 assert r > 0 and batch_size > 0, "r and batch_size must be positive"
 found = models.find(model, copies=2)
+models.decoder.require(found, ["self_attn.q_proj", "self_attn.v_proj"])
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 

@@ -1,5 +1,7 @@
 """The notebooks on models of other families: each runs, or refuses in one line before the long work."""
 
+import re
+
 import families
 import nbformat
 import pytest
@@ -11,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 NOTEBOOKS = {
     "00_start_here": {},
-    "03_hybrid_precision": {},
+    "03_hybrid_precision": {"layers_per_block": 1},
     "04_nf4_bitsandbytes": {},
     "05_gptq": {"calibration_samples": 4},
     "06_awq": {},
@@ -26,6 +28,11 @@ REFUSALS = {(family, "08_gguf_llama_cpp"): "this notebook writes llama, mistral,
 REFUSALS |= {
     (family, "10_below_four_bits"): "this notebook rotates llama, mistral and qwen2 models" for family in ELSEWHERE
 }
+REFUSALS |= {(family, "05_gptq"): "auto-gptq knows llama, mistral and qwen2 models" for family in ELSEWHERE}
+for notebook in ("06_awq", "07_qlora"):
+    REFUSALS |= {(family, notebook): "The layers of .* have no self_attn.q_proj" for family in ("phi3", "falcon")}
+REFUSALS["gemma3_text", "06_awq"] = "The layers of .* have also pre_feedforward_layernorm"
+REFUSALS["falcon", "03_hybrid_precision"] = "FalconLinear"
 REFUSALS["falcon", "09_float_formats"] = "FalconLinear: compressed-tensors loads plain Linear layers only"
 
 
@@ -42,7 +49,7 @@ def test_a_model_of_another_family_runs_or_is_refused_in_one_line(family, notebo
     }
     result = run.execute(path, tmp_path / "out.ipynb", parameters, cwd=tmp_path)
     if (family, notebook) in REFUSALS:
-        assert REFUSALS[family, notebook] in result.verdict and result.seconds < 60, result.verdict
+        assert re.search(REFUSALS[family, notebook], result.verdict) and result.seconds < 60, result.verdict
     else:
         assert result.ok, result.verdict
         assert run.unexecuted(nbformat.read(tmp_path / "out.ipynb", as_version=4)) == []

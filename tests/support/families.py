@@ -15,12 +15,12 @@ def config(family):
     vocabulary = dict(vocab_size=49152)
     made = {
         "llama": lambda: hf.LlamaConfig(
-            **SIZES, **ends, **vocabulary, intermediate_size=128, num_key_value_heads=2, tie_word_embeddings=True
+            **SIZES, **ends, **vocabulary, intermediate_size=256, num_key_value_heads=2, tie_word_embeddings=True
         ),
         "qwen2": lambda: hf.Qwen2Config(
             **SIZES,
             **vocabulary,
-            intermediate_size=128,
+            intermediate_size=256,
             num_key_value_heads=2,
             tie_word_embeddings=False,
             bos_token_id=None,
@@ -31,16 +31,16 @@ def config(family):
             **SIZES,
             **ends,
             vocab_size=49280,
-            intermediate_size=192,
+            intermediate_size=384,
             num_key_value_heads=2,
             head_dim=32,
             tie_word_embeddings=True,
         ),
         "gemma3_text": lambda: hf.Gemma3TextConfig(
-            **SIZES, **ends, **vocabulary, intermediate_size=128, num_key_value_heads=1, head_dim=32, sliding_window=64
+            **SIZES, **ends, **vocabulary, intermediate_size=256, num_key_value_heads=1, head_dim=32, sliding_window=64
         ),
         "phi3": lambda: hf.Phi3Config(
-            **SIZES, **ends, **vocabulary, intermediate_size=128, num_key_value_heads=2, tie_word_embeddings=False
+            **SIZES, **ends, **vocabulary, intermediate_size=256, num_key_value_heads=2, tie_word_embeddings=False
         ),
         "falcon": lambda: hf.FalconConfig(
             **SIZES,

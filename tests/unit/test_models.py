@@ -298,3 +298,47 @@ def test_room_is_asked_for_as_many_copies_as_the_caller_holds(monkeypatch, tmp_p
     else:
         with pytest.raises(models.ModelError, match=f"{copies:g} times"):
             models.find(str(tmp_path), copies=copies)
+
+
+@pytest.mark.parametrize(
+    ("free", "copies", "named"),
+    [
+        (23e9, 1, r'Up to 5\.38 billion parameters fit: model="qwen2\.5-coder-1\.5b-offline"'),
+        (5e9, 1.5, r'Up to 0\.58 billion parameters fit: model="smollm2-offline"'),
+        (1.6e9, 2, r'Not even model="smollm2-offline" fits'),
+    ],
+)
+def test_a_refusal_names_what_would_fit(monkeypatch, cache, free, copies, named):
+    monkeypatch.setattr(models.base, "this_device", lambda: "cpu")
+    monkeypatch.setattr(memory, "free_ram", lambda: free)
+    with pytest.raises(models.ModelError, match=named):
+        models.find(models.GEOMETRY, copies=copies)
+    fitting = [name for name, size in models.base.PARAMETERS.items() if copies * 4 * size + models.base.KERNEL <= free]
+    for name in {models.OFFLINE, models.QWEN} - set(fitting):  # what is not named is refused, before the download
+        with pytest.raises(models.ModelError, match=named):
+            models.find(name, copies=copies)
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_a_local_model_is_refused_by_the_sizes_of_its_files(monkeypatch, tmp_path):
+    """70 billion parameters in a file with a hole, which takes no room on the disk."""
+    header = json.dumps({"weight": {"dtype": "BF16", "shape": [70, 10**9], "data_offsets": [0, 140 * 10**9]}}).encode()
+    try:
+        with open(tmp_path / "model.safetensors", "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + 140 * 10**9)
+    except OSError:
+        pytest.skip("this file system keeps no holes")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16"}), encoding="utf-8")
+    monkeypatch.setattr(models.base, "this_device", lambda: "cpu")
+    monkeypatch.setattr(memory, "free_ram", lambda: 23e9)
+    with pytest.raises(models.ModelError, match=r"needs about 281\.5 GB of RAM"):
+        models.find(str(tmp_path))
+
+
+def test_a_cap_on_the_ram_counts_what_the_process_already_holds(monkeypatch):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("", (), {"available": 500e9}))
+    monkeypatch.setenv(memory.RAM_CAP, "64GB")
+    assert 30e9 < memory.free_ram() < 64e9
+    monkeypatch.setenv(memory.RAM_CAP, "1MB")
+    assert memory.free_ram() == 0

@@ -91,7 +91,12 @@ ENTRIES = (
         "widget-model-missing",
         "colab",
         "A widget lost its model; the code itself ran",
-        (L(r"^Error (displaying widget: model not found|creating widget: could not find model)"),),
+        (
+            P("Error", r"^Module @jupyter-widgets/\S+ version \S+ is not registered", where="anywhere"),
+            L(
+                r"^Error (displaying widget: model not found|creating widget: could not find model)|^Failed to load model class '\w+' from module '@jupyter-widgets/"
+            ),
+        ),
         "A progress bar is drawn from a model in the kernel, which is gone (restarted, not saved), or the front end's widget manager has another version.",
         "Restart the kernel and run the cell again. jupyterlab_widgets must fit ipywidgets.",
         "https://github.com/jupyter-widgets/ipywidgets/issues/3823",

@@ -249,4 +249,22 @@ ENTRIES = (
         code='tokenizer.add_special_tokens({"pad_token": "<pad>"})\nmodel.resize_token_embeddings(len(tokenizer))',
         silent=True,
     ),
+    Entry(
+        "cuda-error-comes-late",
+        "generate",
+        "A kernel failed on the GPU; the traceback may show another line",
+        (
+            P(
+                "RuntimeError|AcceleratorError",
+                r"CUDA error: (?:device-side assert triggered|an illegal memory access was encountered|misaligned address)|CUBLAS_STATUS_(?:EXECUTION_FAILED|INTERNAL_ERROR|NOT_INITIALIZED)",
+            ),
+        ),
+        "Kernels run behind Python's back, so the error shows where the next call waits. A token id or label outside its range is the most frequent reason for an assert.",
+        "Restart the kernel, then make every call wait, or run the same batch on the CPU: there the message names the reason.",
+        "https://docs.pytorch.org/docs/stable/notes/cuda.html#asynchronous-execution",
+        code="CUDA_LAUNCH_BLOCKING=1 python script.py   # set before torch is imported\nassert ids.max() < model.get_input_embeddings().num_embeddings",
+        recorded="PyTorch's notes on CUDA",
+        where="compiled torch vllm",
+        general=True,
+    ),
 )

@@ -197,6 +197,11 @@ ENTRIES = (
         "An old bitsandbytes that knows no CPU",
         (
             L(r"compiled without GPU support"),
+            P(
+                "ImportError",
+                r"^The installed version of bitsandbytes \(<0\.43\.1\) requires CUDA",
+                where="transformers",
+            ),
             P("AttributeError", r"'NoneType' object has no attribute 'c(adam|get_managed|quantize|dequantize)\w*'"),
         ),
         "Versions before 0.43 load an empty library where they find no CUDA and fail at the first kernel; 0.49 and later run on a CPU.",
@@ -302,7 +307,7 @@ ENTRIES = (
                 r"No module named '(?!(?:helpers|utils?|src|configs?|models?|data|common|lib|scripts?|tools?|modules|core|train)\.)\w+(\.\w+)+'(?!; )",
             ),
         ),
-        "The package itself is there: Python names the top of the path if that is missing. The module was moved or removed, or it is newer than the installed version.",
+        "The package itself is there: Python names the top of the path if that is missing. The module was moved or removed, it is newer than the installed version, or the installation is incomplete.",
         "Upgrade the package whose file imports it (the last frame), or install the version it was written for.",
         f"{BITSANDBYTES}/issues/1492",
         code="python -c \"from importlib.metadata import version; print(version('transformers'))\"",
@@ -451,5 +456,46 @@ ENTRIES = (
         "https://github.com/unslothai/unsloth/issues/501",
         code='AutoModelForCausalLM.from_pretrained(name, dtype=torch.float16, attn_implementation="sdpa")',
         recorded="unsloth issue 501, Zonos issue 43",
+    ),
+    Entry(
+        "built-for-another-torch",
+        "install",
+        "A compiled package was built for another torch",
+        (
+            P("ImportError|OSError", r"\.so[.\d]*: undefined symbol: \S*(c10|at\d|torch|aoti|THP)"),
+            P(
+                "ImportError|OSError",
+                r"\.so[.\d]*: undefined symbol: _Z",
+                frames=r"flash_attn|xformers|vllm|torchvision|torchaudio|exllama|gptqmodel|deepspeed",
+            ),
+        ),
+        "The file (flash_attn_2_cuda, for example) was compiled for one version of torch, and another one is installed. torch was upgraded or replaced later.",
+        "Reinstall the package that the path names, for the torch that is here. Without flash_attn transformers uses sdpa.",
+        "https://github.com/Dao-AILab/flash-attention/issues/1612",
+        code="pip uninstall flash-attn   # transformers works without it\npip install flash-attn --no-build-isolation --no-cache-dir --force-reinstall --no-deps",
+        recorded="flash-attention issues 854 and 1612, lmms-finetune issue 32",
+        where="anywhere",
+    ),
+    Entry(
+        "no-c-compiler",
+        "install",
+        "Triton or torch.compile needs a C compiler",
+        (
+            P(
+                "RuntimeError|BackendCompilerFailed|InductorError|InvalidCxxCompiler",
+                r"Failed to find C compiler|No working C\+\+ compiler found",
+            ),
+            P(
+                "CalledProcessError",
+                r"(gcc|cc|clang|tcc(\.exe)?|cl(\.exe)?)['\"].*(cuda_utils|main|driver|__triton_launcher)\.c",
+                frames=r"triton",
+            ),
+        ),
+        "Triton compiles a small C program for every kernel, at run time. There is no compiler, or it cannot compile: Python.h or libcuda is missing.",
+        "Install a compiler and Python's headers, or run without torch.compile.",
+        "https://github.com/apple/ml-cross-entropy/issues/5",
+        code="apt-get install build-essential python3-dev   # then: export CC=gcc\nTORCH_COMPILE_DISABLE=1 python train.py   # without compilation",
+        recorded="ml-cross-entropy issue 5, SageAttention issue 7",
+        where="triton torch compiled",
     ),
 )

@@ -10,7 +10,7 @@ ENTRIES = (
         (
             P(
                 "OutOfMemoryError|RuntimeError|AcceleratorError",
-                r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED",
+                r"(?:CUDA|HIP|XPU) out of memory|(?:CUDA|HIP) error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|MPS backend out of memory",
             ),
         ),
         "Weights, KV cache, activations and what an earlier cell still holds exceed the card. Only `reserved but unallocated` is fragmentation.",
@@ -43,7 +43,7 @@ ENTRIES = (
             P("ChildFailedError", r"exitcode *: -9\b|Signal 9 \(SIGKILL\)"),
             P("DeadKernelError", r"(?i)kernel died"),
             L(
-                r"(?i:kernel (appears to have|has) died)|(?m:^Killed$)|exit(ed with)? code:? 137|exitcode *: -9 |Signal 9 \(SIGKILL\)|Your session crashed after using all available RAM"
+                r"(?i:kernel (appears to have|has) died)|^(?:[\w./-]+: (?:line \d+: *\d+ +)?|\[\d+\] +[-+]? *\d+ +)?[Kk]illed(?: {2,}\S.*)?$|Out of memory: Killed process|OOMKilled|oom_kill event|exit(ed with)? code:? 137|exitcode *: -9 |Signal 9 \(SIGKILL\)|Your session crashed after using all available RAM"
             ),
         ),
         "Linux ends the largest process when memory runs out; Python cannot say anything any more. No traceback is the sign.",
@@ -112,5 +112,52 @@ ENTRIES = (
         code='pip install -U kernels "triton>=3.4"',
         recorded="transformers issue 42723",
         silent=True,
+    ),
+    Entry(
+        "vllm-cache-too-small",
+        "memory",
+        "vLLM has no room for one sequence of full length",
+        (
+            P(
+                "ValueError",
+                r"is larger than the maximum number of tokens that can be stored in KV cache|[Tt]o serve at least one request with the model'?s'? max seq len|No available memory for the cache blocks",
+            ),
+        ),
+        "vLLM keeps room for one sequence of max_model_len tokens, which is the model's whole context unless you say less. After the weights, too little memory is left.",
+        "Give a smaller max_model_len, raise gpu_memory_utilization, or use fewer bits: for the weights, or for the cache.",
+        "https://github.com/vllm-project/vllm/issues/2418",
+        code="vllm serve name --max-model-len 8192 --gpu-memory-utilization 0.92 --kv-cache-dtype fp8",
+        recorded="vllm issues 2418 and 8933",
+        where="vllm",
+    ),
+    Entry(
+        "segmentation-fault",
+        "memory",
+        "Compiled code crashed (segmentation fault)",
+        (
+            P("ChildFailedError", r"exitcode *: -11\b|Signal 11 \(SIGSEGV\)"),
+            L(r"(?:^|: |[\d ] )[Ss]egmentation fault\b|exit(ed with)? code:? 139\b|Signal 11 \(SIGSEGV\)"),
+        ),
+        "It is no error of Python: a library's compiled part touched memory that is not its own. Two packages that were built for different versions are the usual reason.",
+        "Let Python print the line at which it happens, then reinstall that package and torch together.",
+        "https://docs.python.org/3/library/faulthandler.html",
+        code="python -X faulthandler script.py",
+        recorded="Python's page on faulthandler",
+        where="anywhere",
+    ),
+    Entry(
+        "kernel-crashed",
+        "memory",
+        "The notebook's kernel ended without an error of Python",
+        (
+            L(
+                r"The [Kk]ernel crashed while executing code in|Canceled future for execute_request message before replies were done"
+            ),
+        ),
+        "The system killed it because memory ran out (the most frequent reason), or compiled code crashed.",
+        "Run the code as a script: the shell then says `Killed` (memory) or `Segmentation fault`. Look how much memory is free before the cell.",
+        "https://github.com/microsoft/vscode-jupyter/wiki/Kernel-crashes",
+        code="jupyter nbconvert --to script notebook.ipynb && python -X faulthandler notebook.py",
+        recorded="the wiki of vscode-jupyter on kernel crashes",
     ),
 )

@@ -287,4 +287,33 @@ ENTRIES = (
         code="python convert_hf_to_gguf.py folder-in-16-bit --outfile model.gguf",
         recorded="llama.cpp issue 8134",
     ),
+    Entry(
+        "stand-in-layer",
+        "quantize",
+        "A calibration script's stand-in for a layer lacks what transformers asks of layers",
+        (
+            P(
+                "AttributeError",
+                r"^'(InputCollector|Catcher|LayerHijacker|InputCatcher|ForwardInterrupter|Hijacker)' object has no attribute '\w+'",
+            ),
+        ),
+        "To catch the inputs, the script puts an object of its own in the first layer's place. Newer transformers read attributes of every layer (attention_type, for example), which this object does not have.",
+        "Use a newer version of the script, or the transformers it was written for. In your own script, pass attributes on to the layer.",
+        "https://github.com/IST-DASLab/FP-Quant/issues/20",
+        code="def __getattr__(self, name):   # in the stand-in, a torch.nn.Module\n    try: return super().__getattr__(name)\n    except AttributeError: return getattr(super().__getattr__('module'), name)",
+        recorded="FP-Quant issue 20",
+        where="torch transformers own auto_gptq gptqmodel optimum",
+    ),
+    Entry(
+        "gguf-pretokenizer",
+        "quantize",
+        "llama.cpp's converter does not know this tokenizer",
+        (P("NotImplementedError", r"^BPE pre-tokenizer was not recognized"),),
+        "The script knows tokenizers by a checksum of what they make of a test text. The model is newer than the script, or somebody has changed its tokenizer (a fine-tune that added tokens, for example).",
+        "Update llama.cpp. For a fine-tuned model, convert with the base model's tokenizer files if no tokens were added.",
+        "https://github.com/ggml-org/llama.cpp/issues/27277",
+        code="git -C llama.cpp pull && pip install --upgrade ./llama.cpp/gguf-py",
+        recorded="llama.cpp issues 8649 and 27277",
+        where="gguf own",
+    ),
 )

@@ -194,7 +194,7 @@ ENTRIES = (
         (
             P(
                 "ValueError",
-                r"^You can't train a model that has been loaded in 8-bit or 4-bit precision on (a different device|multiple devices)",
+                r"^You can't train a model that has been loaded in (?:8-bit or 4-bit|8-bit|4-bit) precision (?:on (?:a different device|multiple devices)|with CPU or disk offload)",
             ),
             P(
                 "ValueError",
@@ -240,5 +240,48 @@ ENTRIES = (
         "https://github.com/hiyouga/LLaMA-Factory/issues/8894",
         code='LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")',
         where="peft",
+    ),
+    Entry(
+        "merge-refused",
+        "train",
+        "This peft merges no adapter into a quantized model",
+        (P("ValueError", r"^Cannot merge LORA layers when the model is loaded in 8-bit mode"),),
+        "peft versions of 2023 refuse it, also for 4 bits. Later ones merge, and round the merged weights once more.",
+        "Load the base model in 16 bits, put the adapter on top and merge there. Or upgrade peft.",
+        f"{BITSANDBYTES}/issues/430",
+        code="base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)\nmerged = PeftModel.from_pretrained(base, adapter).merge_and_unload()",
+        recorded="bitsandbytes issue 430, qlora issue 16",
+        where="peft",
+    ),
+    Entry(
+        "zero3-with-device-map",
+        "train",
+        "DeepSpeed's ZeRO-3 places the weights itself",
+        (P("ValueError", r"DeepSpeed Zero-3 is not compatible with"),),
+        "ZeRO-3 shards the weights while they are loaded. device_map and low_cpu_mem_usage would place them a second time.",
+        "Leave both out under ZeRO-3, or take ZeRO-2 for a quantized model.",
+        "https://github.com/jianzhnie/LLamaTuner/issues/69",
+        code="AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)   # no device_map, no low_cpu_mem_usage",
+        recorded="LLamaTuner issue 69",
+        where="transformers",
+    ),
+    Entry(
+        "accelerate-ahead",
+        "train",
+        "accelerate is newer than the Trainer that calls it",
+        (
+            P(
+                "TypeError",
+                r"__init__\(\) got an unexpected keyword argument '(dispatch_batches|split_batches|even_batches|use_seedable_sampler|logging_dir)'",
+                frames=r"Accelerator\(|accelerat",
+            ),
+            P("TypeError", r"unwrap_model\(\) got an unexpected keyword argument 'keep_torch_compile'"),
+        ),
+        "The two packages are of different ages. accelerate 1.0 moved these arguments to a DataLoaderConfiguration; old versions of Trainer still pass them.",
+        "Upgrade transformers and accelerate together (and trl with them).",
+        "https://github.com/instructlab/instructlab/issues/2542",
+        code="pip install --upgrade transformers accelerate trl",
+        recorded="instructlab issue 2542",
+        where="transformers accelerate trl",
     ),
 )
