@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # auto-gptq has no wheel for Python 3.12 and later; without its CUDA extension it builds as pure Python.
 export BUILD_CUDA_EXT := 0
 
-.PHONY: run test check unit lab book bench notebooks outputs links doctor clean
+.PHONY: run test check unit lab book bench notebooks outputs links external-links doctor clean
 
 run: $(VENV)/.ready
 	$(BIN)/python -m helpers run
@@ -21,9 +21,9 @@ check: $(VENV)/.ready
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/deptry helpers
 
-# What needs no whole notebook and no browser.
+# What needs no model, no process, no server and no network: under a minute.
 unit: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not notebook and not slow" tests/unit
+	$(BIN)/python -m pytest -m "not integration and not notebook and not slow" tests/unit
 
 lab: $(VENV)/.ready
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
@@ -46,6 +46,10 @@ outputs: $(VENV)/.ready
 
 links: $(VENV)/.ready
 	$(BIN)/python -m helpers links
+
+# Do the links that lead out of the course still lead somewhere? It needs internet; the weekly run does it.
+external-links: $(VENV)/.ready
+	$(BIN)/python tests/external_links.py
 
 doctor: $(VENV)/.ready
 	$(BIN)/python -m helpers doctor

@@ -36,7 +36,7 @@ class RestartNeeded(ImportError):
     """A package in use was replaced: the process still has the old one, whatever is imported now. The message says what to do."""
 
 
-def pins():
+def pins() -> dict[str, str]:
     """{package: version} of requirements.txt, empty when helpers was installed without its checkout."""
     if not REQUIREMENTS.is_file():
         return {}
@@ -111,7 +111,8 @@ def _install(wanted):
     )
 
 
-def version(name):
+def version(name: str) -> str | None:
+    """The installed version of a package, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

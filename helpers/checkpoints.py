@@ -1,19 +1,27 @@
 """Checkpoint folders that carry their name only when they are complete, and that nobody can load wrongly."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers import files
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
 
-def folder(output_dir, method):
+
+def folder(output_dir: Path | str, method: str) -> Path:
     """Where the checkpoint of a method lives: `<output_dir>/checkpoints/<method>`; it need not exist."""
     return files.folder(output_dir) / "checkpoints" / method
 
 
 @contextmanager
-def writing(output_dir, method):
+def writing(output_dir: Path | str, method: str) -> Iterator[Path]:
     """Yield an empty scratch folder that takes the checkpoint's place when the block ends well.
 
     A block that raises leaves the old checkpoint as it was. A killed process leaves a hidden scratch folder, never a folder
@@ -27,7 +35,13 @@ def writing(output_dir, method):
         yield scratch
 
 
-def save_own_format(folder, tensors: dict, config, loader: str, metadata: dict[str, str] | None = None) -> int:
+def save_own_format(
+    folder: Path | str,
+    tensors: dict[str, torch.Tensor],
+    config: PreTrainedConfig,
+    loader: str,
+    metadata: dict[str, str] | None = None,
+) -> int:
     """Save tensors in a format that transformers does not know, so that `from_pretrained` raises; bytes of the file.
 
     Where config.json names a known model and the tensors have other names, transformers warns and returns random weights. So the

@@ -6,13 +6,20 @@ no method is ever calibrated, trained or tuned on. `pydoc` is the second text, f
 are comparable only under one protocol, so token count, context length and text stand in every record.
 """
 
+from __future__ import annotations
+
+import contextlib
 import hashlib
 import json
 import math
+import os
 import re
+import shutil
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy
 import torch
@@ -44,11 +51,11 @@ class Scores:
     top1_agreement: float | None = None
     kl_by_window: numpy.ndarray | None = field(default=None, repr=False)
 
-    def summary(self):
+    def summary(self) -> dict[str, float | None]:
         """The three means, for tables: {"perplexity", "kl_divergence", "top1_agreement"}."""
         return {name: getattr(self, name) for name in ("perplexity", "kl_divergence", "top1_agreement")}
 
-    def by_genre(self):
+    def by_genre(self) -> dict[str, float]:
         """{genre: mean KL} for windows of the course's texts."""
         if self.kl_by_window is None:
             raise ValueError("these scores have no reference, so no KL by genre")
@@ -56,7 +63,7 @@ class Scores:
         return {genre: float(self.kl_by_window[number::count].mean()) for number, genre in enumerate(GENRES)}
 
 
-def interval(values, draws=4000):
+def interval(values: Sequence[float] | numpy.ndarray, draws: int = 4000) -> tuple[float, float]:
     """95 % confidence interval (low, high) of a mean: percentile bootstrap over `values` [n] (Efron 1979), with a fixed seed."""
     values = numpy.asarray(values, dtype=numpy.float64)
     picks = numpy.random.default_rng(0).integers(len(values), size=(draws, len(values)))
@@ -64,11 +71,13 @@ def interval(values, draws=4000):
     return float(low), float(high)
 
 
-def difference(first, second):
+def difference(first: Scores, second: Scores) -> tuple[float, float, float]:
     """(mean, low, high) of first's KL minus second's on the same windows: a paired bootstrap. first, second: `Scores`.
 
     An interval that holds zero means that these windows do not tell the two apart.
     """
+    if first.kl_by_window is None or second.kl_by_window is None:
+        raise ValueError("these scores have no reference, so there is no KL to compare")
     if first.kl_by_window.shape != second.kl_by_window.shape:
         raise ValueError(
             f"a paired difference needs the same windows: {len(first.kl_by_window)} and {len(second.kl_by_window)} were scored"
@@ -81,28 +90,30 @@ def difference(first, second):
 class Reference:
     """What the untouched model predicts on the windows.
 
-    file        float16 log-probabilities [positions, vocabulary] (rounding adds under 1e-5 to a KL divergence)
+    file        float16 log-probabilities [positions, vocabulary] (rounding adds under 1e-5 to a KL divergence), open for reading: so
+                another process that makes room in the cache cannot take them away
     top1        int64 [positions]
     perplexity  of the untouched model itself
     """
 
-    file: Path
+    file: BinaryIO
     top1: numpy.ndarray
     vocabulary: int
     perplexity: float
 
     @property
-    def scores(self):
+    def scores(self) -> Scores:
         """The untouched model against itself."""
         return Scores(self.perplexity, 0.0, 0.0, 0.0, 1.0)
 
-    def log_probs(self, where):
+    def log_probs(self, where: slice) -> numpy.ndarray:
         """float16 [positions, vocabulary] of a slice of positions, read when asked for: the whole would not fit small machines."""
-        count, offset = (where.stop - where.start) * self.vocabulary, 2 * where.start * self.vocabulary
-        return numpy.fromfile(self.file, numpy.float16, count, offset=offset).reshape(-1, self.vocabulary)
+        count = (where.stop - where.start) * self.vocabulary
+        self.file.seek(2 * where.start * self.vocabulary)
+        return numpy.fromfile(self.file, numpy.float16, count).reshape(-1, self.vocabulary)
 
 
-def text(split="evaluation", source="pydoc"):
+def text(split: str = "evaluation", source: str = "pydoc") -> str:
     """English text of one split: "evaluation", "calibration" or "training".
 
     "news", "story", "explainer" and "letter" are the course's own and exist for evaluation only ("dialogue" needs a chat template:
@@ -136,7 +147,9 @@ def text(split="evaluation", source="pydoc"):
     return "\n\n".join(parts[split])
 
 
-def windows(tokenizer, split="evaluation", tokens=8192, context=256, source="course"):
+def windows(
+    tokenizer: Any, split: str = "evaluation", tokens: int = 8192, context: int = 256, source: str = "course"
+) -> torch.Tensor:
     """Token ids of one text, int64 [tokens // context, context], spread evenly over it.
 
     source  "course" takes the four genres in turn (window i is of GENRES[i % 4], so any first few windows hold all four); one of
@@ -184,7 +197,9 @@ def _dialogue_ids(tokenizer, split):
     return _ids(tokenizer, "\n\n".join(lines))
 
 
-def score(model, windows, reference=None, batch_size=8):
+def score(
+    model: torch.nn.Module, windows: torch.Tensor, reference: Reference | None = None, batch_size: int = 8
+) -> Scores:
     """`Scores` of a causal language model on windows [n, context]; `reference` from `reference()` on windows that begin with these."""
     length = windows.shape[1] - 1
     nll, agree = 0.0, 0.0
@@ -211,7 +226,9 @@ def score(model, windows, reference=None, batch_size=8):
     return Scores(perplexity, float(kl.sum() / count), *interval(kl / length), agree / count, kl / length)
 
 
-def reference(found, windows, batch_size=8, model=None):
+def reference(
+    found: models.Found, windows: torch.Tensor, batch_size: int = 8, model: torch.nn.Module | None = None
+) -> Reference:
     """The untouched model's predictions on the windows: computed once per model, device and windows, then read from the cache.
 
     found: `models.Found`; it is evaluated in `found.dtype` (float32 on a CPU, bfloat16 on a GPU). model: it, if it is loaded in that
@@ -219,15 +236,31 @@ def reference(found, windows, batch_size=8, model=None):
     position and vocabulary entry: 0.4 GB for 4,096 tokens and 49,152 entries.
     """
     folder = models.cache() / "baselines" / _fingerprint(found, windows)
-    with models.building(folder) as scratch:
-        if scratch is not None:
-            _prune(folder.parent, keep=6)
-            _write_reference(found, windows, batch_size, scratch, model)
-    folder.touch()
+    for attempt in range(3):
+        with models.building(folder, _is_complete) as scratch:
+            if scratch is not None:
+                _prune(folder.parent, keep=6)
+                _write_reference(found, windows, batch_size, scratch, model)
+        try:
+            return _read_reference(folder)
+        except FileNotFoundError:  # another process removed the folder between these two steps: compute it again
+            if attempt == 2:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _is_complete(folder):
+    return all((folder / name).is_file() for name in ("log_probs.f16", "top1.npy", "facts.json"))
+
+
+def _read_reference(folder):
+    os.utime(folder)
     facts = json.loads((folder / "facts.json").read_text())
-    return Reference(
-        folder / "log_probs.f16", numpy.load(folder / "top1.npy"), facts["vocabulary"], facts["perplexity"]
-    )
+    top1 = numpy.load(folder / "top1.npy")
+    file = (folder / "log_probs.f16").open("rb", buffering=0)
+    made = Reference(file, top1, facts["vocabulary"], facts["perplexity"])
+    weakref.finalize(made, file.close)
+    return made
 
 
 def _write_reference(found, windows, batch_size, folder, model: Any):
@@ -305,11 +338,18 @@ def _fingerprint(found, windows):
 
 
 def _prune(folder, keep):
-    """Leave the `keep` most recently used baselines: each is close to a gigabyte."""
-    import shutil
+    """Leave the `keep` most recently used baselines: each is close to a gigabyte.
 
-    kept = sorted(
-        (path for path in folder.glob("[!.]*") if path.is_dir()), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    for path in kept[keep:]:
+    Another process may look at one of them now. So it first loses its name, in one step: it is there whole, or not at all. Where the
+    system refuses that for a folder with open files (Windows), it stays.
+    """
+    used = {}
+    for path in folder.glob("[!.]*"):
+        with contextlib.suppress(FileNotFoundError):  # another process prunes too
+            if path.is_dir():
+                used[path] = path.stat().st_mtime
+    for path in sorted(used, key=lambda path: used[path], reverse=True)[keep:]:
+        with contextlib.suppress(OSError):
+            path.rename(path.with_name(f".{path.name}.pruned-{os.getpid()}"))
+    for path in folder.glob(".*.pruned-*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -3,11 +3,12 @@
 import ast
 import inspect
 import textwrap
+from collections.abc import Callable
 
 from helpers import progress
 
 
-def check(function, test):
+def check(function: Callable, test: Callable[[Callable], None]) -> bool | None:
     """Run `test(function)` and say how it went; returns True when right, False when wrong, None when the stub is still empty.
 
     A wrong answer never stops "Run All": the message says what is wrong. `test` raises AssertionError with a hint. What is right is
@@ -19,7 +20,7 @@ def check(function, test):
     return right
 
 
-def require(function, test):
+def require(function: Callable, test: Callable[[Callable], None]) -> None:
     """As `check`, but a wrong or empty answer raises: for solution cells, so that a solution cannot rot unnoticed."""
     if _judge(function, test) is not True:
         raise AssertionError(f"the solution of {function.__name__} does not pass its own check")

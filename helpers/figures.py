@@ -1,13 +1,20 @@
 """Pictures that everybody can read: colours that colour-blind readers tell apart, alternative text, and the numbers as a table."""
 
+from __future__ import annotations
+
 import base64
 import io
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), darkest first so that lines and text reach a contrast of 3:1 on white.
 PALETTE = ["#0072B2", "#D55E00", "#007A5A", "#9B4F7C", "#5B5B5B", "#A66A00"]
 
 
-def style():
+def style() -> None:
     """Set matplotlib's defaults for the course: palette, sizes that stay legible on a phone, no top and right frame."""
     import matplotlib
     from cycler import cycler
@@ -27,7 +34,7 @@ def style():
     )
 
 
-def show(fig, alt, table=None):
+def show(fig: Figure, alt: str, table: DataFrame | None = None) -> None:
     """Display a matplotlib figure with alternative text and, under it, the table that says the same in numbers.
 
     alt    what a reader who cannot see the picture should know; also printed under it, since JupyterLab drops image metadata
@@ -50,7 +57,7 @@ def show(fig, alt, table=None):
         display(table)
 
 
-def to_png(fig):
+def to_png(fig: Figure) -> bytes:
     """PNG bytes of a figure."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", bbox_inches="tight")

@@ -1,5 +1,7 @@
 """Memory: what a block of code used, what a model weighs, and what it will need before it is loaded."""
 
+from __future__ import annotations
+
 import ctypes
 import gc
 import json
@@ -9,13 +11,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from helpers.prediction.predict import Prediction, predict  # noqa: F401 - memory.predict is the public name
 from helpers.process import child_environment
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -35,18 +42,18 @@ class Usage:
     seconds: float = 0.0
 
     @property
-    def gained_ram(self):
+    def gained_ram(self) -> int:
         """Bytes by which the block's peak stood above its start."""
         return self.peak_ram - self.start_ram
 
     @property
-    def gained_own(self):
+    def gained_own(self) -> int:
         """As `gained_ram`, without the pages of mapped files."""
         return self.peak_own - self.start_own
 
 
 @contextmanager
-def track(interval=0.01, process=None, children=False):
+def track(interval: float = 0.01, process: psutil.Process | None = None, children: bool = False) -> Iterator[Usage]:
     """Measure the RAM and VRAM peak of a block: `with track() as used: ...; used.peak_ram`.
 
     RAM is sampled every `interval` seconds in a thread; VRAM is torch's own high-water mark. With `children`, the RAM of the
@@ -137,7 +144,7 @@ def _pages(process):
     return info.rss - shared, shared
 
 
-def weight_bytes(model):
+def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of everything a torch model keeps: parameters, buffers, and the constants of quantized layers. Shared storage counts once.
 
     Knows the places where libraries put quantization constants: bitsandbytes (`quant_state`, `SCB`), tensor subclasses
@@ -179,25 +186,25 @@ def weight_bytes(model):
         if callable(getattr(module, "_weight_bias", None)) and not isinstance(
             getattr(module, "weight", None), type(None)
         ):
-            weight, bias = module._weight_bias()
+            weight, bias = module._weight_bias()  # pyright: ignore[reportCallIssue]
             packed += weight.numel() * weight.element_size() + (0 if bias is None else bias.nbytes)
             if "channel" in str(weight.qscheme()):
                 packed += weight.q_per_channel_scales().nbytes + weight.q_per_channel_zero_points().nbytes
     return sum(storages.values()) + packed
 
 
-def cache_bytes(past_key_values):
-    """Bytes of a transformers KV cache."""
+def cache_bytes(past_key_values: Any) -> int:
+    """Bytes of a transformers KV cache (a `Cache` whose layers have keys and values)."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in past_key_values.layers if layer.keys is not None)
 
 
-def cuda():
+def cuda() -> Any:
     """torch.cuda if torch is already imported and sees a GPU, else None: asking must not import torch."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
-def release():
+def release() -> None:
     """Collect garbage and give freed memory back: glibc keeps freed heap pages, torch keeps freed VRAM, and the next model counts twice."""
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -210,7 +217,7 @@ CAP = "COURSE_VRAM_CAP"  # environment variable by which `python -m helpers run 
 UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
-def parse_size(text):
+def parse_size(text: str) -> int:
     """Bytes of a size such as "24GB", "16 GiB" or "500MB" (decimal and binary units, as they are written)."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B)\s*", str(text).upper())
     if not match or match[2] not in UNITS or not float(match[1]):
@@ -218,13 +225,14 @@ def parse_size(text):
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def cap_vram(limit=None):
+def cap_vram(limit: int | None = None) -> int | None:
     """Let torch take at most `limit` bytes of each GPU from now on, as if the card were smaller; the cap in bytes, or None.
 
     Without an argument, the cap is what `--cap` asked for. What does not fit raises torch.OutOfMemoryError, as on the smaller
     card. A real card also holds the driver's context, some 0.5 GB, which torch does not count. Nothing happens without a GPU.
     """
-    limit = limit if limit is not None else os.environ.get(CAP) and parse_size(os.environ[CAP])
+    if limit is None and os.environ.get(CAP):
+        limit = parse_size(os.environ[CAP])
     if not limit:
         return None
     import torch
@@ -237,7 +245,7 @@ def cap_vram(limit=None):
     return limit
 
 
-def free_vram():
+def free_vram() -> int:
     """Bytes torch may still take of the first GPU, under a cap those of the smaller card; 0 without a GPU."""
     if not (gpu := cuda()):
         return 0
@@ -248,7 +256,7 @@ def free_vram():
 RAM_CAP = "COURSE_RAM_CAP"  # environment variable: a size that this process shall not grow beyond, such as "8GB"
 
 
-def free_ram():
+def free_ram() -> int:
     """Bytes this process may still take: what the system has available, or less where COURSE_RAM_CAP, a container or `ulimit -v` caps it."""
     available = psutil.virtual_memory().available
     if os.environ.get(RAM_CAP):

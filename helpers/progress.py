@@ -1,10 +1,17 @@
 """What a reader has solved: exercises and quiz questions, in one small file in the reader's folder, shown in notebook 00."""
 
+from __future__ import annotations
+
 import json
 import re
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers import files
 from helpers.process import headless
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 FILE = ".course_progress.json"
 KINDS = ("exercises", "quiz")
@@ -14,12 +21,12 @@ class ProgressError(ValueError):
     """The progress file is not what this module wrote; the message names it and the remedy."""
 
 
-def path():
+def path() -> Path:
     """The progress file: in the course's folder, or without one in the folder the reader works in."""
     return files.folder(".") / FILE
 
 
-def read():
+def read() -> dict[str, dict[str, list]]:
     """{notebook: {"exercises": [function names], "quiz": [question numbers from 0]}} of what was solved; {} at the beginning."""
     if not path().is_file():
         return {}
@@ -38,7 +45,7 @@ def read():
     return done
 
 
-def add(notebook, kind, items):
+def add(notebook: str, kind: str, items: list) -> None:
     """Remember solved items ("exercises" or "quiz") of a notebook. Nothing is kept in batch, where nobody solved anything.
 
     A check cell must not fail because its result cannot be kept: then this prints one line and returns.
@@ -61,13 +68,13 @@ def add(notebook, kind, items):
         print(f"Progress is not kept: {error}")
 
 
-def add_exercise(test_source):
+def add_exercise(test_source: str) -> None:
     """Remember a solved exercise: the one whose check cell has this test. A test that is in none (the reader's own) is not kept."""
     for notebook, checks in exercises().items() if test_source.strip() else ():
         add(notebook, "exercises", [name for name, cell in checks.items() if test_source.strip() in cell])
 
 
-def exercises():
+def exercises() -> dict[str, dict[str, str]]:
     """{notebook: {function name: source of its check cell}} of the course."""
     found = {}
     for file in files.notebooks():
@@ -84,7 +91,7 @@ def questions() -> dict[str, list[dict]]:
     return json.loads((files.NOTEBOOKS / "data" / "quiz.json").read_text(encoding="utf-8"))
 
 
-def table():
+def table() -> DataFrame:
     """A pandas DataFrame of all notebooks: exercises and quiz questions solved, of how many."""
     import pandas as pd
 

@@ -14,7 +14,7 @@ class Quiz:
     Its choices are buttons because JupyterLab takes the arrow keys, which lists and radio buttons need, for itself.
     """
 
-    def __init__(self, notebook):
+    def __init__(self, notebook: str):
         import ipywidgets
 
         self.notebook, self.questions = notebook, progress.questions().get(notebook, [])
@@ -35,7 +35,7 @@ class Quiz:
             rows += [ipywidgets.HTML(asked), ipywidgets.HBox(buttons), self.answers[-1]]
         self.widget = ipywidgets.VBox(rows)
 
-    def choose(self, number, place):
+    def choose(self, number: int, place: int) -> bool:
         """Say whether a choice of a question is right, and why; both count from 0. A right one is kept. Returns whether it was right."""
         choice = self.questions[number]["choices"][place]
         verdict = f"{LETTERS[place]} is {'right' if choice['right'] else 'not right'}."
@@ -51,7 +51,7 @@ class Quiz:
             for number, question in enumerate(self.questions, 1)
         )
 
-    def static(self):
+    def static(self) -> str:
         """The quiz as HTML without a kernel: the answers are folded, with a reason for each choice."""
         items = []
         for question in self.questions:

@@ -1,14 +1,22 @@
 """One JSON record per method, always with the same fields, so that notebook 11 can lay them side by side."""
 
+from __future__ import annotations
+
 import json
 import math
 import re
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from helpers import files, redact
 from helpers.process import cores
+
+if TYPE_CHECKING:
+    import torch
+
+    from helpers import evaluation, models
 
 NUMBERS = (
     "bits_per_weight",
@@ -47,8 +55,17 @@ class RecordError(ValueError):
 
 
 def write(
-    output_dir, *, method, notebook, found, windows=None, eval_text="course", scores=None, in_domain=None, **numbers
-):
+    output_dir: Path | str,
+    *,
+    method: str,
+    notebook: str,
+    found: models.Found,
+    windows: torch.Tensor | None = None,
+    eval_text: str = "course",
+    scores: evaluation.Scores | None = None,
+    in_domain: tuple[torch.Tensor, evaluation.Scores] | None = None,
+    **numbers: float | None,
+) -> dict[str, Any]:
     """Write `records/<method>.json` under the build folder, atomically, and return the record.
 
     found      the `models.Found` that was measured
@@ -108,7 +125,7 @@ def read(output_dir: Path | str = "build") -> dict[str, dict]:
     return found
 
 
-def check(record):
+def check(record: Any) -> None:
     """Raise RecordError unless `record` has exactly the fields of the contract with values in range."""
     if not isinstance(record, dict):
         raise RecordError(f"a record is a JSON object, not {type(record).__name__}")
@@ -150,7 +167,7 @@ def check(record):
         raise RecordError(f"{record['method']}: top1_agreement is a share, at most 1, not {record['top1_agreement']}")
 
 
-def versions():
+def versions() -> dict[str, str]:
     """{"python": ..., package: version} of what is installed here."""
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
@@ -161,7 +178,7 @@ def versions():
     return found
 
 
-def device_name(device):
+def device_name(device: str) -> str:
     """Name of the GPU, or the number of CPU cores in use and the machine's architecture."""
     if device == "cuda":
         import torch

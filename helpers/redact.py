@@ -7,7 +7,9 @@ its value: what this process holds in an environment variable named as a secret,
 import functools
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 SECRET = "[secret]"  # noqa: S105 - a pattern, not a secret
 FORMS = re.compile(
@@ -22,7 +24,7 @@ NAMES = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)$", re.
 SHORTEST = 8  # characters; a shorter value could be any word
 
 
-def known():
+def known() -> list[str]:
     """The secrets of this process by value, the longest first."""
     values = {value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST}
     try:
@@ -34,7 +36,7 @@ def known():
     return sorted((value for value in values if len(value) >= SHORTEST), key=len, reverse=True)
 
 
-def redact(text, values=None):
+def redact(text: str, values: Sequence[str] | None = None) -> str:
     """`text` with every secret in it replaced by "[secret]". values: as `known()` gave them, where many texts follow each other."""
     return _redacted(text, tuple(known() if values is None else values))
 
@@ -48,7 +50,7 @@ def _redacted(text, values):
     return FORMS.sub(SECRET, text)
 
 
-def inside(value, values=None):
+def inside(value: Any, values: Sequence[str] | None = None) -> Any:
     """A JSON value (text, list, dict, number) with the secrets in all its texts replaced; keys stay as they are."""
     values = known() if values is None else values
     if isinstance(value, str):
@@ -60,7 +62,7 @@ def inside(value, values=None):
     return value
 
 
-def notebook(content):
+def notebook(content: Any) -> Any:
     """A notebook as nbformat's JSON object, in place, without secrets in its sources, outputs and papermill metadata."""
     values = known()
     for cell in content["cells"]:

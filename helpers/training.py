@@ -4,9 +4,16 @@ Training fails silently more often than loudly: gradients that never arrive, or 
 model that is no better. What is checked here raises instead, and says what would help.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainerCallback
 
 # LoRA's two matrices: of each pair, the gradient of the first is zero for as long as the second is.
 PARTNERS = {"lora_A": "lora_B", "lora_embedding_B": "lora_embedding_A"}
@@ -20,7 +27,7 @@ class AdapterError(ValueError):
     """An adapter does not belong to this model, or is not complete."""
 
 
-def check_gradients(model):
+def check_gradients(model: torch.nn.Module) -> int:
     """Raise GradientError unless every trainable tensor has a finite gradient that is not all zero; return how many there are.
 
     Call it after the first `loss.backward()`, before the optimizer steps and before `zero_grad()`. With a transformers Trainer,
@@ -52,21 +59,21 @@ def check_gradients(model):
     )
 
 
-def gradient_check():
+def gradient_check() -> TrainerCallback:
     """A callback for the transformers Trainer that runs `check_gradients` once, before the first step of the optimizer."""
     from transformers import TrainerCallback
 
     class GradientCheck(TrainerCallback):
         checked = None  # how many tensors, once it has run
 
-        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        def on_pre_optimizer_step(self, args, state, control, model: Any = None, **_):
             if self.checked is None:
                 self.checked = check_gradients(model)
 
     return GradientCheck()
 
 
-def repacked(model):
+def repacked(model: torch.nn.Module) -> list[str]:
     """Names of the bitsandbytes layers whose 4-bit weights an inference pass on a CPU rearranged: they pass no gradient on."""
     return [
         name
@@ -104,7 +111,7 @@ def _cause(model, count, missing, zero):
     return "a batch whose labels are all -100 (its mean loss is 0/0), or an overflow: use bfloat16, or float16 with loss scaling."
 
 
-def read_pairs(path):
+def read_pairs(path: Path | str) -> tuple[list[dict[str, str]], list[str]]:
     """The pairs of a JSON-lines file with a "question" and an "answer" on each line: (pairs, problems).
 
     A broken line is left out, and `problems` says which one and why; all others are kept. Blank lines are fine. Raises ValueError
@@ -141,7 +148,7 @@ def read_pairs(path):
     return pairs, problems
 
 
-def check_targets(model, target_modules):
+def check_targets(model: torch.nn.Module, target_modules: str | list[str]) -> str | list[str]:
     """Raise ValueError unless each of `target_modules` names a module of the model; the message lists the Linear layers there are.
 
     peft itself complains only when none of them matches, and then does not say what would. Returns `target_modules`.
@@ -172,7 +179,7 @@ def check_targets(model, target_modules):
     return target_modules
 
 
-def last_checkpoint(folder):
+def last_checkpoint(folder: Path | str) -> str | None:
     """The newest complete checkpoint of a Trainer's output folder, as a text, or None.
 
     A process killed while it saves leaves a half-written folder, and the Trainer would take it for the last checkpoint. The
@@ -187,7 +194,7 @@ def last_checkpoint(folder):
     return None
 
 
-def check_adapter(folder, model, name):
+def check_adapter(folder: Path | str, model: torch.nn.Module, name: str) -> None:
     """Raise AdapterError unless the LoRA adapter saved in `folder` belongs to `model`.
 
     model  the base, without adapters

@@ -2,7 +2,7 @@
 
 import html
 import threading
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -27,7 +27,7 @@ class Monitor:
     Without a front end (papermill, GitHub) it shows one line of text with the numbers at that moment.
     """
 
-    def __init__(self, interval=1.0):
+    def __init__(self, interval: float = 1.0):
         import ipywidgets
 
         self.interval = interval
@@ -42,7 +42,7 @@ class Monitor:
         self.refresh()
 
     @staticmethod
-    def read():
+    def read() -> dict[str, tuple[int, int]]:
         """{"RAM": (used, total)} in bytes, and "VRAM" where there is a GPU."""
         readings = {"RAM": (psutil.Process().memory_info().rss, psutil.virtual_memory().total)}
         cuda = memory.cuda()
@@ -51,18 +51,20 @@ class Monitor:
             readings["VRAM"] = (total - free, total)
         return readings
 
-    def refresh(self):
+    def refresh(self) -> None:
+        """Read the numbers anew and show them."""
         for name, (used, total) in self.read().items():
             self._bars[name].value = 100 * used / total
             self._labels[name].value = f"{name} {used / 1e9:.2f} of {total / 1e9:.1f} GB"
 
-    def start(self):
+    def start(self) -> Self:
         """Refresh every `interval` seconds until `stop()`."""
         self._done.clear()
         threading.Thread(target=self._loop, daemon=True).start()
         return self
 
-    def stop(self):
+    def stop(self) -> None:
+        """End the refreshing that `start` began."""
         self._done.set()
 
     def _loop(self):
@@ -81,7 +83,7 @@ class Monitor:
 class ChatBox:
     """A chat widget on a ChatSession. What anybody says is escaped, so an answer with a script tag is shown, not run."""
 
-    def __init__(self, session):
+    def __init__(self, session: chat.ChatSession):
         import ipywidgets
 
         self.session = session
@@ -98,7 +100,7 @@ class ChatBox:
         self.widget = ipywidgets.VBox([self.log, row])
         self._show()
 
-    def ask(self, text):
+    def ask(self, text: str) -> None:
         """Send `text` and show the answer as it comes; blocks until it is complete."""
         self.send_button.disabled, self.stop_button.disabled = True, False
         shown = [*self.session.turns, {"role": "user", "content": text}]
@@ -138,7 +140,7 @@ class ChatBox:
         return static if headless() else {**static, **view(self.widget)}
 
 
-def transcript_html(turns):
+def transcript_html(turns: list[dict]) -> str:
     """Turns as HTML paragraphs with everything escaped."""
     rows = (
         f"<p><b>{html.escape(turn['role'])}:</b> {html.escape(chat.text_of(turn.get('content') or ''))}</p>"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from torch.ao.quantization import quantize_dynamic
@@ -29,6 +30,11 @@ def main():
     code = "import time; t = time.perf_counter(); import helpers; print(time.perf_counter() - t)"
     took = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     print(f"import of helpers: {took:.3f} s (target: under 1)")
+
+    text = (Path(__file__).parent / "unit" / "data" / "error_texts" / "E05.txt").read_bytes()
+    explain = [sys.executable, "-m", "helpers", "explain"]
+    took = seconds(lambda: subprocess.run(explain, input=text, capture_output=True))
+    print(f"`helpers explain` of an error text: {took:.3f} s (target: under 0.2)")
 
     found = models.find(models.OFFLINE)
     windows = evaluation.windows(AutoTokenizer.from_pretrained(found.path))

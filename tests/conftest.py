@@ -42,6 +42,34 @@ def without_browser(why=""):
     )
 
 
+# Fixtures that load or convert the default model, render every page, or provoke every failure: whoever takes one is no unit test.
+HEAVY = {"found", "tokenizer", "net", "site", "seen", "raised", "real"}
+
+
+def pytest_collection_modifyitems(items):
+    """Give the marker `integration` to every test that takes a heavy fixture."""
+    for item in items:
+        if HEAVY & set(getattr(item, "fixturenames", ())):
+            item.add_marker("integration")
+
+
+STARTED_BY_TESTS = []  # programs that were started and ports that were opened, by this process
+sys.addaudithook(
+    lambda event, values: event in ("subprocess.Popen", "socket.bind") and STARTED_BY_TESTS.append(values[:2])
+)
+
+
+@pytest.fixture(autouse=True)
+def light(request):
+    """Fail a unit test that starts a process or a server: it belongs to the tier `integration`."""
+    before = len(STARTED_BY_TESTS)
+    yield
+    if any(request.node.get_closest_marker(name) for name in ("integration", "notebook", "slow", "browser")):
+        return
+    if ROOT / "tests" / "unit" in request.path.parents and STARTED_BY_TESTS[before:]:
+        pytest.fail(f"give it the marker `integration`: it starts {STARTED_BY_TESTS[before:]}")
+
+
 @pytest.fixture(scope="session")
 def found():
     """The default model as the hub-less reader gets it."""

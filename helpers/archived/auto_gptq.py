@@ -3,14 +3,14 @@
 import contextlib
 import functools
 
-from helpers.archived.patching import View, get, patch, provide, replace, state_dict, together
+from helpers.archived.patching import Undo, View, get, patch, provide, replace, state_dict, together
 
 
 @patch(
     assumed="transformers.modeling_utils has no_init_weights.",
     now="it lives in transformers.initialization; without it the import fails.",
 )
-def no_init_weights():
+def no_init_weights() -> Undo | None:
     return provide("transformers.modeling_utils", no_init_weights=get("transformers.initialization", "no_init_weights"))
 
 
@@ -18,7 +18,7 @@ def no_init_weights():
     assumed="transformers.utils.hub passes on create_repo, create_commit and CommitOperationAdd.",
     now="only huggingface_hub has them; without them the import fails.",
 )
-def hub_functions():
+def hub_functions() -> Undo | None:
     names = ("CommitOperationAdd", "create_commit", "create_repo")
     return provide("transformers.utils.hub", **{name: get("huggingface_hub", name) for name in names})
 
@@ -27,7 +27,7 @@ def hub_functions():
     assumed="peft.peft_model has PEFT_TYPE_TO_MODEL_MAPPING.",
     now="peft.mapping keeps it as PEFT_TYPE_TO_TUNER_MAPPING; without it the import fails.",
 )
-def peft_model_mapping():
+def peft_model_mapping() -> Undo | None:
     return provide("peft.peft_model", PEFT_TYPE_TO_MODEL_MAPPING=get("peft.mapping", "PEFT_TYPE_TO_TUNER_MAPPING"))
 
 
@@ -35,7 +35,7 @@ def peft_model_mapping():
     assumed="a decoder layer returns a tuple, whose [0] is its hidden states.",
     now="it returns the tensor itself, and [0] drops the batch axis. A hook makes it a tuple while the model is quantized.",
 )
-def layers_return_tensors():
+def layers_return_tensors() -> Undo | None:
     base = get("auto_gptq.modeling._base")
     upstream = base.BaseGPTQForCausalLM.quantize
 
@@ -59,7 +59,7 @@ def layers_return_tensors():
     assumed="transformers takes resume_download, use_auth_token and torch_dtype.",
     now="the first two are a TypeError and the third is called dtype; they are dropped and renamed on the way.",
 )
-def dead_arguments():
+def dead_arguments() -> Undo | None:
     base = get("auto_gptq.modeling._base")
     auto = base.AutoModelForCausalLM
 
@@ -76,7 +76,7 @@ def dead_arguments():
     assumed="nothing else runs in this process, so torch.nn.init's functions may be replaced, for good, by ones that do nothing.",
     now="a LoRA adapter made later in the same notebook would silently start from raw memory. They stay as they are.",
 )
-def initializers_stay():
+def initializers_stay() -> Undo | None:
     base = get("auto_gptq.modeling._base")
     return replace(base, torch=View(base.torch, nn=View(base.torch.nn, init=View(base.torch.nn.init))))
 
@@ -85,7 +85,7 @@ def initializers_stay():
     assumed="no two names share one tensor: each is cloned, saved, and loaded.",
     now="small models tie the output head to the embeddings, which would be in the checkpoint twice. Saved once, tied after loading.",
 )
-def tied_weights_are_saved_once():
+def tied_weights_are_saved_once() -> Undo | None:
     base = get("auto_gptq.modeling._base")
     upstream, modeling = base.BaseGPTQForCausalLM.save_quantized, base.accelerate.utils.modeling
 
@@ -117,7 +117,7 @@ def tied_weights_are_saved_once():
     assumed="generate runs under autocast, which suits a float16 model on CUDA.",
     now="on a CPU, autocast means bfloat16 and stops at the first float16 tensor. There it is left out.",
 )
-def generate_on_cpu():
+def generate_on_cpu() -> Undo | None:
     base = get("auto_gptq.modeling._base")
     autocast = base.torch.amp.autocast
     choose = lambda device_type, **kwargs: (
@@ -130,7 +130,7 @@ def generate_on_cpu():
     assumed='there is a CUDA device: from_pretrained refuses without one, "cuda:0" and synchronize are written into the code.',
     now='GPTQ is arithmetic that a CPU does too. Where there is no CUDA, "cuda:0" stands for the CPU.',
 )
-def runs_without_cuda():
+def runs_without_cuda() -> Undo | None:
     base, utils, gptq = (
         get(f"auto_gptq.{name}") for name in ("modeling._base", "modeling._utils", "quantization.gptq")
     )

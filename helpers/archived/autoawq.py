@@ -2,14 +2,14 @@
 
 import functools
 
-from helpers.archived.patching import get, patch, replace, state_dict
+from helpers.archived.patching import Undo, get, patch, replace, state_dict
 
 
 @patch(
     assumed="v.cpu() copies, so that the scale search can put the weights back after each trial.",
     now="on a CPU it is the same tensor: every trial stays in the weights, and the model is silently ruined. Clones are saved.",
 )
-def weights_are_saved_before_the_search():
+def weights_are_saved_before_the_search() -> Undo | None:
     quantizer = get("awq.quantize.quantizer", "AwqQuantizer")
     upstream = quantizer._compute_best_scale
 
@@ -25,7 +25,7 @@ def weights_are_saved_before_the_search():
     assumed="calibration samples are short lines: those longer than max_calib_seq_len are dropped without a word.",
     now="samples are documents; they are cut into pieces instead, and a set too short for one window is a clear error.",
 )
-def long_samples_are_cut():
+def long_samples_are_cut() -> Undo | None:
     quantizer = get("awq.quantize.quantizer")
     upstream = quantizer.get_calib_dataset
 

@@ -11,6 +11,7 @@ Nothing on disk is touched, and nothing happens before `enable` is called. Each 
 
 import contextlib
 from importlib import metadata
+from typing import Any
 
 from helpers.archived import auto_gptq, autoawq
 from helpers.archived.patching import quiet
@@ -27,16 +28,17 @@ class ArchivedError(ImportError):
 class Repair:
     """The patches in force for one package. applied: list of (name, what upstream assumed, what is true now)."""
 
-    def __init__(self, package):
+    def __init__(self, package: str):
         self.package, self.applied, self._undo = package, [], contextlib.ExitStack()
 
-    def apply(self, patch):
+    def apply(self, patch: Any) -> None:
+        """Put one patch (a function marked by `patching.patch`) in force; one that is not needed here leaves no trace."""
         undo = patch()
         if undo is not None:
             self._undo.callback(undo)
             self.applied.append((patch.__name__, patch.assumed, patch.now))
 
-    def undo(self):
+    def undo(self) -> None:
         """Take every patch back, the last one first. Doing it twice changes nothing."""
         if _active.get(self.package) is self:
             del _active[self.package]
@@ -49,7 +51,7 @@ class Repair:
         self.undo()
 
 
-def enable(package):
+def enable(package: str) -> Repair:
     """Import `package` ("auto-gptq" or "autoawq") with its patches in force; the `Repair`, the same one if it is in force already.
 
     Raises ArchivedError, before anything is changed, for a package that is not installed or has another version.
@@ -71,7 +73,7 @@ def enable(package):
     return repair
 
 
-def check_version(package):
+def check_version(package: str) -> None:
     """Raise ArchivedError unless `package` is installed in the version its patches were written for."""
     wanted = VERSIONS[package]
     try:

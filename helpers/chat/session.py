@@ -3,13 +3,19 @@
 How a conversation becomes token ids: `helpers.templates`. What of an answer is thought: `helpers.thoughts`.
 """
 
+from __future__ import annotations
+
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from helpers.chat import thoughts
 from helpers.chat.templates import ChatError, render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def sampling(sample: bool | None = None, temperature: float | None = None, top_p: float | None = None) -> dict:
@@ -32,16 +38,16 @@ def sampling(sample: bool | None = None, temperature: float | None = None, top_p
 
 
 def batch(
-    model,
-    tokenizer,
-    conversations,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[str | list[dict]],
     max_new_tokens: int = 64,
     *,
-    sample=None,
-    temperature=None,
-    top_p=None,
-    seed=None,
-    **template_arguments,
+    sample: bool | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    **template_arguments: Any,
 ) -> list[str]:
     """Answers to several conversations (or plain prompts) in one batch, thoughts included; greedy unless told (`sampling`).
 
@@ -62,7 +68,7 @@ def batch(
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     device = next(model.parameters()).device
     with _seeded(seed, device):
-        output = model.generate(
+        output = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
@@ -85,9 +91,19 @@ class ChatSession:
     """
 
     def __init__(
-        self, model, tokenizer, system=None, max_new_tokens=256, token_budget=None, *, sample=None, temperature=None, top_p=None, seed=None,
-        **template_arguments,
-    ):  # fmt: skip
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        token_budget: int | None = None,
+        *,
+        sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        **template_arguments: Any,
+    ):
         limit = getattr(model.config, "max_position_embeddings", None)
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.token_budget = token_budget or limit or 4096
@@ -112,15 +128,15 @@ class ChatSession:
         self._stop = threading.Event()
 
     @property
-    def messages(self):
+    def messages(self) -> list[dict]:
         """The conversation as it stands: system message, then alternating user and assistant turns."""
         return [*self.system, *self.turns]
 
-    def stop(self):
+    def stop(self) -> None:
         """End the running answer after the token it is at; what was said so far is kept."""
         self._stop.set()
 
-    def prompt(self, text) -> tuple[list[int], list[dict]]:
+    def prompt(self, text: str) -> tuple[list[int], list[dict]]:
         """Token ids of the conversation with `text` as its next user turn, and the turns that fit the budget."""
         turns = [*self._without_thoughts(), {"role": "user", "content": text}]
         while True:
@@ -135,7 +151,7 @@ class ChatSession:
                 )
             turns = turns[users[1] :]
 
-    def stream(self, text) -> Iterator[str]:
+    def stream(self, text: str) -> Iterator[str]:
         """Yield the answer piece by piece; afterwards it is part of `messages`. An error in generation is raised here."""
         ids, turns = self.prompt(text)
         yield from self._generate(ids, turns, [])
@@ -153,7 +169,7 @@ class ChatSession:
             )
         yield from self._generate(ids, turns, said)
 
-    def send(self, text) -> str:
+    def send(self, text: str) -> str:
         """The whole answer as one text, without thoughts. Warns if the thoughts took all tokens: there is no answer then."""
         before = self._answers
         pieces = "".join(self.stream(text))
@@ -202,7 +218,7 @@ class ChatSession:
         def generate():
             try:
                 with _seeded(seed, device):
-                    self.model.generate(
+                    self.model.generate(  # pyright: ignore[reportCallIssue]
                         input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=self.max_new_tokens,
                         pad_token_id=_pad_id(self.tokenizer), streamer=streamer, stopping_criteria=StoppingCriteriaList([Stopped()]),
                         **self.sampling,

@@ -4,14 +4,20 @@ Everything renders through the tokenizer's own `apply_chat_template`, which adds
 that text with `tokenizer(text)` adds a second BOS with Llama's and Mistral's tokenizers, silently.
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from helpers.chat import thoughts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 ALWAYS = ROLES[:3]
@@ -26,7 +32,12 @@ class ChatError(ValueError):
     """A conversation that no template could render; the message says what would be right."""
 
 
-def render(tokenizer, messages: list[dict], add_generation_prompt: bool = True, **template_arguments) -> list[int]:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    add_generation_prompt: bool = True,
+    **template_arguments: Any,
+) -> list[int]:
     """Token ids of a conversation [{"role", "content"}, ...] as the model's chat template writes it.
 
     template_arguments  whatever the template reads (enable_thinking, reasoning_effort, ...), and tools, documents, chat_template
@@ -51,7 +62,7 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = True, 
     if (
         type(tokenizer).__name__ == "MistralCommonBackend"
     ):  # mistral-common has no templates; it keeps typed tokens apart itself
-        return _mistral(tokenizer, _checked(messages, ROLES), add_generation_prompt, template_arguments)
+        return _mistral(tokenizer, _checked(messages, ROLES), add_generation_prompt, template_arguments)  # pyright: ignore[reportReturnType]
     template = _template(tokenizer, template_arguments)
     messages = _checked(messages, _roles(template))
     for name in ("tools", "documents"):

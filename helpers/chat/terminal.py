@@ -1,5 +1,6 @@
 """Talking to a model in a terminal: `python -m helpers chat`."""
 
+import argparse
 import contextlib
 import json
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from helpers import chat, models
 
 
-def main(arguments):
+def main(arguments: argparse.Namespace) -> int | None:
     """One question (`--once`) or a conversation, with what `python -m helpers chat` was told."""
     if arguments.max_new_tokens < 1:
         raise ValueError("--max-new-tokens must be at least 1")

@@ -5,8 +5,14 @@ DeepSeek-R1, GLM, Nemotron), [THINK]...[/THINK] (Magistral), channels (gpt-oss, 
 which `skip_special_tokens=True` deletes: then a thought reads like an answer. `decoder` keeps them.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A tag whose name says that it holds thoughts: <think>, <thinking>, <thought>, <reasoning>, <seed:think>.
 _NAME = r"[\w:.-]*(?:think|thought|reason)[\w:.-]*"
@@ -49,15 +55,15 @@ def is_mark(token: str) -> bool:
     return bool(_OPENING_AT_START.fullmatch(token) or _CLOSING.fullmatch(token))
 
 
-def decoder(tokenizer) -> Callable[[list[int]], str]:
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
     """A function from token ids to their text without special tokens, except those that mark thoughts and channels."""
     specials = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     specials |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
     channels = _CHANNELS if "<|message|>" in specials.values() else ()
     hidden = {number for number, token in specials.items() if not is_mark(token) and token not in channels}
     if hidden == set(specials):
-        return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    return lambda ids: tokenizer.decode(
+        return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # pyright: ignore[reportReturnType]
+    return lambda ids: tokenizer.decode(  # pyright: ignore[reportReturnType]
         [int(number) for number in ids if int(number) not in hidden], skip_special_tokens=False
     )
 
@@ -68,9 +74,10 @@ def opening(prompt: str) -> str:
     return found[0] if found else ""
 
 
-def known(tokenizer) -> str:
+def known(tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of a tokenizer's template and added tokens: marks that stand in it are the model's own."""
-    return "\n".join([str(getattr(tokenizer, "chat_template", None) or ""), *tokenizer.added_tokens_encoder])
+    added = map(str, tokenizer.added_tokens_encoder)  # pyright: ignore[reportArgumentType]
+    return "\n".join([str(getattr(tokenizer, "chat_template", None) or ""), *added])
 
 
 def split(text: str, opened: str = "", known: str = "") -> tuple[str, str]:

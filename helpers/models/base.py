@@ -1,13 +1,21 @@
 """What a model on this machine is, what can go wrong with it, and whether there is room for it."""
 
+from __future__ import annotations
+
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from helpers import files, memory
+
+if TYPE_CHECKING:
+    import torch
+
+Module = TypeVar("Module", bound="torch.nn.Module")
 
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.3"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -26,7 +34,7 @@ class ModelError(RuntimeError):
 class Damaged(ModelError):
     """A weight file is not what it should be. file: which one."""
 
-    def __init__(self, file):
+    def __init__(self, file: Path):
         super().__init__(
             f"{file.name} in {file.parent} is truncated or damaged. Delete it and download the model again."
         )
@@ -55,14 +63,14 @@ class Found:
     asked: str = ""
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         """Full-precision dtype for this device: float32 on a CPU, bfloat16 on a GPU."""
         import torch
 
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     @property
-    def fast(self):
+    def fast(self) -> torch.dtype:
         """The dtype to compute in where the last digits do not matter: bfloat16 where the machine multiplies it, else float32.
 
         A CPU without AVX512-BF16 or AMX emulates bfloat16; measured on one with AVX2, a product took five times as long as in float32.
@@ -79,7 +87,7 @@ def cpu_multiplies_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
-def compute_in(net, dtype):
+def compute_in(net: Module, dtype: torch.dtype) -> Module:
     """Cast what bitsandbytes left unquantized (embeddings, norms, head) to dtype, in place, and return net.
 
     Its 4-bit layers compute in the dtype of their input, so this decides for the whole model.
@@ -91,7 +99,7 @@ def compute_in(net, dtype):
     return net
 
 
-def cache():
+def cache() -> Path:
     """Folder for converted models and cached baselines; COURSE_CACHE moves it."""
     import platformdirs
 
@@ -105,7 +113,7 @@ def cache():
     return folder
 
 
-def require_disk(folder, need, what):
+def require_disk(folder: Path, need: float, what: str) -> None:
     """Raise ModelError unless `need` bytes (and 5 % more) are free where `folder` lies."""
     free = shutil.disk_usage(folder).free
     if free < need * 1.05:
@@ -114,7 +122,7 @@ def require_disk(folder, need, what):
         )
 
 
-def require_ram(need, what):
+def require_ram(need: float, what: str) -> None:
     """Raise ModelError unless this process may still take `need` bytes of RAM."""
     free = memory.free_ram()
     if free < need:
@@ -123,7 +131,7 @@ def require_ram(need, what):
         )
 
 
-def require_room(name, size, settings, copies):
+def require_room(name: str, size: int, settings: dict[str, Any], copies: float) -> None:
     """Raise ModelError where so many copies of a model, `size` bytes of weights as its config describes them, do not fit in memory."""
     device = this_device()
     free = memory.free_vram() if device == "cuda" else memory.free_ram()
@@ -156,28 +164,32 @@ def what_fits(parameters: float) -> str:
     return f'Up to {parameters / 1e9:.2f} billion parameters fit: model="{named[-1]}", for example.'
 
 
-def stored_bytes(settings):
+def stored_bytes(settings: dict[str, Any]) -> int:
     """Bytes of each weight in a checkpoint's files."""
     text = settings.get("text_config") or {}
     names = (part.get(key) for part in (settings, text) for key in ("dtype", "torch_dtype"))
     return 4 if next((name for name in names if name), "bfloat16") == "float32" else 2
 
 
-def disk_advice(folder):
+def disk_advice(folder: Path) -> str:
+    """What to do where there is too little disk, in words."""
     return f"Free some disk under {folder}, or set COURSE_CACHE (converted models) and HF_HOME (hub downloads) to a larger disk."
 
 
-def choices():
+def choices() -> str:
+    """What `find` takes, in words."""
     return f'Use model="auto", model="{OFFLINE}", model="{QWEN}", a hub id, or a folder with config.json and *.safetensors.'
 
 
-def this_device():
+def this_device() -> str:
+    """Return "cuda" where torch sees a GPU, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def gpu_bytes():
+def gpu_bytes() -> int:
+    """Bytes of the first GPU's memory, in use or not; 0 without a GPU."""
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0

@@ -1,13 +1,19 @@
 """Shapes of models: configs for memory formulas, and a model in Mistral-7B's shape with random weights."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers.models import hub, packages
 from helpers.models.base import GEOMETRY, SMOLLM2, Found, HubUnreachable, building, cache, require_disk, this_device
 
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-def smollm2_config():
+
+def smollm2_config() -> LlamaConfig:
     """The transformers config of SmolLM2-135M: its shape, for memory formulas that must not wait for the model."""
     from transformers import LlamaConfig
 
@@ -17,7 +23,7 @@ def smollm2_config():
     )  # fmt: skip
 
 
-def qwen_config():
+def qwen_config() -> Qwen2Config:
     """The transformers config of the offline Qwen2.5-Coder-1.5B: 1.78e9 parameters, because its GGUF file has a head of its own."""
     from transformers import Qwen2Config
 
@@ -27,7 +33,7 @@ def qwen_config():
     )  # fmt: skip
 
 
-def mistral_config(layers=32):
+def mistral_config(layers: int = 32) -> MistralConfig:
     """The transformers config of Mistral-7B-Instruct-v0.3, with fewer layers for tests."""
     from transformers import MistralConfig
 

@@ -1,7 +1,10 @@
 """Models from the Hugging Face hub, or from its cache on this machine."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers.models import integrity
 from helpers.models.base import (
@@ -17,6 +20,9 @@ from helpers.models.base import (
     require_room,
     this_device,
 )
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 # The hub's revisions this course was written for: what somebody pushes to these repositories later does not reach its readers.
 REVISIONS = {
@@ -116,7 +122,7 @@ def _bad_token():
     )
 
 
-def api(timeout=None):
+def api(timeout: float | None = None) -> HfApi:
     """The hub's API with a time limit on every answer (seconds; HUB_TIMEOUT): its own client waits for ever."""
     from huggingface_hub import HfApi, get_session
 
@@ -124,7 +130,7 @@ def api(timeout=None):
     return HfApi()
 
 
-def endpoint():
+def endpoint() -> str:
     """Address of the hub in use; HF_ENDPOINT moves it."""
     try:
         from huggingface_hub import constants
@@ -133,12 +139,12 @@ def endpoint():
     return constants.ENDPOINT
 
 
-def offline():
+def offline() -> bool:
     """True where HF_HUB_OFFLINE forbids to ask the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
-def in_hub_cache(name):
+def in_hub_cache(name: str) -> Path | None:
     """The folder of a hub model that an earlier download left complete on this machine, or None."""
     try:
         from huggingface_hub import snapshot_download
@@ -150,13 +156,13 @@ def in_hub_cache(name):
     return folder
 
 
-def token_set():
+def token_set() -> bool:
     """True if there is a hub token here, right or wrong."""
     from huggingface_hub import get_token
 
     return bool(get_token())
 
 
-def status(error):
+def status(error: Exception) -> int | None:
     """The HTTP status of a hub error, or None."""
     return getattr(getattr(error, "response", None), "status_code", None)

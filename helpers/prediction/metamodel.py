@@ -1,11 +1,21 @@
 """A model's parameters, counted on the meta device: shapes without data, so nothing is downloaded and no weight is allocated."""
 
+from __future__ import annotations
+
 import functools
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from helpers.prediction.own_formats import Weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+Key = tuple[type, str]  # a config class and its content as JSON
 
 
 @dataclass(frozen=True)
@@ -18,7 +28,7 @@ class Shape:
     notes: tuple[str, ...]
 
 
-def frozen(config):
+def frozen(config: PreTrainedConfig) -> Key:
     """Config class and content, hashable; without the checkpoint's own format, which changes no shape."""
     content = config.to_dict()
     content.pop("quantization_config", None)
@@ -28,12 +38,13 @@ def frozen(config):
     return type(config), json.dumps(content, sort_keys=True, default=str)
 
 
-def thawed(key):
+def thawed(key: Key) -> PreTrainedConfig:
+    """The config that `frozen` made this key of."""
     kind, content = key
     return kind.from_dict(json.loads(content))
 
 
-def build(config):
+def build(config: PreTrainedConfig) -> tuple[Any, list[str]]:
     """(model on the meta device, notes): what AutoModelForCausalLM loads, else the text part of a model of several kinds of input."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -99,7 +110,8 @@ def _text_parameters(model):
 
 
 @functools.lru_cache(maxsize=64)
-def count(key) -> Shape:
+def count(key: Key) -> Shape:
+    """Parameters and quantizable matrices of the model that this key (`frozen`) describes."""
     import torch
     from transformers import AutoModelForImageTextToText
     from transformers.pytorch_utils import Conv1D
@@ -135,14 +147,14 @@ def count(key) -> Shape:
     return Shape(type(model).__name__, sum(p.numel() for p in parameters), tuple(weights), tuple(notes))
 
 
-def first_line(error):
+def first_line(error: Exception) -> str:
     """The first line of an error's text, shortened."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return text if len(text) <= 160 else text[:157] + "..."
 
 
 @contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """No advice from transformers on a model that nobody is going to run, such as kernels to install."""
     from transformers.utils import logging
 

@@ -1,7 +1,14 @@
 """How the weights of a checkpoint are stored that comes with a quantization_config of its own, and what loading makes of them."""
 
+from __future__ import annotations
+
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -15,7 +22,8 @@ class Format:
     block: tuple[int, int] | None = None
     index_bits: int = 0  # of each input channel: GPTQ stores the group that it belongs to
 
-    def scale_bytes(self, weight) -> float:
+    def scale_bytes(self, weight: Weight) -> float:
+        """Bytes of all scales, zero points and group indices of a matrix."""
         if self.bits >= 16:
             return 0.0
         if self.block:
@@ -38,7 +46,7 @@ class Weight:
     fused: bool = False
 
 
-def own_format(config):
+def own_format(config: PreTrainedConfig) -> dict[str, Any] | None:
     """The checkpoint's quantization_config as a dict, or None. Nested configs may hold it."""
     for each in (config, config.get_text_config(decoder=True)):
         own = getattr(each, "quantization_config", None)
@@ -51,14 +59,17 @@ def own_format(config):
     return None
 
 
-def over_own_format(own, bits):
+def over_own_format(own: dict[str, Any], bits: float) -> str:
+    """What to know, in a sentence, where other bits are asked for than those of the checkpoint's own format."""
     method = own["quant_method"]
     if bits >= 16:
         return f"the checkpoint ships in {method}: this is its size once dequantized; leave bits out for its size as shipped"
     return f"the checkpoint ships in {method}, and a second format does not go on top: this counts a 16-bit copy that is quantized anew"
 
 
-def checkpoint_format(own, config):
+def checkpoint_format(
+    own: dict[str, Any], config: PreTrainedConfig
+) -> tuple[Callable[[Weight], Format | None], list[str]]:
     """(function: Weight -> Format or None, notes) for the formats that transformers loads and this module knows."""
     method = own["quant_method"]
     make = {

@@ -1,5 +1,6 @@
 """What a model will need before it is loaded, counted from its config: nothing is downloaded, no weight is allocated."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +36,7 @@ class Prediction(_Noted):
         numbers = ", ".join(f"{name}={value:,}" for name, value in vars(self).items())
         return "\n".join([f"Prediction({numbers})", *self.notes])
 
-    def noting(self, notes) -> "Prediction":
+    def noting(self, notes: Iterable[str]) -> "Prediction":
         """The same with these notes."""
         found = replace(self)
         object.__setattr__(found, "notes", tuple(notes))
@@ -43,14 +44,17 @@ class Prediction(_Noted):
 
     @property
     def model(self) -> int:
+        """Bytes of the model without its cache."""
         return self.weights + self.scales + self.rest
 
     @property
     def total(self) -> int:
+        """Bytes of model and cache."""
         return self.model + self.kv_cache
 
     @property
     def bits_per_weight(self) -> float:
+        """Bits of the model, scales and unquantized parts included, for each parameter."""
         return 8 * self.model / self.parameters
 
 

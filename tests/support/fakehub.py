@@ -1,47 +1,60 @@
-"""A model hub on this machine that answers well, badly, or not at all."""
+"""The tests' only model hub: on this machine, and it answers well, badly, or not at all."""
 
 import hashlib
 import json
+import re
 import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from pytest_httpserver import HTTPServer
+from werkzeug import Request, Response
 
 SHA = "1" * 40
+MODES = ("open", "refused", "hang", "garbage", "gated", "absent", "wrong", "expired", "breaks")
 
 
-class _Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        hub, path = self.server, self.path.split("?")[0]
-        hub.asked.append(path)
-        token = self.headers.get("authorization")
-        if hub.mode == "hang":
-            hub.closing.wait(60)
-        elif hub.mode == "garbage":
-            self.answer(200, b"<html>a captive portal</html>")
-        elif hub.mode in ("wrong", "expired") and token:
-            said = (
-                "Invalid credentials in Authorization header"
-                if hub.mode == "wrong"
-                else f'User Access Token "{token}" is expired'
-            )
-            self.answer(401, b"{}", {"X-Error-Message": said})
-        elif path.endswith("/auth-check"):
-            gated = hub.mode in ("gated", "expired", "wrong")
-            self.answer(401 if gated else 200, b"{}", {"X-Error-Code": "GatedRepo"} if gated else {})
-        elif "/resolve/" in path:
-            self.file(path.rpartition("/")[2])
-        elif "/tree/" in path:
-            self.answer(
-                200, json.dumps([self.entry(name) | {"type": "file", "path": name} for name in hub.files]).encode()
-            )
-        else:
-            siblings = [self.entry(name) | {"rfilename": name} for name in hub.files]
-            self.answer(200, json.dumps({"id": "owner/name", "sha": SHA, "siblings": siblings}).encode())
+class Hub:
+    """What the server knows; all of it can be changed while it runs.
 
-    do_HEAD = do_GET
+    mode        one of MODES: open, hangs, answers with a web page, wants access, knows no such model, refuses the token, breaks downloads
+                off; "refused" is for tests that ask at another address
+    files       {name: content} of every model
+    hang_after  hangs from this many answers on; None: never for this reason
+    asked       the paths that were asked for
+    gave_up     True once a request hung for a minute and the client was still there
+    """
+
+    def __init__(self, mode="open", files=None):
+        assert mode in MODES, mode
+        self.mode, self.files, self.hang_after = mode, files or {}, None
+        self.asked, self.address, self.closing, self.gave_up = [], "", threading.Event(), False
+
+    def answer(self, request: Request) -> Response:
+        self.asked.append(request.path)
+        token = request.headers.get("authorization")
+        if self.mode == "hang" or self.hang_after is not None and len(self.asked) > self.hang_after:
+            self.gave_up |= not self.closing.wait(60)
+            return Response(status=503)
+        if self.mode == "garbage":
+            return Response("<html>a captive portal</html>")
+        if self.mode == "absent":
+            return Response("{}", 404, {"X-Error-Code": "RepoNotFound"})
+        if self.mode == "wrong" and token:
+            return Response("{}", 401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+        if self.mode == "expired" and token:
+            return Response("{}", 401, {"X-Error-Message": f'User Access Token "{token}" is expired'})
+        if request.path.endswith("/auth-check"):
+            gated = self.mode in ("gated", "expired", "wrong")
+            return Response("{}", 401 if gated else 200, {"X-Error-Code": "GatedRepo"} if gated else {})
+        if "/resolve/" in request.path:
+            return self.file(request)
+        if "/tree/" in request.path:
+            return self.json([self.entry(name) | {"type": "file", "path": name} for name in self.files])
+        siblings = [self.entry(name) | {"rfilename": name} for name in self.files]
+        return self.json({"id": "owner/name", "sha": SHA, "siblings": siblings})
 
     def entry(self, name):
-        content = self.server.files[name]
+        content = self.files[name]
         digest = hashlib.sha256(content).hexdigest()
         return {
             "size": len(content),
@@ -50,46 +63,34 @@ class _Handler(BaseHTTPRequestHandler):
             "lfs": {"oid": digest, "sha256": digest, "size": len(content), "pointerSize": 100},
         }
 
-    def file(self, name):
-        content = self.server.files.get(name)
+    def file(self, request):
+        name = request.path.rpartition("/")[2]
+        content = self.files.get(name)
         if content is None:
-            return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+            return Response("{}", 404, {"X-Error-Code": "EntryNotFound"})
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
-        half = self.command == "GET" and self.server.mode == "breaks" and name.endswith(".safetensors")
-        self.answer(200, content, headers, cut=half)
+        if request.method == "GET" and self.mode == "breaks" and name.endswith(".safetensors"):
+            half = iter([content[: len(content) // 2]])  # an iterator, or the response would count its own length
+            return Response(half, headers=headers | {"Content-Length": str(len(content))})
+        return Response(content, headers=headers)
 
-    def answer(self, status, body, headers=None, cut=False):
-        self.send_response(status)
-        for name, value in {
-            "Content-Length": str(len(body)),
-            "Content-Type": "application/json",
-            **(headers or {}),
-        }.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body[: len(body) // 2] if cut else body)
-        if cut:
-            self.close_connection = True
-
-    def log_message(self, *_):
-        pass
+    @staticmethod
+    def json(value):
+        return Response(json.dumps(value), mimetype="application/json")
 
 
 @contextmanager
 def serving(mode="open", files=None):
-    """A server; `mode` is open, hang, garbage, gated, wrong, expired (token) or breaks (downloads), and can be changed while it runs."""
-    hub = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    hub.daemon_threads, hub.block_on_close = True, False
-    hub.mode, hub.files, hub.asked, hub.closing = mode, files or {}, [], threading.Event()
-    hub.address = f"http://127.0.0.1:{hub.server_address[1]}"
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    """A running `Hub`."""
+    hub, server = Hub(mode, files), HTTPServer(host="127.0.0.1", port=0, threaded=True)
+    server.expect_request(re.compile("")).respond_with_handler(hub.answer)
+    server.start()
+    hub.address = server.url_for("").rstrip("/")
     try:
         yield hub
     finally:
         hub.closing.set()
-        hub.shutdown()
-        hub.server_close()
+        server.stop()
 
 
 def use(monkeypatch, address, home):

@@ -1,13 +1,17 @@
 """Evaluation: equal to the plain computation, splits without overlap, references cached."""
 
 import copy
+import hashlib
+import os
 import re
+import shutil
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
-from helpers import evaluation
+from helpers import evaluation, models
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,63 @@ def test_reference_is_read_from_the_cache_the_second_time(found, windows, refere
     assert again.perplexity == reference.perplexity and (again.top1 == reference.top1).all()
 
 
+@pytest.fixture
+def tiny(base, cache):
+    """baseline(context): the `evaluation.reference` of a random model on windows of this length, in a cache of this test's own."""
+    small = models.Found(str(base), "tiny", "made here", "cpu")
+    return lambda context: evaluation.reference(small, torch.arange(4 * context).remainder(128).view(4, context))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps folders with open files, so nothing is pruned here")
+def test_a_baseline_in_use_outlives_its_folder(tiny, cache):
+    """Another notebook may compute baselines of its own meanwhile, and only six are kept."""
+    mine = tiny(8)
+    (folder,) = (cache / "baselines").glob("tiny-*[!k]")
+    before = mine.log_probs(slice(3, 9))
+    for context in range(9, 16):
+        tiny(context)
+    assert not folder.exists() and (mine.log_probs(slice(3, 9)) == before).all()
+    left = sorted(path for path in (cache / "baselines").iterdir() if path.is_dir())
+    assert len(left) == 7, "six and the one that was made last"
+    assert (tiny(8).log_probs(slice(3, 9)) == before).all() and folder.is_dir(), "it is computed again"
+
+
+def test_a_baseline_that_vanishes_before_it_is_read_is_computed_again(tiny, monkeypatch):
+    read, folders = evaluation._read_reference, []
+
+    def vanishing(folder):
+        folders.append(folder)
+        if len(folders) == 1:
+            shutil.rmtree(folder)
+        return read(folder)
+
+    monkeypatch.setattr(evaluation, "_read_reference", vanishing)
+    assert tiny(8).perplexity > 1 and len(folders) == 2
+
+
+@pytest.mark.parametrize("lost", ["log_probs.f16", "top1.npy", "facts.json"])
+def test_a_baseline_with_a_lost_file_is_computed_again(tiny, cache, lost):
+    before = tiny(8).log_probs(slice(0, 28))
+    (file,) = (cache / "baselines").glob(f"*/{lost}")
+    file.unlink()
+    assert (tiny(8).log_probs(slice(0, 28)) == before).all()
+
+
+def test_a_folder_that_another_process_prunes_at_the_same_time_is_no_error(tmp_path, monkeypatch):
+    for number in range(8):
+        (tmp_path / str(number)).mkdir()
+    stat = Path.stat
+    monkeypatch.setattr(
+        Path,
+        "stat",
+        lambda path, **more: (
+            stat(path, **more) if path.name != "3" else (_ for _ in ()).throw(FileNotFoundError(path.name))
+        ),
+    )
+    evaluation._prune(tmp_path, keep=6)
+    assert len(list(tmp_path.iterdir())) == 7
+
+
 def test_splits_share_no_paragraph():
     parts = {
         split: {" ".join(p.split()) for p in re.split(r"\n\s*\n", evaluation.text(split))}
@@ -82,8 +143,10 @@ def test_splits_share_no_paragraph():
 
 
 def test_windows_are_fixed(tokenizer):
-    first, second = evaluation.windows(tokenizer), evaluation.windows(tokenizer)
-    assert first.shape == (32, 256) and torch.equal(first, second)
+    """The protocol of every committed record: another digest means that no new number may be compared with an old one."""
+    windows = evaluation.windows(tokenizer)
+    assert windows.shape == (32, 256) and windows.dtype == torch.int64
+    assert hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16] == "0f4892495e59d0cc"
 
 
 def test_the_courses_windows_take_the_genres_in_turn(tokenizer):

