@@ -37,6 +37,17 @@ def sampling(sample: bool | None = None, temperature: float | None = None, top_p
     return {"do_sample": True, **{name: value for name, value in given.items() if value is not None}}
 
 
+def require_cache(model: PreTrainedModel) -> None:
+    """Raise ChatError for a model in training mode with gradient checkpointing: its layers drop the cache without a word.
+
+    Each new token then sees the last one alone: the first word of an answer is right and the rest is noise.
+    """
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise ChatError(
+            "The model is in training mode with gradient checkpointing. Call model.eval() before it answers."
+        )
+
+
 def batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -58,6 +69,7 @@ def batch(
 
     if not conversations:
         raise ChatError("The batch is empty: give at least one conversation.")
+    require_cache(model)
     how = sampling(sample, temperature, top_p)
     rows = [
         render(tokenizer, [{"role": "user", "content": item}] if isinstance(item, str) else item, **template_arguments)
@@ -201,6 +213,7 @@ class ChatSession:
         import torch
         from transformers import StoppingCriteria, StoppingCriteriaList
 
+        require_cache(self.model)
         self._stop.clear()
         stop = self._stop
 

@@ -748,6 +748,7 @@ print(
 )
 
 # %%
+sft.model.eval()  # or checkpointing throws the cache away, and each new token sees only the one before it
 format_after = chat.batch(sft.model, tokenizer, format_questions, max_new_tokens=48)
 kept_after = sum(keeps_format(answer) for answer in format_after)
 print(

@@ -1243,7 +1243,8 @@ print(
     f"llama.cpp, which rounds activations too, adds {added.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
 )
 if found.name.startswith("SmolLM2"):
-    assert engines["KL"]["f16", "llama.cpp"] < 0.001, "with 16-bit weights the two programs must agree"
+    bound = 0.001 if found.dtype == torch.float32 else 0.01  # on a GPU the baseline itself is in bfloat16
+    assert engines["KL"]["f16", "llama.cpp"] < bound, "with 16-bit weights the two programs must agree"
 
 # %% [markdown]
 # So the records of this notebook say what the *weights* of a file lost. An engine adds its own rounding, which

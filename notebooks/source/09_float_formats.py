@@ -898,7 +898,7 @@ def tensors_of(net, method):
     kept = {name: tensor.bfloat16() for name, tensor in net.state_dict().items()
             if name not in tied and name.removesuffix(".weight") not in layers}  # fmt: skip
     for name, layer in layers.items():
-        for part, tensor in packed(method, layer.weight.detach().float()).items():
+        for part, tensor in packed(method, layer.weight.detach().float().cpu()).items():
             kept[f"{name}.{part}"] = tensor
     return {name: tensor.cpu().contiguous() for name, tensor in kept.items()}, head
 

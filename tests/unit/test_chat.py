@@ -407,3 +407,17 @@ def test_a_transcript_shows_parts_and_turns_without_text():
         {"role": "assistant", "content": None, "tool_calls": []},
     ]
     assert "hel&lt;lo&gt;" in widgets.transcript_html(turns) and "None" not in widgets.transcript_html(turns)
+
+
+def test_a_model_in_training_with_checkpointing_is_refused_because_its_answers_are_noise():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = strict_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, bos_token_id=1, eos_token_id=2))
+    right = chat.batch(model.eval(), tokenizer, ["hello there hi"], max_new_tokens=8)
+    model.gradient_checkpointing_enable()
+    assert chat.batch(model.eval(), tokenizer, ["hello there hi"], max_new_tokens=8) == right
+    with pytest.raises(chat.ChatError, match=r"model\.eval\(\)"):
+        chat.batch(model.train(), tokenizer, ["hello there hi"], max_new_tokens=8)
