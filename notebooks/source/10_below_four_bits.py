@@ -277,6 +277,8 @@ def peak(vector):
 plain_stream, rotated_stream = stream(net, probe[:1]), stream(rotated_net, probe[:1])
 loudest = plain_stream.norm(dim=1).argmax().item()
 before, after = plain_stream[loudest], rotated_stream[loudest]
+share = (before.square().sum() / plain_stream.square().sum()).item()
+print(f"token {loudest} has {share:.1%} of the squared length of all {len(plain_stream)} tokens")
 
 # %%
 spread = pd.DataFrame(
@@ -1065,12 +1067,22 @@ better_on = (by_window["autoround-3"] < by_window["rtn-3"]).sum()
 print(f"AutoRound is closer than rounding on {better_on} of {len(by_window)} windows")
 
 # %% [markdown]
-# On SmolLM2-135M, with 20 steps on 32 short rows, the package is closer than rounding on every window: a KL of 0.84
-# against 1.65. GPTQ is close behind with 0.91. The rows decide: this model keeps its massive activation at the first
-# position, and in trials with rows that all began with the same token, the tuned model fell apart on some windows and
-# was the best on others. Its mean was then worse than rounding's, while the package reported falling losses. So the rows
-# above begin anywhere, and the result still depends on the text. **A falling loss of a layer is no evidence.** Measure on
-# other text, and look at the windows.
+# ### Which rows AutoRound tunes on
+#
+# The package minimizes the squared error of a layer's output. In this model one position, the first of a row, has nearly
+# all of the squared length (printed above). If all rows begin with the same token, that position is one and the same
+# vector in every row, and the tuning fits this vector. The package's losses fall, and other text begins with other tokens.
+# So the rows above begin anywhere. `below_four_bits/autoround_study.py` tries both kinds of rows, with more rows and more
+# steps; what we ran of it:
+
+# %% jupyter={"source_hidden": true}
+STUDY = files.NOTEBOOKS / "below_four_bits" / "autoround_study.jsonl"
+tried = [json.loads(line) for line in STUDY.read_text(encoding="utf-8").splitlines()]
+tried = pd.DataFrame([line for line in tried if line["model"] == found.name and line["group_size"] == group_size])
+if len(tried):
+    display(tried.drop(columns=["model", "device", "group_size", "seconds"]).round(2))
+    for start, part in tried.groupby("start"):
+        print(f"rows that begin {start}: KL {part['kl'].min():.2f} to {part['kl'].max():.2f}")
 
 # %%
 by_bits = {bits: quality[f"rtn-{bits}"].kl_divergence for bits in (4, 3, 2)}
