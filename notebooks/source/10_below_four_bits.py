@@ -660,16 +660,15 @@ figures.show(
 
 # %%
 def ready_for_gptq(weight, hessian, bits, group_size, damp):
-    """Weight, scale and zero point, loudest column first; the Cholesky factor of the inverse; the order."""
-    scale, zero = (
-        x.expand(-1, -1, group_size).flatten(-2) for x in minmax(weight.unflatten(-1, (-1, group_size)), bits)
-    )
+    """Weight, scale and zero point [columns, rows], loudest column first; Cholesky factor of the inverse; order."""
+    grid = (x.expand(-1, -1, group_size).flatten(-2) for x in minmax(weight.unflatten(-1, (-1, group_size)), bits))
     order = hessian.diagonal().argsort(descending=True)
     H = hessian[order][:, order].clone()
     H.diagonal().add_(damp * H.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
     factor = torch.linalg.cholesky(inverse, upper=True)
-    return weight[:, order].clone(), scale[:, order], zero[:, order], factor, order
+    # A column's weights must lie together in memory: that halves the time.
+    return *(x.T[order].contiguous() for x in (weight, *grid)), factor, order
 
 
 # %%
@@ -677,17 +676,15 @@ def ready_for_gptq(weight, hessian, bits, group_size, damp):
 def gptq(weight, bits, group_size=64, hessian=None, damp=0.1, blocksize=64):
     """weight [rows, columns], hessian [columns, columns] -> the quantized weight, in float32."""
     W, scale, zero, factor, order = ready_for_gptq(weight, hessian, bits, group_size, damp)
-    Q = torch.zeros_like(W)
-    for left in range(0, W.shape[1], blocksize):
-        right = min(left + blocksize, W.shape[1])
-        block, errors = W[:, left:right].clone(), torch.zeros_like(W[:, left:right])
-        for i, at in enumerate(range(left, right)):
-            codes = codes_of(block[:, i], scale[:, at], zero[:, at], bits)
-            Q[:, at] = scale[:, at] * (codes - zero[:, at])
-            errors[:, i] = (block[:, i] - Q[:, at]) / factor[at, at]
-            block[:, i:] -= errors[:, i, None] * factor[at, at:right]
-        W[:, right:] -= errors @ factor[left:right, right:]
-    return Q[:, order.argsort()]
+    Q, errors = torch.zeros_like(W), torch.zeros_like(W)
+    for left in range(0, len(W), blocksize):
+        right = min(left + blocksize, len(W))
+        for at in range(left, right):
+            Q[at] = scale[at] * (codes_of(W[at], scale[at], zero[at], bits) - zero[at])
+            errors[at] = (W[at] - Q[at]) / factor[at, at]
+            W[at:right] -= factor[at, at:right, None] * errors[at]
+        W[right:] -= factor[left:right, right:].T @ errors[left:right]
+    return Q[order.argsort()].T
 
 
 # %%
