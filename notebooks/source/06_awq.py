@@ -292,7 +292,8 @@ kept.round(4)
 # But a matrix that is part integer and part float needs two kernels. So AWQ keeps everything in 4 bits and scales
 # those channels up.
 #
-# Every method below must beat the first row, rounding to nearest. On the whole evaluation text:
+# Every method below must beat the first row, rounding to nearest. The next cell measures it on the whole evaluation
+# text:
 
 # %%
 round_all_but(0, "-")
