@@ -56,22 +56,33 @@ def execute(path, build, cwd, threads=None, **parameters):
 
 
 @pytest.fixture(scope="session")
-def together(request):
-    """together(test, work) gives {parameter: future of work(parameter)} for every selected case of a test: two at a time on one core each, as
-    far as cores and memory reach. That is faster than one after the other on two cores, and shows that they do not disturb each other.
+def together():
+    """together(cases, work, ...) gives {case: future of work(case, ...)}: two at a time on one core each, as far as cores and memory
+    reach. That is faster than one after the other on two cores, and shows that they do not disturb each other.
     What is measured of speed meanwhile is nobody's record."""
     workers = max(1, min(2, cores(), int(memory.free_ram() / 6e9)))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
 
-        def submit(test, work, *arguments):
-            items = [item for item in request.session.items if getattr(item, "originalname", None) == test]
-            cases = [next(iter(item.callspec.params.values())) for item in items]
+        def submit(cases, work, *arguments):
             return {
                 case: pool.submit(in_time, deadline(), work, case, *arguments, cores() // workers) for case in cases
             }
 
         yield submit
+
+
+def selected(request, test):
+    """The first parameter of every case of a test that this session runs."""
+    items = [item for item in request.session.items if getattr(item, "originalname", None) == test]
+    return [next(iter(item.callspec.params.values())) for item in items]
+
+
+def longest_first(paths):
+    """00 alone at the beginning, because 11 writes the records of 00 where they lack; then the longest, so that none of them begins
+    when everything else is done; at last those that look at what the others have made."""
+    cost = {path: nbformat.read(path, as_version=4).metadata.course.cost.cpu.seconds for path in paths}
+    return sorted(paths, key=lambda path: (path.name >= "11", path.name >= "01", -cost[path], path.name))
 
 
 TOO_LATE = "not started: the time that COURSE_TEST_MINUTES gives was over"
@@ -86,6 +97,15 @@ def test_work_is_not_started_after_the_limit():
     assert in_time(time.time() + 60, max, 1, 2) == 2 and in_time(time.time() - 1, max, 1, 2) == TOO_LATE
 
 
+def test_the_longest_notebook_begins_early_and_those_that_look_at_others_late():
+    order = [path.name[:2] for path in longest_first(pages.paths())]
+    assert (
+        order[0] == "00"
+        and set(order[-3:]) == {"11", "12", "13"}
+        and sorted(order) == [path.name[:2] for path in pages.paths()]
+    )
+
+
 def finished(future):
     """The result of work in the pool; skips the test where there was no time to start it."""
     result = future.result()
@@ -98,10 +118,23 @@ def some_are_missing(executions):
 
 
 @pytest.fixture(scope="session")
-def executions(together, build, tmp_path_factory, found):
-    """{notebook: future of its `run.Result`}, with solutions."""
+def queue(request, together, build, tmp_path_factory, found):
+    """{test: {case: future}} of everything that waits for nothing else, so that no core is idle while the last notebook ends."""
     baseline(found)  # once, not in two notebooks at the same time
-    return together("test_notebook", solved, build, tmp_path_factory.mktemp("cwd"))
+    chosen = {test: selected(request, test) for test in ("test_notebook", *ALONE)}
+    made = {
+        "test_notebook": together(longest_first(chosen["test_notebook"]), solved, build, tmp_path_factory.mktemp("cwd"))
+    }
+    for test, work in ALONE.items():
+        if chosen[test]:
+            made[test] = together(chosen[test], work, *(request.getfixturevalue(name) for name in FOLDERS[test]))
+    return made
+
+
+@pytest.fixture(scope="session")
+def executions(queue):
+    """{notebook: future of its `run.Result`}, with solutions."""
+    return queue["test_notebook"]
 
 
 def solved(path, build, cwd, threads):
@@ -356,7 +389,6 @@ def check_troubleshooting(build):
     entries = json.loads(text)["entries"]
     assert set(entries) == set(catalogue.BY_ID) and not re.search(r"hf_\w{20}", text)
     provoked = {name for name, entry in entries.items() if entry["outcome"] in ("repaired", "measured")}
-    assert len(provoked) >= 35
     assert all(catalogue.find(name).recorded or entries[name]["reason"] for name in entries.keys() - provoked)
 
 
@@ -379,68 +411,85 @@ RELOADS = {
     "qlora": "reload",
 }
 
+# What a process finds out about one checkpoint that knows only its notebook's reload cell: does plain `from_pretrained` bring it back as
+# the notebook does, which perplexity has it, and what does it say.
 FRESH = """
-import sys
+import json, sys
 from pathlib import Path
 {reload}
 from helpers import evaluation
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import torch
-folder, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
+folder, dtype, tokens, speak = Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
 plainly = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-windows = evaluation.windows(AutoTokenizer.from_pretrained(folder), tokens=int(sys.argv[3]))
-print(evaluation.score({function}(folder), windows).perplexity)
+ids, answer = torch.arange(100, 164)[None], dict()
+try:
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+except Exception as problem:
+    answer["refused"] = " ".join(str(problem).split())
+with torch.inference_mode():
+    net = {function}(folder) if tokens or "refused" not in answer else None
+    if "refused" not in answer:
+        theirs = plain(ids.to(plain.device)).logits.float().log_softmax(-1).cpu()
+        ours = net(ids.to(net.device)).logits.float().log_softmax(-1).cpu()
+        answer["kl"] = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
+        del plain
+    tokenizer = AutoTokenizer.from_pretrained(folder) if tokens else None
+    if speak:
+        conversation = [{{"role": "user", "content": "How are you today?"}}]
+        inputs = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        said = net.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+        answer["says"] = tokenizer.decode(said, skip_special_tokens=True)
+if tokens:
+    answer["perplexity"] = evaluation.score(net, evaluation.windows(tokenizer, tokens=tokens)).perplexity
+print("ANSWER", json.dumps(answer))
 """
+SPEAK = ("autoawq", "awq")  # their notebook prints what they answer
 
 
-def perplexity_elsewhere(method, build, threads):
-    """Perplexity of a checkpoint in a process that knows only its notebook's reload cell."""
-    record = records.read(build).get(method)
-    assert record, f"no record of {method}: run this test together with test_notebook"
-    notebook = nbformat.read(ROOT / "notebooks" / f"{record['notebook']}.ipynb", as_version=4)
-    reload = "\n".join(cell.source for cell in pages.tagged(notebook, "reload"))
-    program = FRESH.format(reload=reload, function=RELOADS[method])
+def stem_of(method, written):
+    """The notebook that made a checkpoint, or None. Those of 02 that are steps on its way have no record."""
+    if method in written:
+        return written[method]["notebook"]
+    return "02_qat_fake_quant" if method.startswith("qat") else None
+
+
+def look(method, build, threads):
+    """What FRESH answers about a checkpoint: {"refused" or "kl", and for those of RELOADS "perplexity"; of SPEAK "says"}."""
+    written = records.read(build)
+    stem = stem_of(method, written)
+    notebook = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4) if stem else None
+    reload = "\n".join(cell.source for cell in pages.tagged(notebook, "reload")) if notebook else ""
+    function = {"qat-int8-eager": "load_eager", **RELOADS}.get(method, "plainly")
+    tokens = written[method]["eval_tokens"] if method in RELOADS and method in written else 0
     dtype = str(models.Found("", "", "", "cpu").fast).removeprefix("torch.")
-    command = [sys.executable, "-c", program, str(checkpoints.folder(build, method)), dtype, str(record["eval_tokens"])]
+    program = FRESH.format(reload=reload, function=function)
+    speaks = method in SPEAK and bool(tokens)
+    command = [
+        sys.executable, "-c", program, str(checkpoints.folder(build, method)), dtype, str(tokens), str(speaks)
+    ]  # fmt: skip
     env = os.environ | run.BATCH | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return float(done.stdout.split()[-1])
+    assert done.returncode == 0, (method, done.stderr[-2000:])
+    return json.loads(done.stdout.rpartition("ANSWER ")[2])
 
 
 @pytest.fixture(scope="session")
 def elsewhere(together, executions, build):
+    """{checkpoint: future of what a new process finds out about it}, of every folder that the notebooks have saved."""
     concurrent.futures.wait(executions.values())
-    return together("test_checkpoint_in_a_fresh_process", perplexity_elsewhere, build)
+    saved = checkpoints.folder(build, "x").parent
+    return together(sorted(path.name for path in saved.glob("*") if path.is_dir()), look, build)
 
 
 @pytest.mark.parametrize("method", RELOADS)
 def test_checkpoint_in_a_fresh_process(method, build, executions, elsewhere):
     """What a notebook saved gives the recorded perplexity there."""
-    if some_are_missing(executions) and method not in records.read(build):
+    written = records.read(build)
+    if some_are_missing(executions) and (method not in written or method not in elsewhere):
         pytest.skip(TOO_LATE)
-    assert finished(elsewhere[method]) == pytest.approx(records.read(build)[method]["perplexity"], rel=1e-3)
-
-
-PLAIN = """
-import sys
-from pathlib import Path
-{reload}
-import torch
-from transformers import AutoModelForCausalLM
-folder, ids = Path(sys.argv[1]), torch.arange(100, 164)[None]
-plainly = AutoModelForCausalLM.from_pretrained
-try:
-    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
-except Exception as problem:
-    print("REFUSED", " ".join(str(problem).split()))
-else:
-    with torch.inference_mode():
-        theirs = plain(ids.to(plain.device)).logits.float().log_softmax(-1).cpu()
-        ours = {function}(folder)
-        ours = ours(ids.to(ours.device)).logits.float().log_softmax(-1).cpu()
-    print("KL", (ours.exp() * (ours - theirs)).sum(-1).mean().item())
-"""
+    assert method in written, f"no record of {method}: run this test together with test_notebook"
+    assert finished(elsewhere[method])["perplexity"] == pytest.approx(written[method]["perplexity"], rel=1e-3)
 
 
 def test_no_checkpoint_loads_as_garbage(build, executions, elsewhere):
@@ -449,41 +498,16 @@ def test_no_checkpoint_loads_as_garbage(build, executions, elsewhere):
     An adapter is another matter: transformers asks the hub for its base, which fails in words that nobody here can choose, or puts the
     adapter on a base that is not quantized, which is close to the NF4 model and not equal.
     """
-    concurrent.futures.wait(elsewhere.values())
-    if time.time() > deadline():
-        pytest.skip(TOO_LATE)
-    written, folders = (
-        records.read(build),
-        sorted(path for path in checkpoints.folder(build, "x").parent.iterdir() if path.is_dir()),
-    )
-    assert {folder.name for folder in folders} >= set(RELOADS) or some_are_missing(executions)
-    stems = {folder.name: written[folder.name]["notebook"] if folder.name in written else None for folder in folders}
-    stems |= {
-        name: "02_qat_fake_quant" for name, stem in stems.items() if not stem and name.startswith("qat")
-    }  # they have no record
-
-    def both_ways(folder):
-        stem = stems[folder.name]
-        cells = (
-            pages.tagged(nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4), "reload") if stem else []
-        )
-        function = {"qat-int8-eager": "load_eager", **RELOADS}.get(folder.name, "plainly")
-        program = PLAIN.format(reload="\n".join(cell.source for cell in cells), function=function)
-        env = os.environ | run.BATCH | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [sys.executable, "-c", program, str(folder)], cwd=ROOT, capture_output=True, text=True, env=env
-        )
-
-    with concurrent.futures.ThreadPoolExecutor(max(1, min(2, cores()))) as pool:
-        finished = list(pool.map(both_ways, folders))
-    for folder, done in zip(folders, finished):
-        assert done.returncode == 0, (folder.name, done.stderr[-2000:])
-        answer = done.stdout.strip().splitlines()[-1]
-        adapter, stem = (folder / "adapter_config.json").is_file(), stems[folder.name]
-        if answer.startswith("REFUSED"):
-            assert adapter or stem and f"in notebook {stem}.ipynb" in answer, (folder.name, answer)
+    assert elsewhere.keys() >= set(RELOADS) or some_are_missing(executions)
+    written = records.read(build)
+    for method, future in elsewhere.items():
+        answer, stem = finished(future), stem_of(method, written)
+        adapter = (checkpoints.folder(build, method) / "adapter_config.json").is_file()
+        if "refused" in answer:
+            named = bool(stem) and f"in notebook {stem}.ipynb" in answer["refused"]
+            assert adapter or named, (method, answer)
         else:
-            assert float(answer.split()[1]) < (1 if adapter else 0.02), (folder.name, answer)
+            assert answer["kl"] < (1 if adapter else 0.02), (method, answer)
 
 
 def test_on_genres_nobody_tuned_for_the_best_settings_beat_rounding_on_their_grid(build, executions):
@@ -496,30 +520,15 @@ def test_on_genres_nobody_tuned_for_the_best_settings_beat_rounding_on_their_gri
         assert record["kl_divergence"] <= share * floor["kl_divergence"] and record["kl_high"] < floor["kl_low"], method
 
 
-SAYS = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-net = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=sys.argv[2])  # the notebook's: greedy answers part where two tokens are close
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-conversation = [{"role": "user", "content": "How are you today?"}]
-inputs = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-ids = net.generate(**inputs, max_new_tokens=32, do_sample=False)
-print("SAYS", tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-"""
-
-
-@pytest.mark.parametrize("method", ["autoawq", "awq"])
-def test_a_new_process_says_what_the_notebook_printed(method, build, executions):
-    finished(executions[ROOT / "notebooks" / "06_awq.ipynb"])
+@pytest.mark.parametrize("method", SPEAK)
+def test_a_new_process_says_what_the_notebook_printed(method, build, executions, elsewhere):
+    if some_are_missing(executions) and method not in elsewhere:
+        pytest.skip(TOO_LATE)
     executed = nbformat.read(build / "notebooks" / "06_awq.ipynb", as_version=4)
     printed = "\n".join(
         output.text for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "stream"
     )
-    dtype = str(models.Found("", "", "", "cpu").fast).removeprefix("torch.")
-    command = [sys.executable, "-c", SAYS, str(checkpoints.folder(build, method)), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | run.BATCH)
-    assert done.returncode == 0, done.stderr[-2000:]
-    answer = done.stdout.partition("SAYS ")[2].strip()
+    answer = finished(elsewhere[method])["says"].strip()
     assert len(answer) > 40 and answer in printed
 
 
@@ -559,16 +568,14 @@ def other(case, folder, threads):
 
 
 @pytest.fixture(scope="session")
-def others(together, elsewhere, tmp_path_factory):
-    concurrent.futures.wait(elsewhere.values())
-    folder = tmp_path_factory.mktemp("others")
-    return folder, together("test_other_parameters_give_another_record", other, folder)
+def others_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("others")
 
 
 @pytest.mark.skipif(EMULATED, reason="two more notebooks take ten minutes where bfloat16 is emulated")
-@pytest.mark.parametrize("case", OTHERS)
-def test_other_parameters_give_another_record(case, others):
-    folder, futures = others[0] / case, others[1]
+@pytest.mark.parametrize("case", ["fp4", pytest.param("three_bits", marks=pytest.mark.slow)])
+def test_other_parameters_give_another_record(case, queue, others_folder):
+    folder, futures = others_folder / case, queue["test_other_parameters_give_another_record"]
     done = finished(futures[case])
     if case == "fp4":
         assert done.returncode == 0, done.stderr[-2000:]
@@ -606,16 +613,29 @@ def test_a_model_that_is_too_large_ends_in_one_line(tmp_path):
     assert not (tmp_path / "cache" / models.GEOMETRY).exists()
 
 
-def bare(path, folder, kernel, threads):
-    """Run a notebook alone in an empty folder; (that folder, the finished process)."""
-    content = folder / path.stem
-    content.mkdir()
-    shutil.copy(path, content)
-    notebook = nbformat.read(content / path.name, as_version=4)
-    if not path.name.startswith("00"):
+def first_cells(paths):
+    """A notebook of the first cells of all these: bootstrap, parameters and what follows, one notebook after the other."""
+    whole = None
+    for path in paths:
+        notebook = nbformat.read(path, as_version=4)
         (parameters,) = pages.tagged(notebook, "parameters")
-        notebook.cells = notebook.cells[: notebook.cells.index(parameters) + 2]
-        nbformat.write(notebook, content / path.name)
+        cells = [cell for cell in notebook.cells[: notebook.cells.index(parameters) + 2] if cell.cell_type == "code"]
+        for cell in cells:
+            cell.id = f"{path.name[:2]}-{cell.id}"[:64]
+        if whole is None:
+            whole, notebook.cells = notebook, []
+        whole.cells += cells
+    return whole
+
+
+def bare(case, folder, kernel, threads):
+    """Run a notebook alone in an empty folder: 00, or the first cells of all others; (that folder, the finished process)."""
+    content, name = folder / case, f"{case}.ipynb"
+    content.mkdir()
+    if case == "first_cells":
+        nbformat.write(first_cells(pages.paths()[1:]), content / name)
+    else:
+        shutil.copy(ROOT / "notebooks" / name, content)
     environment = (
         os.environ
         | run.BATCH
@@ -627,7 +647,7 @@ def bare(path, folder, kernel, threads):
     environment["PYTHONPATH"] = os.pathsep.join(
         path for path in paths if not os.path.isdir(os.path.join(path, "helpers"))
     )
-    command = [sys.executable, "-m", "papermill", path.name, "out.ipynb", "-k", "colab", "-p", "eval_tokens", "1024",
+    command = [sys.executable, "-m", "papermill", name, "out.ipynb", "-k", "colab", "-p", "eval_tokens", "1024",
                "-p", "model", models.OFFLINE, "--no-progress-bar"]  # fmt: skip
     for _ in range(2):
         done = subprocess.run(command, cwd=content, env=environment, capture_output=True, text=True)
@@ -637,22 +657,23 @@ def bare(path, folder, kernel, threads):
     return content, done
 
 
-@pytest.fixture(scope="session")
-def bares(together, colab, tmp_path_factory):
-    return together("test_bare_directory_as_on_colab", bare, tmp_path_factory.mktemp("content"), colab)
-
-
-@pytest.mark.parametrize("path", pages.paths(), ids=lambda path: path.stem)
-def test_bare_directory_as_on_colab(path, bares):
+@pytest.mark.parametrize("case", ["00_start_here", "first_cells"])
+def test_bare_directory_as_on_colab(case, queue):
     """One notebook alone in an empty folder, in an environment with the packages but without the course: its bootstrap cell
-    fetches the course and everything imports. 00 is executed whole, the others up to their imports."""
-    content, done = finished(bares[path])
+    fetches the course and everything imports. 00 is executed whole; of the others, whose bootstrap cell is made from the same text
+    (sources.py), the first cells run in one kernel, because each alone would spend its time on importing torch."""
+    content, done = finished(queue["test_bare_directory_as_on_colab"][case])
     assert done.returncode == 0, done.stderr[-2000:]
     assert (content / "quantization-course" / "helpers" / "bootstrap.py").is_file(), (
         "the bootstrap cell did not fetch the course"
     )
-    if path.name.startswith("00"):
+    if case == "00_start_here":
         assert (content / "build" / "records" / "fp32.json").is_file(), "records belong into the reader's folder"
+
+
+@pytest.fixture(scope="session")
+def content(tmp_path_factory):
+    return tmp_path_factory.mktemp("content")
 
 
 @pytest.fixture(scope="session")
@@ -682,3 +703,11 @@ def colab(tmp_path_factory):
     argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "colab", "language": "python"}))
     return home
+
+
+# Work of the queue beside the notebooks, by the test that takes its result, and the fixtures it gets.
+ALONE = {"test_other_parameters_give_another_record": other, "test_bare_directory_as_on_colab": bare}
+FOLDERS = {
+    "test_other_parameters_give_another_record": ["others_folder"],
+    "test_bare_directory_as_on_colab": ["content", "colab"],
+}
