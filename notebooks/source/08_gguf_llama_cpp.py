@@ -1439,8 +1439,8 @@ def lesson_ids(pair):
 def short_adapter(net, lessons):
     """The model with an adapter that saw each lesson once."""
     torch.manual_seed(0)
-    net = get_peft_model(net, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW((p for p in net.parameters() if p.requires_grad), lr=1e-3)
+    net = get_peft_model(net, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW((p for p in net.parameters() if p.requires_grad), lr=2e-3)
     for ids, labels in map(lesson_ids, lessons):
         net(input_ids=ids.to(net.device), labels=labels.to(net.device)).loss.backward()
         optimizer.step()
@@ -1457,7 +1457,7 @@ def merged_model():
             training.check_adapter(adapter, net, found.asked)
             net = PeftModel.from_pretrained(net, adapter)
         else:
-            net = short_adapter(net.to(found.device), [pair for pair in pairs if pair["split"] == "train"][:48])
+            net = short_adapter(net.to(found.device), [pair for pair in pairs if pair["split"] == "train"][:24])
     return net.merge_and_unload().bfloat16().cpu()
 
 
