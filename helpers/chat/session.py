@@ -42,7 +42,10 @@ def require_cache(model: PreTrainedModel) -> None:
 
     Each new token then sees the last one alone: the first word of an answer is right and the rest is noise.
     """
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    name = (
+        "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
+    )  # before 5.23
+    if model.training and getattr(model, name, False):
         raise ChatError(
             "The model is in training mode with gradient checkpointing. Call model.eval() before it answers."
         )
