@@ -931,7 +931,7 @@ table.round(4)
 worst = max(score.kl_divergence for score in scores.values())
 trained = found.name.startswith(("SmolLM2", "Qwen", "Mistral"))  # what scaling does for random weights proves nothing
 assert worst < floor.kl_divergence or not trained, "AWQ must beat rounding to nearest"
-if found.name.startswith(("SmolLM2", "Qwen")):
+if found.name.startswith("SmolLM2"):  # with Qwen2.5-Coder-1.5B AWQ removes an eighth (below)
     for name, score in scores.items():
         assert score.kl_divergence <= 0.65 * floor.kl_divergence, f"{name} removes too little of the error"
         assert score.kl_high < floor.kl_low, f"{name} and rounding to nearest: their intervals overlap"
@@ -954,6 +954,10 @@ clipping = "helps" if low > 0 else "hurts" if high < 0 else "changes nothing tha
 print(f"KL of autoawq minus that of gptqmodel: {gap:+.4f} ({low:+.4f} to {high:+.4f}): clipping {clipping}")
 
 # %% [markdown]
+# **A larger model gains less.** We ran these cells once with Qwen2.5-Coder-1.5B on an NVIDIA H200, in groups of 128.
+# Rounding has a KL of 0.0872 [0.0827, 0.0926] there, autoawq 0.0739 [0.0695, 0.0790], and gptqmodel 0.0770 [0.0720,
+# 0.0822]. AWQ took away 12 to 15 % of the error, and the intervals of gptqmodel and of rounding just part.
+#
 # The letter comes last. We chose nothing by looking at it. Does it confirm the order?
 
 # %%
@@ -1323,7 +1327,8 @@ quiz.Quiz("06_awq")
 #    rounding loss away. Chosen by weights, they help no more than chance.
 # 2. **AWQ is a scale per channel, found by a search and folded away.** All in 4 bits, it brings the model's KL from
 #    0.41 to 0.15, and the float function stays as it is. In the last layer,
-#    whose largest input is 56 times the median, it takes 61 % of the MLP's error away.
+#    whose largest input is 56 times the median, it takes 61 % of the MLP's error away. On a model of 1.5 billion
+#    parameters the gain was 12 to 15 %.
 # 3. **Two libraries write one format.** autoawq needs a repair on a CPU. transformers and gptqmodel load either
 #    checkpoint, and on this CPU both decode at least twice as fast as float32.
 #

@@ -753,8 +753,16 @@ verdicts.infer_objects().round(4)
 # There it makes the model worse (0.46 to 0.57), although the squared error of no block grew. The search looks at the
 # weights alone. [05 GPTQ](05_gptq.ipynb) and [06 AWQ](06_awq.ipynb) ask the inputs which error counts.
 #
-# FP8 costs 0.016 with rounded weights alone, and 0.028 with rounded inputs too. One larger model may order these
-# formats otherwise: run the notebook with `model="qwen2.5-coder-1.5b-offline"` to see.
+# FP8 costs 0.016 with rounded weights alone, and 0.028 with rounded inputs too.
+#
+# **A larger model orders them otherwise in two places.** We ran this notebook once with Qwen2.5-Coder-1.5B on an
+# NVIDIA H200; its records come with the course.
+#
+# - NVFP4 wins again at 4.5 bits: 0.055 [0.052, 0.059] against 0.090 [0.085, 0.096] of INT4.
+# - At 4.25 bits **INT4 wins there**: 0.118 [0.111, 0.125] against 0.151 [0.144, 0.160] of MXFP4.
+# - The search of scales **helps INT4 there**: 0.090 falls to 0.080. It helps MXFP4 most: 0.151 falls to 0.102.
+# - INT4 with a zero point and 4.625 bits comes to 0.048. It is ahead of NVFP4 there.
+# - FP8 costs 0.006 with rounded weights alone, and 0.010 with rounded inputs too.
 
 # %% jupyter={"source_hidden": true}
 shown = [name for name in table.sort_values("KL", ascending=False).index if name in FOUR_BITS]
@@ -1169,8 +1177,9 @@ quiz.Quiz("09_float_formats")
 #    and, but for halfway cases, gguf.
 # 2. **A float keeps its relative error.** With one scale a layer, INT8 inputs cost SmolLM2-135M a KL of about 1.0 and
 #    FP8 inputs 0.04. With one scale a token both work.
-# 3. **At equal bits FP4 beats symmetric INT4 on this model**: 0.26 against 0.46 at 4.5 bits, 0.41 against 0.58 at 4.25.
-#    Whether FP4 is also fast is a question to your card.
+# 3. **At 4.5 bits NVFP4 beats symmetric INT4 on both models**: 0.26 against 0.46, and 0.055 against 0.090 with 1.5
+#    billion parameters. At 4.25 bits MXFP4 wins on the small model (0.41 against 0.58) and loses on the large one
+#    (0.151 against 0.118). Whether FP4 is also fast is a question to your card.
 #
 # <!-- navigation -->
 # <!-- /navigation -->
