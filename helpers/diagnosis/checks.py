@@ -176,6 +176,29 @@ def check_cuda():
     return Check("CUDA", OK, found)
 
 
+# Least compute capability whose tensor cores multiply a format; notebook 09 has the table with a source for each row.
+NATIVE_FROM = {"FP8": (8, 9), "MXFP8": (10, 0), "MXFP4": (10, 0), "NVFP4": (10, 0)}
+
+
+def formats(capability: tuple[int, int]) -> dict[str, str]:
+    """{number format: "native" or "restored to 16 bits"} of a GPU with a compute capability such as (8, 6)."""
+    emulated = "restored to 16 bits" if capability >= (7, 5) else "no kernel known here"
+    return {name: "native" if capability >= least else emulated for name, least in NATIVE_FROM.items()}
+
+
+def check_formats():
+    """Which small floats this GPU multiplies by itself; None without a GPU that torch uses."""
+    try:
+        import torch
+    except Exception:
+        return None  # said by check_torch
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(0)
+    said = ", ".join(f"{name} {what}" for name, what in formats(capability).items())
+    return Check("formats", OK, f"capability {capability[0]}.{capability[1]}: {said}")
+
+
 def check_bitsandbytes():
     """Quantize and restore a block for real: an import that works says nothing about the kernels."""
     try:

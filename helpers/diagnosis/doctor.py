@@ -29,6 +29,7 @@ from helpers.diagnosis.checks import (
     check_combinations,
     check_cuda,
     check_disk,
+    check_formats,
     check_grid,
     check_kernel,
     check_model,
@@ -107,6 +108,7 @@ def _examine(model):
         check_combinations(),
         check_torch(),
         check_cuda(),
+        check_formats(),
         check_bitsandbytes(),
         check_kernel(),
     ]

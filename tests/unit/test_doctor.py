@@ -421,3 +421,18 @@ def test_the_offline_qwen_is_judged_by_its_own_size(cache, monkeypatch):
     assert "GB of RAM, but only 2.0 GB" in asked.large_refusal()[0]
     asked.pypi = False
     assert "PyPI does not answer" in asked.large_refusal()[0]
+
+
+def test_formats_of_a_card(monkeypatch):
+    assert set(checks.formats((8, 6)).values()) == {"restored to 16 bits"}
+    assert checks.formats((9, 0)) == {"FP8": "native"} | dict.fromkeys(
+        ("MXFP8", "MXFP4", "NVFP4"), "restored to 16 bits"
+    )
+    assert set(checks.formats((10, 0)).values()) == {"native"} and set(checks.formats((7, 0)).values()) == {
+        "no kernel known here"
+    }
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert checks.check_formats() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    assert checks.check_formats().found.startswith("capability 8.9: FP8 native, MXFP8 restored")
