@@ -424,6 +424,8 @@ def test_the_offline_qwen_is_judged_by_its_own_size(cache, monkeypatch):
 
 
 def test_formats_of_a_card(monkeypatch):
+    import torch
+
     assert set(checks.formats((8, 6)).values()) == {"restored to 16 bits"}
     assert checks.formats((9, 0)) == {"FP8": "native"} | dict.fromkeys(
         ("MXFP8", "MXFP4", "NVFP4"), "restored to 16 bits"
