@@ -1500,12 +1500,17 @@ if tune:
     print(f"Q: {held_out[0]['question']}")
     for when, rows in behaviour.items():
         print(f"{when}: F1 {rows.F1.mean():.2f}, {rows.ended.sum()} of {len(rows)} end. {rows.answer[0]!r}")
-    learned = (behaviour["after"].F1 - behaviour["before"].F1).to_numpy()
-    low, high = evaluation.interval(learned)
-    print(f"F1 gained: {learned.mean():+.2f} [{low:+.2f}, {high:+.2f}]")
-    assert low > 0 or not found.name.startswith("SmolLM2"), "the trained behaviour got lost on the way"
+    both = [behaviour[when][["F1", "ended"]].astype(float) for when in ("after", "before")]
+    gained = both[0] - both[1]
+    bars = {name: [gained[name].mean(), *evaluation.interval(gained[name].to_numpy())] for name in gained}
+    display(pd.DataFrame(bars, index=["gained", "from", "to"]).T.round(2))
+    assert bars["ended"][1] > 0 or not found.name.startswith("SmolLM2"), "the trained behaviour got lost on the way"
 
 # %% [markdown]
+# The trained form arrives in llama.cpp: most answers now end by themselves, after one or two sentences. The words come
+# only a little closer to the written ones, and eight questions cannot tell that gain from zero. An adapter of this
+# size learns how to answer, and little of what is true.
+#
 # **Ollama** runs llama.cpp's kind of file with a `Modelfile` beside it. Its templates are written in Go's language,
 # so the file's own template is translated: `.System`, `.Prompt` and `.Response` stand for what is said. A translation
 # can be wrong, so ours is checked: filled in, it must give the prompt that the model was trained with.
@@ -1608,9 +1613,7 @@ def unknown_type(data):
 
 def without_template(data):
     """The entry's name is changed, so nobody finds it."""
-    name = b"tokenizer.chat_template"
-    at = data.index(name)
-    data[at : at + len(name)] = name[:-1] + b"X"
+    return data.replace(b"tokenizer.chat_template", b"tokenizer.chat_templatX")
 
 
 # %% jupyter={"source_hidden": true}
