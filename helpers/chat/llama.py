@@ -41,7 +41,7 @@ os._exit(0)  # an answer that is still being computed has no reader any more
 
 
 @contextlib.contextmanager
-def serving(path, **settings) -> Iterator[Any]:
+def serving(path: str | Path, **settings: Any) -> Iterator[Any]:
     """Serve a GGUF file: .address, .process (psutil), .load_seconds. settings: of xllamacpp.CommonParams, and threads.
 
     Raises RuntimeError with llama.cpp's first error where the server does not come up (no model, a taken port, a template that does not
@@ -82,7 +82,7 @@ def _end(process):
     process.stdout.close()
 
 
-def first_error(log) -> str:
+def first_error(log: str) -> str:
     """The first error in llama.cpp's log, without its time stamp; the last line where there is none."""
     log.seek(0)
     lines = log.read().strip().splitlines() or ["no message"]
@@ -107,13 +107,13 @@ def _posted(server, route, body):
         connection.close()  # the server stops computing an answer that nobody reads
 
 
-def ask(server, route: str, **body) -> dict:
+def ask(server: Any, route: str, **body: Any) -> dict:
     """What the server answers to a request. RuntimeError in its own words where it refuses, or when it is gone."""
     with _posted(server, route, body) as answer:
         return json.loads(answer.read())
 
 
-def choices(server, messages: list[dict], **body) -> Iterator[dict]:
+def choices(server: Any, messages: list[dict], **body: Any) -> Iterator[dict]:
     """The parts of a streamed answer as they come: {"delta": {"content": ...}, "finish_reason": None or why it ended}."""
     with _posted(server, "/v1/chat/completions", {"messages": messages, "stream": True, **body}) as answer:
         ended = False
@@ -128,13 +128,13 @@ def choices(server, messages: list[dict], **body) -> Iterator[dict]:
             raise http.client.IncompleteRead(b"")
 
 
-def stream(server, messages: list[dict], **body) -> Iterator[str]:
+def stream(server: Any, messages: list[dict], **body: Any) -> Iterator[str]:
     """The pieces of an answer as they come."""
     for choice in choices(server, messages, **body):
         yield choice["delta"].get("content") or ""
 
 
-def describe(path) -> SimpleNamespace:
+def describe(path: str | Path) -> SimpleNamespace:
     """What a session must know of a GGUF file: .template (None without one), .context (tokens), .control (its control tokens).
 
     Raises ValueError for a file that is absent, none of GGUF, cut off, or of a type that the package gguf does not know.
@@ -177,8 +177,20 @@ class Session:
     silently. So is a typed control token, because llama.cpp would read it as one. The oldest turns go when the context is full.
     """
 
-    def __init__(self, server, file, system=None, max_new_tokens=256, *, context=CONTEXT, seed=None, sample=None, temperature=None,
-                 top_p=None, **template_arguments):  # fmt: skip
+    def __init__(
+        self,
+        server: Any,
+        file: SimpleNamespace,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        *,
+        context: int = CONTEXT,
+        seed: int | None = None,
+        sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        **template_arguments: Any,
+    ):
         if not file.template:
             raise ChatError(
                 "This file has no chat template: llama.cpp would take ChatML, whatever the model was trained with. Take a file of the "
@@ -202,14 +214,14 @@ class Session:
         self.turns, self.cut_off, self._answers = [], False, 0
 
     @property
-    def messages(self):
+    def messages(self) -> list[dict]:
         """The conversation as it stands."""
         return [*self.system, *self.turns]
 
-    def stop(self):
+    def stop(self) -> None:
         """Nothing to do: the server stops as soon as the stream is closed. Here because `ChatSession` has it."""
 
-    def stream(self, text) -> Iterator[str]:
+    def stream(self, text: str) -> Iterator[str]:
         """Yield the answer piece by piece; afterwards it is part of `messages`."""
         for mark in self.file.control:
             if mark in text:
@@ -255,7 +267,7 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(path, **options):
+def session(path: str | Path, **options: Any) -> Iterator[Session]:
     """A `Session` with a GGUF file whose server ends with the block. Raises ValueError and RuntimeError in one line each."""
     file = describe(path)
     context = min(file.context, CONTEXT)

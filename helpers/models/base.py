@@ -70,6 +70,12 @@ class Found:
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     @property
+    def trained(self) -> bool:
+        """False where what a model answers proves nothing: random weights made here, and files of less than 100 MB."""
+        files_of = Path(self.path).glob("*.safetensors")
+        return not self.origin.startswith("random") and sum(file.stat().st_size for file in files_of) > 1e8
+
+    @property
     def fast(self) -> torch.dtype:
         """The dtype to compute in where the last digits do not matter: bfloat16 where the machine multiplies it, else float32.
 

@@ -1,13 +1,20 @@
 """The decoder layers of a causal language model, whatever its family calls them and whatever else they are called with."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers.models.base import Found, ModelError
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
-def layers(net):
+
+def layers(net: PreTrainedModel) -> torch.nn.ModuleList:
     """The `ModuleList` of decoder layers: `model.layers` of Llama, `transformer.h` of Falcon."""
     import torch
 
@@ -30,7 +37,7 @@ class Recorded:
     others: list
     ending: list
 
-    def output_from(self, first, positions=slice(None)):
+    def output_from(self, first: int, positions: slice = slice(None)) -> torch.Tensor:
         """Logits [n, positions, vocabulary], computed from layer `first` on; the layers before are those of the recorded pass."""
         hidden = self.states[first]
         for layer, others in zip(self.layers[first:], self.others[first:], strict=True):
@@ -41,7 +48,7 @@ class Recorded:
         return hidden
 
 
-def record(net, ids) -> Recorded:
+def record(net: PreTrainedModel, ids: torch.Tensor) -> Recorded:
     """Run the model once on token ids [n, tokens] and note what reaches each layer. Call it under `torch.inference_mode()`."""
     found = layers(net)
     states, others, ending = [], [], []
@@ -75,7 +82,7 @@ def _tensor(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-def weight_names(folder) -> list[str]:
+def weight_names(folder: str | Path) -> list[str]:
     """The names of all tensors of a safetensors checkpoint, from the headers of its files."""
     from safetensors import safe_open
 
@@ -86,7 +93,7 @@ def weight_names(folder) -> list[str]:
     return names
 
 
-def one_weight(folder, kind: str, layer: int) -> str:
+def one_weight(folder: str | Path, kind: str, layer: int) -> str:
     """The name of one weight of a decoder layer: of this kind (such as "mlp.up_proj") and layer where the model has it, else of the
     last layer, and of the last kind of its feed-forward part in the alphabet."""
     names = [name for name in weight_names(folder) if f".{layer}." in name and name.endswith(f"{kind}.weight")]

@@ -929,8 +929,7 @@ table.round(4)
 
 # %%
 worst = max(score.kl_divergence for score in scores.values())
-trained = found.name.startswith(("SmolLM2", "Qwen", "Mistral"))  # what scaling does for random weights proves nothing
-assert worst < floor.kl_divergence or not trained, "AWQ must beat rounding to nearest"
+assert worst < floor.kl_divergence or not found.trained, "AWQ must beat rounding to nearest"
 if found.name.startswith("SmolLM2"):  # with Qwen2.5-Coder-1.5B AWQ removes an eighth (below)
     for name, score in scores.items():
         assert score.kl_divergence <= 0.65 * floor.kl_divergence, f"{name} removes too little of the error"
@@ -973,7 +972,7 @@ print(
     + " < ".join(orders[0])
     + (f", here {' < '.join(orders[1])}" if orders[0] != orders[1] else "")
 )
-assert max(letter_kl, key=letter_kl.get) == "round to nearest" or not trained, "AWQ must beat rounding here too"
+assert max(letter_kl, key=letter_kl.get) == "round to nearest" or not found.trained, "AWQ must beat rounding here too"
 
 
 # %% [markdown]
@@ -1036,7 +1035,7 @@ fresh.round(2)
 slowest = fresh.loc[list(folders), "times " + plain_dtype].min()
 against_bf16 = fresh.loc[list(folders), "decode tok/s"].min() / fresh["decode tok/s"]["bfloat16"]
 print(f"the slower one: {slowest:.1f} times as fast as {plain_dtype}, {against_bf16:.1f} times bfloat16")
-if found.device == "cpu" and trained:
+if found.device == "cpu" and found.trained:
     assert slowest >= 1.5, "4-bit decoding with gptqmodel's kernels should be well ahead of float32 on a CPU"
 
 # %% [markdown]
@@ -1080,7 +1079,7 @@ def answer(net):
 for name, net in {"untouched": plain, **loaded}.items():
     text, perplexity = answer(net)
     print(f"{name}, perplexity {perplexity:.1f}: {text}\n")
-    if trained:  # random weights find nothing likely
+    if found.trained:  # random weights find nothing likely
         assert perplexity < 15, f"{name} loaded without an error and talks nonsense"
 
 # %% [markdown]

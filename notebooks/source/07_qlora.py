@@ -863,9 +863,8 @@ def fingerprint(net):
     """SHA-256 of every tensor of the model that belongs to no adapter."""
     digest = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
-        if (
-            "lora_" not in name
-        ):  # as float32: bitsandbytes casts a bias to the dtype of its input, which changes no value
+        if "lora_" not in name:
+            # Compare values: bitsandbytes casts a bias to the dtype of its input, which changes none.
             tensor = tensor.float() if tensor.is_floating_point() else tensor
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

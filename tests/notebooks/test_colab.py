@@ -20,7 +20,7 @@ from conftest import ROOT
 from helpers import files
 from helpers.publishing import pages
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]  # one test waits until the environment is installed
 
 LIST = "https://raw.githubusercontent.com/googlecolab/backend-info/main/pip-freeze.txt"
 # Of the list, what the course touches, directly or below it; the other hundreds of packages only take room.
