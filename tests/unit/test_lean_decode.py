@@ -34,6 +34,7 @@ def expected(model, prompt, new_tokens):
     ]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("batch", [1, 3])
 def test_tokens_are_those_of_generate(small, batch):
     prompt = torch.randint(1, 320, (batch, 11), generator=torch.Generator().manual_seed(batch))
@@ -43,6 +44,7 @@ def test_tokens_are_those_of_generate(small, batch):
     assert torch.equal(lean.generate(again, 12), expected(small, again, 12))
 
 
+@pytest.mark.integration
 def test_fused_matrices_change_nothing(small):
     import copy
 
