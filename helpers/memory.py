@@ -150,47 +150,53 @@ def weight_bytes(model: torch.nn.Module) -> int:
     Knows the places where libraries put quantization constants: bitsandbytes (`quant_state`, `SCB`), tensor subclasses
     (torchao), and the packed parameters of torch.ao's quantized modules.
     """
-    storages = {}
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = dict(place for tensor in tensors for place in _storages(tensor))
+    return sum(storages.values()) + sum(map(_packed_bytes, model.modules()))
 
-    def add(tensor):
-        if tensor is None:
-            return
-        if hasattr(tensor, "__tensor_flatten__"):
-            for name in tensor.__tensor_flatten__()[0]:
-                add(getattr(tensor, name))
-            return
-        if tensor.is_quantized:
-            storages[id(tensor)] = tensor.numel() * tensor.element_size()
-            if "channel" in str(tensor.qscheme()):
-                add(tensor.q_per_channel_scales())
-                add(tensor.q_per_channel_zero_points())
-            return
+
+def _storages(tensor) -> Iterator[tuple[object, int]]:
+    """(identity, bytes) of each storage behind a tensor, its quantization constants included."""
+    if tensor is None:
+        return
+    if hasattr(tensor, "__tensor_flatten__"):  # a tensor subclass, made of others
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _storages(getattr(tensor, name))
+    elif tensor.is_quantized:
+        yield id(tensor), tensor.numel() * tensor.element_size()
+        for constant in _channel_constants(tensor):
+            yield from _storages(constant)
+    else:
         storage = tensor.untyped_storage()
-        storages[(str(tensor.device), storage.data_ptr()) if storage.data_ptr() else id(tensor)] = storage.nbytes()
-        add_state(getattr(tensor, "quant_state", None))
-        add(getattr(tensor, "SCB", None))
+        known = (str(tensor.device), storage.data_ptr()) if storage.data_ptr() else id(tensor)
+        yield known, storage.nbytes()
+        yield from _state_storages(getattr(tensor, "quant_state", None))
+        yield from _storages(getattr(tensor, "SCB", None))
 
-    def add_state(state):
-        if state is None:
-            return
+
+def _state_storages(state) -> Iterator[tuple[object, int]]:
+    """As `_storages`, of a bitsandbytes QuantState; with double quantization it holds a second one."""
+    while state is not None:
         for name in ("absmax", "code", "offset"):
             value = getattr(state, name, None)
             if hasattr(value, "untyped_storage"):
-                add(value)
-        add_state(getattr(state, "state2", None))
+                yield from _storages(value)
+        state = getattr(state, "state2", None)
 
-    for tensor in [*model.parameters(), *model.buffers()]:
-        add(tensor)
-    packed = 0
-    for module in model.modules():
-        if callable(getattr(module, "_weight_bias", None)) and not isinstance(
-            getattr(module, "weight", None), type(None)
-        ):
-            weight, bias = module._weight_bias()  # pyright: ignore[reportCallIssue]
-            packed += weight.numel() * weight.element_size() + (0 if bias is None else bias.nbytes)
-            if "channel" in str(weight.qscheme()):
-                packed += weight.q_per_channel_scales().nbytes + weight.q_per_channel_zero_points().nbytes
-    return sum(storages.values()) + packed
+
+def _channel_constants(tensor):
+    """Scales and zero points of a torch.ao tensor that is quantized by channel; of one number each, none."""
+    per_channel = "channel" in str(tensor.qscheme())
+    return [tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()] if per_channel else []
+
+
+def _packed_bytes(module) -> int:
+    """Bytes of the packed parameters of one of torch.ao's quantized modules; 0 for any other."""
+    if not callable(getattr(module, "_weight_bias", None)) or getattr(module, "weight", None) is None:
+        return 0
+    weight, bias = module._weight_bias()
+    constants = [*_channel_constants(weight), *([] if bias is None else [bias])]
+    return weight.numel() * weight.element_size() + sum(constant.nbytes for constant in constants)
 
 
 def cache_bytes(past_key_values: Any) -> int:

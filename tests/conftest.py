@@ -42,8 +42,8 @@ def without_browser(why=""):
     )
 
 
-# Fixtures that load or convert the default model, render every page, or provoke every failure: whoever takes one is no unit test.
-HEAVY = {"found", "tokenizer", "net", "site", "seen", "raised", "real"}
+# Fixtures that load the default model, render every page, provoke every failure or ask pip: whoever takes one is no unit test.
+HEAVY = {"found", "tokenizer", "net", "site", "seen", "raised", "real", "wheels"}
 
 
 def pytest_collection_modifyitems(items):
@@ -53,10 +53,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker("integration")
 
 
-STARTED_BY_TESTS = []  # programs that were started and ports that were opened, by this process
-sys.addaudithook(
-    lambda event, values: event in ("subprocess.Popen", "socket.bind") and STARTED_BY_TESTS.append(values[:2])
-)
+STARTED_BY_TESTS = []  # Python processes that were started and ports of 127.0.0.1 that were opened, by this process
+
+
+def _hear(event, values):
+    """Libraries look around when they are imported (ldconfig, gcc, a port of ::1): that is not meant."""
+    python = event == "subprocess.Popen" and Path(os.fsdecode(values[0] or values[1][0])).stem.startswith("python")
+    server = event == "socket.bind" and values[1][:1] == ("127.0.0.1",)
+    if python or server:
+        STARTED_BY_TESTS.append(values[1])
+
+
+sys.addaudithook(_hear)
 
 
 @pytest.fixture(autouse=True)

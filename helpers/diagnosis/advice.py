@@ -22,11 +22,11 @@ class Advice:
 
     notebook: str
     verdict: str
-    model: str
-    ram_bytes: int
-    vram_bytes: int
-    disk_bytes: int
-    estimate: bool
+    model: str = "none"
+    ram_bytes: int = 0
+    vram_bytes: int = 0
+    disk_bytes: int = 0
+    estimate: bool = False
     why: str = ""
     command: str = ""
     switch: bool = False
@@ -95,42 +95,49 @@ def _parameters(config):
 
 
 def _advise(name, course, machine, model, config):
-    cost = course.get("cost", {})
+    missing = {"torch", "transformers", *course.get("packages", [])} & machine.missing
+    if missing:
+        why = f"missing or broken: {', '.join(sorted(missing))}"
+        return Advice(name, CANNOT, why=why, command=INSTALL)
+    if "cpu" not in course.get("cost", {}):
+        return Advice(name, CANNOT, why="it was never measured", command="make outputs")
     run = f"python -m helpers run --only {name[:2]}"
-    packages = {"torch", "transformers", *course.get("packages", [])} & machine.missing
-    if packages:
-        return Advice(
-            name, CANNOT, "none", 0, 0, 0, False, f"missing or broken: {', '.join(sorted(packages))}", INSTALL
-        )
-    if "cpu" not in cost:
-        return Advice(name, CANNOT, "none", 0, 0, 0, False, "it was never measured", "make outputs")
-    switch = False
-    wants_large = model not in ("auto", models.OFFLINE, models.SMOLLM2) or (
-        model == "auto" and machine.gpu >= models.AUTO_GPU
-    )
-    why, command = "", ""
-    if wants_large:
-        label = models.MISTRAL if model == "auto" else model
-        shape = models.mistral_config() if model == "auto" else config
-        need = needs(cost, shape, bool(machine.gpu), course["copies"]) if shape is not None else None
-        short = machine.large or _short(need, machine, run, model)
-        if need and not short:
-            return Advice(name, RUNS, label, need.ram, need.vram, need.disk, need.estimate)
-        reason, command = short or ("", "")
-        why = f"{label}: {reason}"
-        switch = model != "auto" or not machine.large  # what is closed to it, "auto" passes over by itself
-    elif model == "auto":
-        why, command = 'no GPU with 16 GB, so "auto" takes the small model', f"on a machine with such a GPU: {run}"
-    need = needs(cost)
-    refused = machine.small or _short(need, machine, run, "auto", machine.small_bytes)
-    verdict = CANNOT if refused else RUNS if model in (models.OFFLINE, models.SMOLLM2) else SMALL
-    if refused:
-        (why, command), switch = refused, False
-    elif switch:
+    if not _wants_large(model, machine):
+        aside = ('no GPU with 16 GB, so "auto" takes the small model', f"on a machine with such a GPU: {run}")
+        return _small(name, course, machine, model, run, *(aside if model == "auto" else ("", "")))
+    label, shape = (models.MISTRAL, models.mistral_config()) if model == "auto" else (model, config)
+    need = None if shape is None else needs(course["cost"], shape, bool(machine.gpu), course["copies"])
+    refused = machine.large or _short(need, machine, run, model)
+    if need and not refused:
+        return _with(need, notebook=name, verdict=RUNS, model=label)
+    reason, command = refused or ("", "")
+    switch = model != "auto" or not machine.large  # what is closed to it, "auto" passes over by itself
+    if switch:
         command = f"{command}; or as it is here: {run} --model {models.OFFLINE}"
-    return Advice(
-        name, verdict, "SmolLM2-135M-Instruct", need.ram, need.vram, need.disk, need.estimate, why, command, switch
+    return _small(name, course, machine, model, run, f"{label}: {reason}", command, switch)
+
+
+def _wants_large(model, machine):
+    """Whether `models.find` would try another model than the default one."""
+    return machine.gpu >= models.AUTO_GPU if model == "auto" else model not in (models.OFFLINE, models.SMOLLM2)
+
+
+def _small(name, course, machine, model, run, why, command, switch=False):
+    """The `Advice` with the default model. why, command, switch: what keeps another one away."""
+    need = needs(course["cost"])
+    refused = machine.small or _short(need, machine, run, "auto", machine.small_bytes)
+    if refused:
+        verdict, (why, command), switch = CANNOT, refused, False
+    else:
+        verdict = RUNS if model in (models.OFFLINE, models.SMOLLM2) else SMALL
+    return _with(
+        need, notebook=name, verdict=verdict, model="SmolLM2-135M-Instruct", why=why, command=command, switch=switch
     )
+
+
+def _with(need, **rest):
+    """`Advice` with the bytes of a `Need`."""
+    return Advice(ram_bytes=need.ram, vram_bytes=need.vram, disk_bytes=need.disk, estimate=need.estimate, **rest)
 
 
 def _short(need, machine, run, model, there=0):

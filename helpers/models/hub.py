@@ -38,74 +38,102 @@ def download(name: str, copies: float | None = None) -> Found:
     """Download from the hub, or take what an earlier download left complete in the hub's own cache.
 
     copies: as `find` takes it, asked before a download; None for what "auto" has chosen by the memory that is there.
+    Raises HubUnreachable where the hub gives no answer, and ModelError for a refusal or for what this course does not load.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
-    def found(folder):
+    folder = _kept(name)
+    if folder is None:
+        if offline():
+            raise HubUnreachable(
+                f'HF_HUB_OFFLINE is set and {name} is not in the hub\'s cache. Unset it, or use model="{OFFLINE}".'
+            )
+        _require_loadable(name, _ask(name), copies)
+        folder = _fetch(name)
         integrity.check_folder(folder)
-        return Found(str(folder), name.split("/")[-1], f"hub: {name}", this_device(), name)
+    return Found(str(folder), name.split("/")[-1], f"hub: {name}", this_device(), name)
 
-    revision = REVISIONS.get(name)
+
+def _kept(name):
+    """The folder that an earlier download left complete, or None. A damaged file is deleted, so that it is downloaded again."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        return found(snapshot_download(name, revision=revision, local_files_only=True))
+        folder = snapshot_download(name, revision=REVISIONS.get(name), local_files_only=True)
+        integrity.check_folder(folder)
     except HFValidationError as error:
         raise ModelError(f'"{name}" is not a hub id (owner/name). {choices()}') from error
     except Damaged as error:
         for file in {error.file.resolve(), error.file}:  # the blob, and the link to it
             file.unlink(missing_ok=True)
-    except (ModelError, OSError):
-        pass  # nothing there, or only part of it: download
-    if offline():
-        raise HubUnreachable(
-            f'HF_HUB_OFFLINE is set and {name} is not in the hub\'s cache. Unset it, or use model="{OFFLINE}".'
-        )
+        return None
+    except (ModelError, OSError):  # nothing there, or only part of it
+        return None
+    return folder
 
+
+def _ask(name):
+    """What the hub says of a model that this reader may download."""
     asked = api()
     try:
-        info = asked.model_info(name, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT)
+        info = asked.model_info(name, revision=REVISIONS.get(name), files_metadata=True, timeout=HUB_TIMEOUT)
         asked.auth_check(name)
-    except GatedRepoError as error:
-        raise ModelError(_gated(name)) from error
-    except RepositoryNotFoundError as error:
-        if status(error) == 401 and token_set():
-            raise ModelError(_bad_token()) from error
-        raise ModelError(
-            f"The hub has no public model {name}. Check the spelling at https://huggingface.co/models. {choices()}"
-        ) from error
-    except HfHubHTTPError as error:
-        if status(error) == 401:
-            raise ModelError(_bad_token()) from error
-        raise HubUnreachable(
-            f'The hub answered with an error for {name} (HTTP {status(error)}). Try later, or use model="{OFFLINE}".'
-        ) from error
-    except Exception as error:  # connection refused, name not resolved, time-out, or an answer that is no hub's
-        raise HubUnreachable(
-            f'No connection to the hub for {name} ({type(error).__name__}). Check the network, or use model="{OFFLINE}" '
-            "or a folder on this machine."
-        ) from error
+    except Exception as error:
+        raise _refusal(name, error) from error
+    return info
 
-    files = {item.rfilename: item.size or 0 for item in info.siblings or []}
-    if not any(file.endswith(".safetensors") for file in files):
+
+def _refusal(name, error):
+    """The error for the reader that says what would help, for one that came while the hub was asked for a model."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return ModelError(_gated(name))
+    unknown = isinstance(error, RepositoryNotFoundError)
+    if isinstance(error, HfHubHTTPError) and status(error) == 401 and (token_set() or not unknown):
+        return ModelError(_bad_token())
+    if unknown:
+        return ModelError(
+            f"The hub has no public model {name}. Check the spelling at https://huggingface.co/models. {choices()}"
+        )
+    if isinstance(error, HfHubHTTPError):
+        return HubUnreachable(
+            f'The hub answered with an error for {name} (HTTP {status(error)}). Try later, or use model="{OFFLINE}".'
+        )
+    return HubUnreachable(  # connection refused, name not resolved, time-out, or an answer that is no hub's
+        f'No connection to the hub for {name} ({type(error).__name__}). Check the network, or use model="{OFFLINE}" '
+        "or a folder on this machine."
+    )
+
+
+def _require_loadable(name, info, copies):
+    """Raise ModelError for a model that this course does not load, or that has no room here. info: as `_ask` returns it."""
+    sizes = {item.rfilename: item.size or 0 for item in info.siblings or [] if item.rfilename.endswith(".safetensors")}
+    if not sizes:
         raise ModelError(f"{name} has no safetensors weights on the hub, and this course loads no pickles. {choices()}")
     if (info.config or {}).get("auto_map"):
         raise ModelError(f"{name} asks to run its own Python code; this course never does. {choices()}")
-    size = sum(
-        size for file, size in files.items() if file.endswith(".safetensors") and not file.startswith("consolidated")
-    )
+    size = sum(size for file, size in sizes.items() if not file.startswith("consolidated"))
     require_disk(Path.home(), size, name)
     if copies is not None:
         require_room(name, size, info.config or {}, copies)
+
+
+def _fetch(name):
+    """Download a model; the folder in the hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
+
     try:
         # The branch by its name and not by `info.sha`: only then does the hub's cache find it again without the hub.
-        folder = snapshot_download(name, revision=revision, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES)
+        return snapshot_download(
+            name, revision=REVISIONS.get(name), allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES
+        )
     except GatedRepoError as error:
         raise ModelError(_gated(name)) from error
     except Exception as error:
         raise HubUnreachable(
             f"The download of {name} broke off ({type(error).__name__}: {error}). Run again: it resumes."
         ) from error
-    return found(folder)
 
 
 def _gated(name):

@@ -55,41 +55,64 @@ def choose(found, memory_gb, hardware="CPU", fine_tune=False, need="quality", si
         raise ValueError(f"memory must be above 0 GB, got {memory_gb}")
     if fine_tune:
         return _training(found, memory_gb, size)
-    usable = {
-        m: r
-        for m, r in found.items()
-        if r["kl_divergence"] is not None and r["kl_divergence"] < USABLE and linear_bits(r) is not None
-    }
-    if hardware != "CPU":
-        usable = {method: record for method, record in usable.items() if method not in CPU_ONLY}
-    if not usable:
-        raise ValueError("no record of a method to choose from: run notebooks 00 to 06 first")
+    usable = _usable(found, hardware)
     needed = {method: bytes_needed(record, size) for method, record in usable.items()}
     fitting = {method: record for method, record in usable.items() if needed[method] <= memory_gb * 1e9}
     if not fitting:
-        least = min(needed, key=lambda method: needed[method])
+        least = min(needed, key=needed.__getitem__)
         return Advice(None, "12", f"{size} needs {needed[least] / 1e9:.1f} GB even in {least} (with {CONTEXT:,} tokens of context), and you have {memory_gb:g}: "
                       "offload, or take a smaller model (notebook 12).")  # fmt: skip
-    device = {reference.on_cpu(record["device"]) for record in fitting.values()}
-    measured_there = device == {hardware == "CPU"}
+    there = {reference.on_cpu(record["device"]) for record in fitting.values()} == {hardware == "CPU"}
+    best = _best(fitting, needed, "quality" if need == "speed" and not there else need)
+    room = f"{size} needs {needed[best] / 1e9:.1f} of your {memory_gb:g} GB with {CONTEXT:,} tokens of context"
+    speed = _speed(found, fitting[best]) if there else ""
+    if not speed and need == "speed":
+        speed = "; no speed was measured on such hardware, so this is the best quality that fits"
+    if fitting[best]["decode_tokens_per_s"] is None:
+        speed += f"; its speed was not measured, and notebook {fitting[best]['notebook'][:2]} says what decodes it"
+    reason = f"{room}; {_quality(fitting[best])}{speed}. {len(fitting)} of {len(usable)} usable methods fit."
+    return Advice(best, fitting[best]["notebook"][:2], reason)
+
+
+def _usable(found, hardware):
+    """{method: record} of those that can be offered: their size is known, their loss is small, and they run on this hardware."""
+    usable = {
+        method: record
+        for method, record in found.items()
+        if record["kl_divergence"] is not None
+        and record["kl_divergence"] < USABLE
+        and linear_bits(record) is not None
+        and (hardware == "CPU" or method not in CPU_ONLY)
+    }
+    if not usable:
+        raise ValueError("no record of a method to choose from: run notebooks 00 to 06 first")
+    return usable
+
+
+def _best(fitting, needed, need):
+    """The method that comes first for one of NEEDS."""
     ranks = {
         "quality": lambda method: fitting[method]["kl_divergence"],
         "speed": lambda method: -(fitting[method]["decode_tokens_per_s"] or 0),
         "small size": lambda method: (needed[method], fitting[method]["kl_divergence"]),
     }
-    best = min(fitting, key=ranks["quality" if need == "speed" and not measured_there else need])
-    record = fitting[best]
-    reason = f"{size} needs {needed[best] / 1e9:.1f} of your {memory_gb:g} GB with {CONTEXT:,} tokens of context; measured on {record['model'].split()[0]}: " \
-             f"KL {record['kl_divergence']:.3f}, {record['top1_agreement']:.0%} of the top tokens unchanged"  # fmt: skip
-    if record["decode_tokens_per_s"] and measured_there:
-        reason += f", {record['decode_tokens_per_s']:.0f} tokens/s on {record['device']}"
-        if "bf16" in found and found["bf16"]["decode_tokens_per_s"] and best != "bf16":
-            reason += f" ({record['decode_tokens_per_s'] / found['bf16']['decode_tokens_per_s']:.1f} times bf16)"
-    elif need == "speed":
-        reason += "; no speed was measured on such hardware, so this is the best quality that fits"
-    if record["decode_tokens_per_s"] is None:
-        reason += f"; only simulated here, so look in notebook {record['notebook'][:2]} for an engine that decodes it"
-    return Advice(best, record["notebook"][:2], f"{reason}. {len(fitting)} of {len(usable)} usable methods fit.")
+    return min(fitting, key=ranks[need])
+
+
+def _quality(record):
+    """What was measured of a method's quality, in words."""
+    model, same = record["model"].split()[0], record["top1_agreement"]
+    return f"measured on {model}: KL {record['kl_divergence']:.3f}, {same:.0%} of the top tokens unchanged"
+
+
+def _speed(found, record):
+    """What was measured of a method's speed, in words, beside that of bf16; "" where nothing was."""
+    rate = record["decode_tokens_per_s"]
+    if not rate:
+        return ""
+    plain = found.get("bf16", {}).get("decode_tokens_per_s")
+    beside = f" ({rate / plain:.1f} times bf16)" if plain and record["method"] != "bf16" else ""
+    return f", {rate:.0f} tokens/s on {record['device']}{beside}"
 
 
 def bytes_needed(record, size):

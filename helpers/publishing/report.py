@@ -59,22 +59,48 @@ TITLES = {"weight_bytes": "Quality against size", "decode_tokens_per_s": "Qualit
 
 def write(build, results):
     """Write `report.html` into the build folder from its records and notebooks and these `run.Result`s; returns its path."""
-    found, references = records.read(build), reference.read()
-    evaluated = [record for record in found.values() if record["eval_tokens"]]
-    protocols = sorted(
-        {f"{r['eval_tokens']:,} tokens of {r['eval_text']} in windows of {r['eval_context']}" for r in evaluated}
-    )
-    judged, gpu = claims.ledger(build), reference.gpu()
-    page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
-        date=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"), device=", ".join(sorted({r["device"] for r in found.values()})) or "no records",
-        protocol="; ".join(protocols) or "none", not_run=tables.NOT_RUN, methods=Markup(tables.methods(found, expected(references))),
-        gpu=gpu, gpu_table=gpu and Markup(_gpu_table(gpu)), references=[{"device": r.device, "model": r.model, "date": r.date, "html": Markup(tables.methods(r.records, caption=f"Reference: {r.device}"))} for r in references],
-        plots=[plot for plot in (_plot(found, against) for against in TITLES) if plot], tuned=[method for method in pareto.FINE_TUNED if method in found], counts=counts(judged), verdicts=judged, sources=claims.read()[0],
-        results=results, versions=records.versions(), system=f"{platform.system()} {platform.machine()}", cores=cores(),
-    )  # fmt: skip
+    values = {**_measured(records.read(build)), **_environment(), **_judged(claims.ledger(build)), "results": results}
     path = build / "report.html"
-    files.write_text(path, page)
+    files.write_text(path, jinja2.Environment(autoescape=True).from_string(PAGE).render(values))
     return path
+
+
+def _measured(found):
+    """What the page shows of these records {method: record}, with plots and the results that come with the course beside them."""
+    references, gpu = reference.read(), reference.gpu()
+    return {
+        "device": ", ".join(sorted({record["device"] for record in found.values()})) or "no records",
+        "protocol": "; ".join(sorted({_protocol(each) for each in found.values() if each["eval_tokens"]})) or "none",
+        "not_run": tables.NOT_RUN,
+        "methods": Markup(tables.methods(found, expected(references))),
+        "references": [_reference(each) for each in references],
+        "gpu": gpu,
+        "gpu_table": gpu and Markup(_gpu_table(gpu)),
+        "plots": [plot for plot in (_plot(found, against) for against in TITLES) if plot],
+        "tuned": [method for method in pareto.FINE_TUNED if method in found],
+    }
+
+
+def _protocol(record):
+    return f"{record['eval_tokens']:,} tokens of {record['eval_text']} in windows of {record['eval_context']}"
+
+
+def _reference(kept):
+    html = Markup(tables.methods(kept.records, caption=f"Reference: {kept.device}"))
+    return {"device": kept.device, "model": kept.model, "date": kept.date, "html": html}
+
+
+def _judged(verdicts):
+    return {"counts": counts(verdicts), "verdicts": verdicts, "sources": claims.read()[0]}
+
+
+def _environment():
+    return {
+        "date": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
+        "versions": records.versions(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": cores(),
+    }
 
 
 def _gpu_table(gpu):

@@ -112,6 +112,7 @@ def attributes(name):
 # --- enabling and undoing -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_importing_the_module_imports_nothing_else():
     code = "import sys, helpers.archived; print(sorted({'torch', 'transformers', 'auto_gptq', 'awq', 'peft'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -204,6 +205,7 @@ def test_does_not_import_without(name, message, monkeypatch):
             del sys.modules[module]
 
 
+@pytest.mark.integration
 def test_auto_gptq_quantizes_saves_reloads_and_generates(tiny, ids, enable, tmp_path):
     from safetensors.torch import load_file
 
@@ -230,6 +232,7 @@ def test_auto_gptq_quantizes_saves_reloads_and_generates(tiny, ids, enable, tmp_
     assert torch.nn.init.normal_ is normal
 
 
+@pytest.mark.integration
 def test_without_layers_return_tensors_the_second_layer_fails(tiny, ids, enable):
     enable("auto-gptq", without="layers_return_tensors")
     with pytest.raises(RuntimeError, match="size of tensor"):
@@ -242,6 +245,7 @@ def test_without_dead_arguments_the_model_does_not_load(tiny, ids, enable):
         quantized(tiny, ids)
 
 
+@pytest.mark.integration
 def test_without_initializers_stay_new_layers_are_raw_memory(tiny, ids, enable, monkeypatch):
     for name in ("kaiming_uniform_", "uniform_", "normal_"):
         monkeypatch.setattr(torch.nn.init, name, getattr(torch.nn.init, name))  # puts them back after this test
@@ -252,6 +256,7 @@ def test_without_initializers_stay_new_layers_are_raw_memory(tiny, ids, enable, 
     assert (values == 7).all(), "upstream has learned to put them back: the patch is not needed any more"
 
 
+@pytest.mark.integration
 def test_without_tied_weights_are_saved_once_they_are_saved_twice(tiny, ids, enable, tmp_path):
     from safetensors.torch import load_file
 
@@ -261,6 +266,7 @@ def test_without_tied_weights_are_saved_once_they_are_saved_twice(tiny, ids, ena
     assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
 
 
+@pytest.mark.integration
 def test_without_generate_on_cpu_autocast_stops_it(tiny, ids, enable):
     enable("auto-gptq", without="generate_on_cpu")
     model = quantized(tiny, ids[:1])
@@ -283,11 +289,13 @@ def text(rows):
     return [" ".join(map(str, row.tolist())) for row in rows]
 
 
+@pytest.mark.integration
 def test_the_scale_search_leaves_the_function_as_it_was(tiny, ids, enable):
     enable("autoawq")
     assert error(scaled(tiny, text(ids[:, :30])), tiny, ids) < 1e-5
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(torch.cuda.is_available(), reason="v.cpu() copies from a GPU")
 def test_without_saved_weights_the_search_ruins_the_model(tiny, ids, enable):
     enable("autoawq", without="weights_are_saved_before_the_search")

@@ -47,6 +47,7 @@ def test_without_an_address_nothing_leads_to_one(soups):
         ] == [], name
 
 
+@pytest.mark.integration
 def test_with_an_address_links_lead_to_files_in_the_repository_and_to_colab(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "repository", lambda: "https://github.com/someone/course")
     monkeypatch.setattr(pages, "paths", lambda paths=pages.paths(): paths[:2])
@@ -177,6 +178,7 @@ def test_outputs_of_this_machine_are_shown_only_if_they_are_whole_and_current(tm
     assert page.origin.startswith("Outputs: this machine" if own else "Outputs: the course")
 
 
+@pytest.mark.integration
 def test_a_script_in_an_output_does_not_reach_the_page(tmp_path, monkeypatch):
     def attack(notebook):
         code = next(cell for cell in notebook.cells if cell.cell_type == "code" and cell.outputs)
@@ -192,6 +194,7 @@ def test_a_script_in_an_output_does_not_reach_the_page(tmp_path, monkeypatch):
     assert "<b>kept</b>" in text and "alert(1)" not in text and "onerror" not in text
 
 
+@pytest.mark.integration
 def test_the_report_is_part_of_the_site_when_there_is_one(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "paths", lambda paths=pages.paths(): paths[:1])
     (tmp_path / "report.html").write_text("<title>report</title>")
@@ -199,6 +202,7 @@ def test_the_report_is_part_of_the_site_when_there_is_one(tmp_path, monkeypatch)
     assert 'href="report.html"' in front.read_text() and (front.parent / "report.html").is_file()
 
 
+@pytest.mark.integration
 def test_a_failing_build_leaves_the_old_site(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "paths", lambda paths=pages.paths(): paths[:1])
     front = site.build(tmp_path)

@@ -107,10 +107,14 @@ def test_killed_while_quantizing_saving_and_recording_then_run_again(base, tmp_p
 FIND = "from helpers import models; print('ready', models.find(models.OFFLINE).path)"
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @kills
 def test_the_real_conversion_killed_then_two_processes_at_once(found, tmp_path):
-    """The package is downloaded and converted for real; `found` is there so that one without PyPI fails before this test."""
+    """The package is downloaded and converted for real; `found` is there so that one without PyPI fails before this test.
+
+    Three conversions take minutes, so this waits for the weekly run: test_models.py kills a small one, and test_packaged.py compares a
+    real one with what its package holds.
+    """
     env = child_environment() | {"COURSE_CACHE": str(tmp_path)}
     start = lambda: subprocess.Popen(
         [sys.executable, "-c", FIND], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -58,6 +58,7 @@ def expected(model, prompt, new_tokens):
     ]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("batch", [1, 3])
 def test_tokens_are_those_of_generate(model, batch):
     prompt = torch.randint(1, 320, (batch, 11), generator=torch.Generator().manual_seed(batch))
@@ -67,6 +68,7 @@ def test_tokens_are_those_of_generate(model, batch):
     assert torch.equal(lean.generate(again, 12), expected(model, again, 12))
 
 
+@pytest.mark.integration
 def test_fused_matrices_change_nothing(model):
     import copy
 

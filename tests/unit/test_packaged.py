@@ -202,6 +202,7 @@ def test_the_default_model_is_off_the_grid_and_rounding_costs_something(found, n
     assert (before.exp() * (before - after)).sum(-1).mean() > 0.1
 
 
+@pytest.mark.integration
 def test_qwen_where_it_is_cached():
     if not models.is_model(packages.QWEN.folder):
         pytest.skip(f"{models.QWEN} is not converted in the cache: 1.1 GB to download")
