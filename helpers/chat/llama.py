@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 from helpers.chat.session import sampling
 from helpers.chat.templates import ChatError
@@ -82,7 +82,7 @@ def _end(process):
     process.stdout.close()
 
 
-def first_error(log: str) -> str:
+def first_error(log: IO[str]) -> str:
     """The first error in llama.cpp's log, without its time stamp; the last line where there is none."""
     log.seek(0)
     lines = log.read().strip().splitlines() or ["no message"]

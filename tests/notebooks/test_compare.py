@@ -304,7 +304,7 @@ def test_guide_follows_the_records(measured):
     assert {"08", "09", "10"} <= offered
     only = {"mine-3": measured["gptq-3"] | {"method": "mine-3", "kl_divergence": 0.1}}
     advice = guide.choose(only, 8)
-    assert advice.method == "mine-3" and advice.notebook == "10" and "only simulated here" in advice.reason
+    assert advice.method == "mine-3" and advice.notebook == "10" and "speed was not measured" in advice.reason
     linear = memory.predict(models.mistral_config(), bits=16).weights / 2
     wanted = linear * 3.297 / 8 + 2 * 2 * 32768 * 4096
     assert guide.bytes_needed(only["mine-3"], "Mistral-7B") == pytest.approx(1.1 * (wanted + 0.54e9), rel=0.02)

@@ -215,14 +215,13 @@ def test_badges_stand_there_once_the_course_has_an_address(address, monkeypatch)
 
 
 LONGEST_READING = 40  # minutes
-STILL_LONGER = {"08_gguf_llama_cpp": 60, "10_below_four_bits": 60}  # these are being cut: empty this once they are
 
 
 @each_notebook
 def test_reading_time_is_said_and_short_enough(path):
     notebook = nbformat.read(path, as_version=4)
     minutes = pages.reading_minutes(notebook)
-    assert minutes <= STILL_LONGER.get(path.stem, LONGEST_READING), f"{minutes:.1f} minutes: cut prose, fold plumbing"
+    assert minutes <= LONGEST_READING, f"{minutes:.1f} minutes: cut prose, fold plumbing"
     assert f"Reading time: {minutes:.0f} minutes." in notebook.cells[0].source
 
 
