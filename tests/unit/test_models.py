@@ -265,3 +265,10 @@ def test_a_cap_on_the_ram_counts_what_the_process_already_holds(monkeypatch):
     assert 30e9 < memory.free_ram() < 64e9
     monkeypatch.setenv(memory.RAM_CAP, "1MB")
     assert memory.free_ram() == 0
+
+
+def test_what_is_no_trained_model(found, tmp_path):
+    assert found.trained
+    save_file({"weight": torch.zeros(1000, 1000)}, tmp_path / "model.safetensors")
+    assert not models.Found(str(tmp_path), "tiny", "local folder", "cpu").trained
+    assert not models.Found(found.path, "shape", "random weights in Mistral-7B's shape, made here", "cpu").trained
