@@ -340,10 +340,13 @@ def turn_down(net):
 
 
 # %%
-def ruined(net):
+def ruined(net, inplace=False):
     """KL on the probe after the guides' call: int8, one scale per tensor of activations."""
-    quantized = quantize_dynamic(net, {torch.nn.Linear}, dtype=torch.qint8)
-    return evaluation.score(quantized, probe, reference).kl_divergence
+    quantized = quantize_dynamic(net, {torch.nn.Linear}, dtype=torch.qint8, inplace=inplace)
+    scores = evaluation.score(quantized, probe, reference)
+    del net, quantized
+    memory.release()
+    return scores.kl_divergence
 
 
 # %%
@@ -351,8 +354,7 @@ int8 = {}
 if found.device == "cpu":  # torch's own int8 modules run there only
     int8["as trained"] = ruined(net)
     int8["residual stream rotated"] = ruined(rotated_net)
-    int8["and the input of down, at run time"] = ruined(turn_down(copy.deepcopy(rotated_net)))
-    memory.release()
+    int8["and the input of down, at run time"] = ruined(turn_down(copy.deepcopy(rotated_net)), inplace=True)
 pd.Series(int8, name="KL").to_frame().round(3)
 
 
