@@ -302,7 +302,8 @@ def draw_map(ax, method, table, norm):
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
-norm = LogNorm(0.05, max(table.max().max() for table in maps.values()))
+top = max(table.max().max() for table in maps.values())
+norm = LogNorm(min(0.05, top / 10), top)
 for ax, (method, table) in zip(axes, maps.items()):
     picture = draw_map(ax, method, table, norm)
 fig.colorbar(picture, ax=axes, label="KL, 1/1000 nat (log)")
