@@ -21,7 +21,7 @@ check: $(VENV)/.ready
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/deptry helpers
 
-# What needs no model, no process, no server and no network: under a minute.
+# What needs no model, no process, no server and no network. Target: under a minute on two idle cores.
 unit: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not integration and not notebook and not slow" tests/unit
 
