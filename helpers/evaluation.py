@@ -325,14 +325,8 @@ def _fingerprint(found, windows):
     files = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(found.path).glob("*.safetensors")
     )
-    facts = [
-        str(Path(found.path).resolve()),
-        files,
-        str(found.dtype),
-        found.device,
-        torch.__version__,
-        list(windows.shape),
-    ]
+    where = str(Path(found.path).resolve())
+    facts = [where, files, str(found.dtype), found.device, torch.__version__, list(windows.shape)]
     digest = hashlib.sha256(json.dumps(facts).encode() + windows.cpu().numpy().tobytes())
     return f"{found.name}-{digest.hexdigest()[:16]}"
 

@@ -237,15 +237,7 @@ _SECONDARY = re.compile(
     r"(?i)\bnccl\b|connection (?:reset|closed|refused)|broken pipe|gloo|remote process exited|SIGTERM"
 )
 # Errors that programs catch and go on from: behind "During handling" they are not the reason for what came next.
-_CAUGHT = {
-    "KeyError",
-    "AttributeError",
-    "ImportError",
-    "ModuleNotFoundError",
-    "StopIteration",
-    "IndexError",
-    "LookupError",
-}
+_CAUGHT = set("KeyError AttributeError ImportError ModuleNotFoundError StopIteration IndexError LookupError".split())
 
 
 @dataclass(frozen=True)
