@@ -8,7 +8,7 @@ The message always comes from the library. Where a failure needs an absent packa
 makes exactly that (an interpreter without packages, /dev/full, a local server that answers as the hub does) and nothing else.
 """
 
-from helpers.diagnosis.reproductions import colab, generate, install, load, memory, quantize, save, train  # noqa: F401 - importing them registers their failures
+from helpers.diagnosis.reproductions import colab, generate, gguf, install, load, memory, quantize, save, train  # noqa: F401 - importing them registers their failures
 from helpers.diagnosis.reproductions.parts import IDS, MISTRAL, TOKEN, lora, tiny_4bit, tiny_model, tiny_tokenizer  # noqa: F401
 from helpers.diagnosis.reproductions.registry import (  # noqa: F401
     FAILURES,
