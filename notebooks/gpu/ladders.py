@@ -66,6 +66,16 @@ def alt(record):
             f"request, FP8 {many:.2f} at 32. 1.5B model: the best 4-bit kernel {gains['ladder_1_5b']:.2f} at one request.")  # fmt: skip
 
 
+def gain(record):
+    """One sentence: what four bits give on the other card and on the smaller model."""
+    seven, small = (
+        max(rate(record, step, label) or 0 for label in (TINYGEMM, MARLIN)) / rate(record, step, FP16)
+        for step in SHAPES
+    )
+    device = record["ladder_7b"]["device"]
+    return f"On one {device} it was {seven:.1f} times, and {small:.2f} times with a model of 1.5 billion parameters."
+
+
 def section(record):
     """The section in Markdown."""
     seven, small, products = record["ladder_7b"], record["ladder_1_5b"], record["fp8_matmul"]

@@ -6,7 +6,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(HERE), str(ROOT)]
+
+import ladders  # noqa: E402
 
 PICTURE = HERE / "decode.png"
 CARDS = {"RTX A5000": 24 * 10**9, "T4": 16 * 10**9}  # a gigabyte is 10^9 bytes: a little less than the cards hold
@@ -191,7 +193,7 @@ def headline(record):
             "",
             f"Measured on one {record['device']} with Mistral-7B's shape and random weights, {record['date']}. Four bits decode "
             f"{best['batch 1'] / fp16['batch 1']:.1f} times as fast as fp16 in the same lean loop. In eager mode they reach {eager['share']:.0%} of what "
-            f"their bytes allow. An answer of 512 + 32 tokens in NF4 took {nf4:.2f} GB at its peak, a QLoRA step of 2,048 tokens {step:.2f} GB. "
+            f"their bytes allow. {ladders.gain(record)} An answer of 512 + 32 tokens in NF4 took {nf4:.2f} GB at its peak, a QLoRA step of 2,048 tokens {step:.2f} GB. "
             "[All rows](notebooks/gpu/README.md#speed-and-memory-on-a-gpu).",
         ]
     )
@@ -240,7 +242,6 @@ def fits(record, peak, size):
 
 
 def main():
-    import ladders
 
     from helpers import figures, files
     from helpers.publishing import pages
