@@ -45,7 +45,7 @@ def require_cache(model: PreTrainedModel) -> None:
     name = (
         "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
     )  # before 5.23
-    if model.training and getattr(model, name, False):
+    if getattr(model, "training", False) and getattr(model, name, False):
         raise ChatError(
             "The model is in training mode with gradient checkpointing. Call model.eval() before it answers."
         )

@@ -112,6 +112,7 @@ print('ROW {"second": {"failed": "no kernel"}}', flush=True)
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("end", "failed"),
     [("time.sleep(60)", "took longer than 3 s"), ("sys.exit('device lost')", "device lost"), ("", "device")],

@@ -63,6 +63,7 @@ def test_typed_control_tokens_and_resuming_nothing_are_refused(session):
         "".join(session.resume())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda data: b"", "not with b'GGUF'"),
     (lambda data: b"GGML" + data[4:], "begins with b'GGML'"),
@@ -89,6 +90,7 @@ def test_a_file_that_is_not_there_and_a_missing_package(tmp_path, monkeypatch, c
     assert "There is no file" in first and "pip install xllamacpp" in second
 
 
+@pytest.mark.integration
 def test_a_server_that_dies_is_said(session):
     with llama.serving(tiny_gguf()) as server:
         server.process.kill()
@@ -109,6 +111,7 @@ def test_the_first_error_of_a_log(log, said):
 LONG = "import sys; from helpers.__main__ import main; sys.exit(main(['chat', '--model', sys.argv[1], '--max-new-tokens', '400']))"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("ending", ["Ctrl-C", "kill"])
 def test_nothing_runs_on_after_the_terminal(ending):
     """Ctrl-C stops the answer, and the conversation goes on; a killed terminal takes its server with it."""

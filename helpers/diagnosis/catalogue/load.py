@@ -482,14 +482,16 @@ ENTRIES = (
         "load",
         "This is no GGUF file",
         (
-            L(r"gguf_init_from_\w+: invalid magic (characters|number)"),
+            L(
+                r"invalid magic (characters|number)|\(version GGUFv1\) is no longer supported|gguf_init_from_\w+: failed to read magic"
+            ),
             P("RuntimeError", r"gguf_init_from_\w+: invalid magic (characters|number)", where="own"),
             P("ValueError", r"^GGUF magic invalid", where="gguf"),
             P("ValueError", r"not with b'GGUF': it is no GGUF file", where="own"),
             P("GGUFFormatError", r"not a GGUF file", where="libgguf"),
         ),
         "A GGUF file begins with these four letters. Another start is another kind of file: a web page (b'<!DO'), a Git LFS pointer (b'vers'), "
-        "safetensors, or GGML's format from before August 2023.",
+        "safetensors, or GGML's format from before August 2023. GGUF's first version, of that month, is not read any more either.",
         "Look at the first bytes, then fetch the file itself.",
         f"{LLAMA_CPP}/issues/3905",
         code='print(open("model.gguf", "rb").read(200))',
@@ -592,21 +594,6 @@ ENTRIES = (
         code='load_dataset("owner/name", revision="refs/convert/parquet")\n# or: pip install "datasets<4"',
         recorded="datasets issue 7693, DocLayNet issue 25",
         where="datasets",
-    ),
-    Entry(
-        "gguf-is-no-gguf",
-        "load",
-        "The file is no GGUF file",
-        (
-            L(
-                r"invalid magic (?:characters|number)|\(version GGUFv1\) is no longer supported|gguf_init_from_file\w*: failed to read magic"
-            ),
-        ),
-        "A GGUF file begins with the letters GGUF. This one does not: it is an old GGML file, safetensors, a git-lfs pointer, or a web page.",
-        "Look at its first bytes; download a GGUF file, or convert the model.",
-        "https://github.com/langchain-ai/langchain/issues/10226",
-        code="head -c 4 model.gguf   # GGUF",
-        recorded="langchain issue 10226, talk-codebase issue 52",
     ),
     Entry(
         "llama-cpp-load",
