@@ -19,11 +19,11 @@ from torchao.prototype.mx_formats.kernels import f4_unpacked_to_f32, f32_to_f4_u
 from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_mx  # noqa: E402
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale  # noqa: E402
 
-KEPT = {"at_the_top", "E4M3, E5M2, E2M1", "SEARCHED", "LARGEST", "NATIVE_FROM"}
+KEPT = {"at_the_top", "E4M3, E5M2, E2M1", "SEARCHED", "LARGEST"}
 FUNCTIONS = set(
     "encode decode exponent_of blocks_of mx nvfp4 pack restore_mx restore_nvfp4 to_e2m1 to_int4 "
     "power_of_two half_precision e4m3_scale restore eight_bits per_token int4_with_zero_point packed "
-    "restored_from on_this_card".split()
+    "restored_from".split()
 )
 DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2}
 RULES = ("floor", "ceil", "even", "rceil")
@@ -226,8 +226,3 @@ def test_integers_round_to_the_even_one_and_stay_in_range(nb):
     assert nb.per_token(x, "INT8").tolist() == [[1, -127, 0]]
     assert torch.equal(nb.per_token(448 * x, "E4M3"), (448 * x / 127).to(torch.float8_e4m3fn).float() * 127)
     assert not nb.per_token(torch.zeros(2, 4), "E4M3").any(), "a row of zeros stays zeros"
-
-
-def test_what_a_card_runs(nb):
-    assert nb.on_this_card((8, 9))["FP8"] == "native" and nb.on_this_card((8, 6))["FP8"] == "restored to 16 bits"
-    assert set(nb.on_this_card((10, 0)).values()) == {"native"} and nb.on_this_card((9, 0))["NVFP4"] != "native"
