@@ -219,6 +219,8 @@ def commit_outputs(path, executed, result, disk):
     for cell in notebook.cells:
         for key in ("papermill", "execution", "exception", "duration"):
             cell.metadata.pop(key, None)
+        if not cell.metadata.get("tags"):  # papermill gives every cell a list; the source's cells have none
+            cell.metadata.pop("tags", None)
         if cell.cell_type == "code":
             cell.outputs = merged([output for output in cell.outputs if output.get("name") != "stderr"])
             for output in cell.outputs:

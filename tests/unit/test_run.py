@@ -127,7 +127,7 @@ def test_no_widget_is_committed(tmp_path):
     )
     run.commit_outputs(path, tmp_path / "out.ipynb", result, disk=0)
     committed = nbformat.read(path, as_version=4)
-    assert "widgets" not in committed.metadata
+    assert "widgets" not in committed.metadata and "tags" not in committed.cells[0].metadata
     assert dict(committed.cells[0].outputs[0].data) == {"text/html": "<p>twin</p>", "text/plain": "twin"}
 
 
