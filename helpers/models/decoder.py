@@ -96,9 +96,10 @@ def weight_names(folder: str | Path) -> list[str]:
 def one_weight(folder: str | Path, kind: str, layer: int) -> str:
     """The name of one weight of a decoder layer: of this kind (such as "mlp.up_proj") and layer where the model has it, else of the
     last layer, and of the last kind of its feed-forward part in the alphabet."""
-    names = [name for name in weight_names(folder) if f".{layer}." in name and name.endswith(f"{kind}.weight")]
-    others = sorted(name for name in weight_names(folder) if ".mlp." in name and name.endswith(".weight"))
-    return (names or others[-1:] or [""])[0]
+    names = weight_names(folder)
+    wanted = [name for name in names if f".{layer}." in name and name.endswith(f"{kind}.weight")]
+    others = sorted(name for name in names if ".mlp." in name and name.endswith(".weight"))
+    return (wanted or others[-1:] or [""])[0]
 
 
 def require(found: Found, parts: Iterable[str], without: Iterable[str] = ()) -> None:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -461,9 +461,8 @@ def ladder(name, words=None):
     return {"model": model, "copy_bytes_per_s": rate, "expected": expected, "rows": rows}
 
 
-@cache
 def source(name, dtype):
-    """The model that every row of a ladder begins with; a row changes a copy."""
+    """The model that a row of a ladder begins with and changes."""
     import torch
 
     if name == "7b":
@@ -475,7 +474,7 @@ def ladder_row(name, label, question):
     from lean_decode import fuse
 
     dtype, tensors, how, batches = ROWS[label]
-    model = source.__wrapped__(name, dtype)  # a fresh one: deepcopy fails on a GPU
+    model = source(name, dtype)
     if how != "eager":
         fuse(model)
     fewer_bits(model, label, head=tensors == HEAD)
