@@ -112,7 +112,7 @@ def _finding(shown, points, best, against):
         if against == "weight_bytes"
         else f"decodes {ratio:.1f} times as fast as bf16"
     )
-    return f"The closest 4-bit method, {name}, {what} at a KL of {points[first][1]:.2f}."
+    return f"The closest 4-bit method outside GGUF files, {name}, {what} at a KL of {points[first][1]:.2f}."
 
 
 def _panels(shown, points, best, label, more, finding, most):

@@ -99,7 +99,7 @@ def test_what_lies_below_four_bits_has_a_panel_of_its_own():
     ]
     fig, alt, _ = pareto.plot(shown)
     assert [ax.get_title() for ax in fig.axes] == ["All methods", "4 bits"] and alt.startswith(
-        "The closest 4-bit method, awq, takes 42% of bf16's bytes"
+        "The closest 4-bit method outside GGUF files, awq, takes 42% of bf16's bytes"
     )
     shown += [
         record(method, weight_bytes=9e7, kl_divergence=kl) for method, kl in (("gptq-2", 3.0), ("autoround-3", 0.5))
