@@ -61,19 +61,7 @@ from IPython.utils.capture import capture_output
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from helpers import (
-    chat,
-    checkpoints,
-    evaluation,
-    exercises,
-    figures,
-    files,
-    memory,
-    models,
-    records,
-    speed,
-    training,
-)
+from helpers import chat, checkpoints, evaluation, exercises, figures, files, memory, models, records, speed, training
 from helpers.chat import llama
 
 # %%
@@ -1043,7 +1031,7 @@ for (name, row), color in zip(scores.iterrows(), figures.PALETTE):
     ax.annotate(name, place, (8, -12 if lower else 6), textcoords="offset points", color=color)
 ax.set(xlabel="bits per weight of the file", ylabel="KL, nats (less is better)")
 change = scores["KL"]["q4_k_m-imatrix"] / scores["KL"]["q4_k_m"] - 1
-ax.set(yscale="log", xlim=(None, 9.5))
+ax.set(yscale="log", xlim=(None, 9.5), ylim=(None, 3))
 ax.set_title(f"An importance matrix changes the KL by {change:+.0%}, for no bytes")
 least, most = scores["KL"].min(), scores["KL"].max()
 ends = f"from {least:.4f} ({scores['KL'].idxmin()}) to {most:.3f} ({scores['KL'].idxmax()})"

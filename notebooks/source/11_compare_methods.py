@@ -273,8 +273,8 @@ else:
 # symmetric INT4 change places.
 #
 # Three more figures of that model are no records, but stand with their runs in `notebooks/gpu/README.md`. In groups of
-# 128, AWQ has a KL of 0.077 [0.072, 0.082], GPTQ with text of the model's own 0.078 [0.074, 0.082], and rounding 0.087
-# [0.083, 0.093]. **So NF4 (0.060) is ahead of AWQ and GPTQ on the 1.5B model, and behind both on SmolLM2-135M**, where
+# 128, AWQ has a KL of 0.077 [0.072, 0.082], GPTQ with text of the model's own 0.078 [0.074, 0.082] (on twice as
+# many tokens), and rounding 0.087 [0.083, 0.093]. **So NF4 (0.060) is ahead of AWQ and GPTQ on the 1.5B model, and behind both on SmolLM2-135M**, where
 # groups are of 64. Do not carry a ranking from a small model to a large one: measure on yours.
 #
 # ## Which one for you?
