@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
-from helpers.chat.session import sampling
+from helpers.chat.session import newest, sampling
 from helpers.chat.templates import ChatError
 from helpers.process import child_environment, cores
 
@@ -227,14 +227,8 @@ class Session:
             if mark in text:
                 raise ChatError(f"llama.cpp would read {mark} as a control token and not as text: take it out.")
         turns = [*self.turns, {"role": "user", "content": text}]
-        while (length := self._length(turns)) + self.max_new_tokens > self.context:
-            users = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
-            if len(users) == 1:
-                raise ChatError(
-                    f"This message alone takes {length} tokens; with {self.max_new_tokens} for the answer that is more than the "
-                    f"context of {self.context}. Shorten it."
-                )
-            turns = turns[users[1] :]
+        too_long = f"the context of {self.context}. Shorten it."
+        _, turns = newest(turns, self._rendered, self.max_new_tokens, self.context, too_long)
         yield from self._answer(turns, "")
 
     def resume(self) -> Iterator[str]:
@@ -243,10 +237,10 @@ class Session:
             raise ChatError("There is no answer to go on with: the last one is complete.")
         yield from self._answer(self.turns[:-1], self.turns[-1]["content"])
 
-    def _length(self, turns):
+    def _rendered(self, turns):
         prompt = ask(self.server, "/apply-template", messages=[*self.system, *turns],
                      chat_template_kwargs=self.body["chat_template_kwargs"])["prompt"]  # fmt: skip
-        return len(ask(self.server, "/tokenize", content=prompt, add_special=True)["tokens"])
+        return ask(self.server, "/tokenize", content=prompt, add_special=True)["tokens"]
 
     def _answer(self, turns, said):
         """Stream an answer of which `said` has been said before, and keep it; thoughts are streamed and not kept."""

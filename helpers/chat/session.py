@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,23 @@ def require_cache(model: PreTrainedModel) -> None:
         raise ChatError(
             "The model is in training mode with gradient checkpointing. Call model.eval() before it answers."
         )
+
+
+def newest(
+    turns: list[dict], rendered: Callable[[list[dict]], list[int]], answer: int, limit: int, too_long: str
+) -> tuple[list[int], list[dict]]:
+    """(token ids, turns) of the newest turns that leave room for `answer` tokens below `limit`; the oldest go with their answers.
+
+    rendered: the token ids of a prompt of these turns. too_long: what a single message exceeds, and what would help, for ChatError.
+    """
+    while len(ids := rendered(turns)) + answer > limit:
+        users = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
+        if len(users) == 1:
+            raise ChatError(
+                f"This message alone takes {len(ids)} tokens; with {answer} for the answer that is more than {too_long}"
+            )
+        turns = turns[users[1] :]
+    return ids, turns
 
 
 def batch(
@@ -153,18 +170,13 @@ class ChatSession:
 
     def prompt(self, text: str) -> tuple[list[int], list[dict]]:
         """Token ids of the conversation with `text` as its next user turn, and the turns that fit the budget."""
+
+        def rendered(turns):
+            return render(self.tokenizer, [*self.system, *turns], **self.template_arguments)
+
         turns = [*self._without_thoughts(), {"role": "user", "content": text}]
-        while True:
-            ids = render(self.tokenizer, [*self.system, *turns], **self.template_arguments)
-            if len(ids) + self.max_new_tokens <= self.token_budget:
-                return ids, turns
-            users = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
-            if len(users) == 1:
-                raise ChatError(
-                    f"This message alone takes {len(ids)} tokens; with {self.max_new_tokens} for the answer that is more than the "
-                    f"budget of {self.token_budget}. Shorten it or raise token_budget."
-                )
-            turns = turns[users[1] :]
+        too_long = f"the budget of {self.token_budget}. Shorten it or raise token_budget."
+        return newest(turns, rendered, self.max_new_tokens, self.token_budget, too_long)
 
     def stream(self, text: str) -> Iterator[str]:
         """Yield the answer piece by piece; afterwards it is part of `messages`. An error in generation is raised here."""
