@@ -936,7 +936,7 @@ rung(f"+ SmoothQuant and {len(float_layers)} worst layers", rescued)
 # ### LLM.int8(): leave the outlier columns in 16 bits
 # LLM.int8() ([Dettmers et al. 2022](https://arxiv.org/abs/2208.07339)) answers the same problem in another way. It
 # gives each token its own scale, and it multiplies the few *columns* that hold an activation of 6 or more in floating
-# point. The threshold of 6 is the paper's. From scratch:
+# point. The threshold of 6 is the paper's. We write it from scratch:
 
 
 # %%

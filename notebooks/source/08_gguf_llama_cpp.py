@@ -710,7 +710,7 @@ def add_tokenizer(writer, tokenizer, config):
 
 
 # %% [markdown]
-# Then the template, the token that ends an answer, and the sizes:
+# The next two cells translate the template, the token that ends an answer, and the sizes:
 
 
 # %% jupyter={"source_hidden": true}
@@ -832,8 +832,8 @@ def write_gguf(path, recipe, importance=None, source=found.path):
 
 
 # %% [markdown]
-# Five files and one in 16 bits, which is not kept: it serves as a check. The importance matrix changes the rounding
-# and not the format.
+# We write five files, and one in 16 bits that serves as a check and is not kept. The importance matrix changes the
+# rounding and not the format.
 
 # %%
 recipes = {
@@ -1080,8 +1080,8 @@ assert not garbage.drop("mxfp4-q2_k").any(), "loaded without an error, and garba
 # %% [markdown]
 # ## Run it: llama.cpp's server
 #
-# `xllamacpp` is llama.cpp as a Python package: `pip install`, no compiler. This is the whole program that loads a
-# file and serves it under an OpenAI-compatible address:
+# `xllamacpp` is llama.cpp as a Python package: `pip install` brings it without a compiler. This is the whole
+# program that loads a file and serves it under an OpenAI-compatible address:
 
 # %%
 print(llama.PROGRAM)
@@ -1106,7 +1106,7 @@ print(f"({choice['finish_reason']}, {answer['usage']['completion_tokens']} token
 
 
 # %% [markdown]
-# Streamed, the answer comes as lines of JSON, one for each piece. In a terminal, `python -m helpers chat --model
+# A streamed answer comes as lines of JSON, one for each piece. In a terminal, `python -m helpers chat --model
 # FILE.gguf` does the same:
 
 # %%
@@ -1458,8 +1458,8 @@ if tune:
     memory.release()
 
 # %% [markdown]
-# Does the trained behaviour survive? Two checks that need no judge, on questions that no adapter has seen: does the
-# answer **end by itself** within 64 tokens, and how many of its **words** are those of the written answer (F1: 1 means
+# Does the trained behaviour survive? We ask questions that no adapter has seen, and two checks need no judge: does
+# the answer **end by itself** within 64 tokens, and how many of its **words** are those of the written answer (F1: 1 means
 # the same words, 0 means none)?
 
 

@@ -656,8 +656,8 @@ figures.show(
 # ## GPTQ, once more
 #
 # [05](05_gptq.ipynb) explains it: round one column after the other, and let the columns that are still free repair each
-# error. Here in short, with the loudest column first, each group's grid fixed before the start, and the Hessians of the
-# untouched model.
+# error. This is a short version: the loudest column comes first, each group's grid is fixed before the start, and the
+# Hessians are those of the untouched model.
 
 
 # %%
@@ -775,7 +775,7 @@ if not full:  # no other row needs the rotated model, and it takes more than a g
 # %% [markdown]
 # ### With `full=True`: AWQ, NF4 and the types of GGUF
 #
-# Three more families. **AWQ** ([06](06_awq.ipynb)) multiplies loud columns before rounding and divides after; each input
+# The table has three more families. **AWQ** ([06](06_awq.ipynb)) multiplies loud columns before rounding and divides after; each input
 # finds its own exponent. **NF4** ([04](04_nf4_bitsandbytes.ipynb)) exists with 4 bits only. **GGUF**
 # ([08](08_gguf_llama_cpp.ipynb)): a type whose block of 256 does not divide a row falls back to a 4-bit type, and the
 # bits of the row show it.
