@@ -56,7 +56,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import psutil
+import requests
 import torch
+import xllamacpp
 from IPython.utils.capture import capture_output
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -1080,29 +1082,37 @@ assert not garbage.drop("mxfp4-q2_k").any(), "loaded without an error, and garba
 # %% [markdown]
 # ## Run it: llama.cpp's server
 #
-# `xllamacpp` is llama.cpp as a Python package: `pip install` brings it without a compiler. This is the whole
-# program that loads a file and serves it under an OpenAI-compatible address:
+# `xllamacpp` is llama.cpp as a Python package: `pip install` brings it without a compiler. Four lines load a file into
+# this process and answer a question:
 
 # %%
-print(llama.PROGRAM)
+params = xllamacpp.CommonParams()
+params.model.path, params.verbosity = str(gguf_files["q4_k_m"]), 0
+params.n_ctx, params.n_parallel = 1024, 1  # tokens of a conversation, and how many conversations at a time
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+llama_cpp = xllamacpp.Server(params)
+question = [{"role": "user", "content": "What is the capital of France?"}]
+body = {"messages": question, "temperature": 0, "max_tokens": 48}
+print(llama_cpp.handle_chat_completions(body)["choices"][0]["message"]["content"])
 
 # %% [markdown]
-# `llama.serving` (in `helpers/chat/llama.py`) runs it in a process of its own, on any free port of 127.0.0.1. That
-# address is this machine alone. The process ends with the `with` block, and with the kernel. `llama.ask` posts JSON;
-# any client for OpenAI's API can ask as well.
+# The same object is a server already: it listens on a free port of 127.0.0.1, which is this machine alone. Whatever
+# speaks OpenAI's API can ask it, also in another language. `del` ends it.
+
+# %%
+url = f"{llama_cpp.listening_address}/v1/chat/completions"
+choice = requests.post(url, json=body, timeout=600).json()["choices"][0]
+print(choice["message"]["content"], f"({choice['finish_reason']})")
+del llama_cpp
+
+# %% [markdown]
+# A server that fails takes its process with it, and that would be this notebook. From here on each server runs in a
+# process of its own, with the same lines. `llama.serving` starts it and ends it with the `with` block; `llama.ask`
+# posts JSON as above (both in `helpers/chat/llama.py`).
 
 # %%
 ask = llama.ask
 serving = functools.partial(llama.serving, threads=torch.get_num_threads())
-
-# %%
-question = [{"role": "user", "content": "What is the capital of France?"}]
-with serving(gguf_files["q4_k_m"], port=port) as server:
-    print(f"loaded in {server.load_seconds:.1f} s")
-    answer = ask(server, "/v1/chat/completions", messages=question, temperature=0, max_tokens=48)
-choice = answer["choices"][0]
-print(choice["message"]["content"])
-print(f"({choice['finish_reason']}, {answer['usage']['completion_tokens']} tokens)")
 
 
 # %% [markdown]
@@ -1385,8 +1395,6 @@ figures.show(
 # there. The next cell shows what this build can use of your processor, and the ratio for prompts:
 
 # %%
-import xllamacpp
-
 print(xllamacpp.get_system_info())
 prefill = speeds["prefill tok/s"]["q4_k_m"] / speeds["prefill tok/s"][full]
 print(f"prefill of q4_k_m: {prefill:.2f} times as fast as {full}; decode: {times_faster:.2f} times")

@@ -34,7 +34,10 @@ EXACT_INT8 = (
     torch.cpu._is_vnni_supported()
 )  # without these instructions sums of 8-bit products overflow: notebook 01 keeps 7 bits there
 EMULATED = not models.cpu_multiplies_bfloat16()  # such a CPU takes two to nine times as long
-SHORTER = {"05_gptq": {"calibration_samples": 16}}
+SHORTER = {
+    "05_gptq": {"calibration_samples": 16},
+    "10_below_four_bits": {"autoround_iters": 8, "layers_per_block": 10},
+}
 BF16_BYTES = 269_030_016  # SmolLM2-135M: 134,515,008 parameters in 16 bits
 
 
