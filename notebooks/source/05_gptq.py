@@ -395,6 +395,11 @@ assert unlike < tolerated, "the fast version must be the simple one, rounding at
 # %% [markdown]
 # **Against the library.** We give the same inputs to gptqmodel's own class, once in each order. (A batch run leaves
 # out what the packages print.)
+#
+# Two names below are internal to gptqmodel and may change with its version (this is the pinned 7.6.0). The class
+# `GPTQ` is one: the package's documented call takes a whole model, and we want one layer. `_PROJECT_LOG_DIR` is the
+# other: the package has no setting for the folder of its logs. Where that name is gone, the line does no harm, and
+# the logs land in `./logs`.
 
 
 # %%
@@ -628,6 +633,7 @@ answers = pd.DataFrame(
 ).T
 size_of = {name: int(name.split()[-1]) if "group size" in name else group_size for name in answers.index}
 answers["bits per weight"] = [bits + 16 / size for size in size_of.values()]
+row_labels = {name: f"{name}: {width:.2f} bits" for name, width in answers["bits per weight"].items()}
 other_genres = {name: row["other genres"] for name, row in studied.items()}
 answers.round(4)
 
@@ -645,7 +651,7 @@ heights = [len(names) for names in asked.values()]
 fig, axes = plt.subplots(2, 1, sharex=True, figsize=(7, 4.6), height_ratios=heights, layout="constrained")
 for ax, (question, names) in zip(axes, asked.items()):
     for text, color, marker in zip(probes, figures.PALETTE, "os"):
-        ax.plot(answers[text][names], names, marker, color=color, label=f"scored on {text}")
+        ax.plot(answers[text][names], [row_labels[name] for name in names], marker, color=color, label=text)
     ax.axvline(answers["other genres"]["round-to-nearest"], color="grey", linestyle=":")
     ax.invert_yaxis()
     ax.set(xscale="log", title=question)
@@ -653,11 +659,11 @@ axes[1].set_xlabel(f"KL, {len(chosen)} of {config.num_hidden_layers} layers in {
 axes[1].xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
 axes[1].xaxis.set_major_formatter("{x:g}")
 axes[1].xaxis.set_minor_formatter("")
-axes[0].legend(loc="lower center", bbox_to_anchor=(0.4, 1.15), ncols=2)
+axes[0].legend(title="scored on", loc="lower center", bbox_to_anchor=(0.4, 1.15), ncols=2)
 best = answers[list(probes)].idxmin()
 alt = f"KL of each choice on two texts. The best on other genres is {best.iloc[0]}, "
 alt += f"on documentation {best.iloc[1]}. "
-alt += f"The dotted line is rounding on other genres, {answers['other genres'].iloc[0]:.3f}."
+alt += f"Each label ends in bits per weight. Rounding on other genres (dotted): {answers['other genres'].iloc[0]:.3f}."
 figures.show(fig, alt=alt, table=answers.round(4))
 
 
@@ -964,7 +970,7 @@ memory.release()
 import torch
 from transformers import AutoModelForCausalLM, GPTQConfig
 
-has_bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+has_bf16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
 dtype = torch.bfloat16 if has_bf16 else torch.float32  # a CPU without such instructions emulates bfloat16
 
 
@@ -1211,6 +1217,45 @@ for precision, ratio in ratios.items():
 if found.device == "cpu" and found.trained:
     assert faster >= 1.5, "4-bit decoding with gptqmodel's kernels should be well ahead of float32 on a CPU"
 speeds.round(1)
+
+# %% [markdown]
+# ### What does `desc_act` cost?
+#
+# With `desc_act`, the members of a group are no neighbours, so a kernel must bring the inputs into another order
+# first. We time one `up_proj` for one token in both checkpoints: `autogptq` was made without `desc_act`, `gptq` with
+# it. We also time the reordering of the inputs alone.
+
+
+# %%
+def microseconds(call, repeat=400):
+    """Median time of one call."""
+    times = []
+    with torch.inference_mode():
+        for _ in range(repeat):
+            start = time.perf_counter()
+            call()
+            if found.device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return 1e6 * pd.Series(times[repeat // 10 :]).median()  # the first calls prepare the weights
+
+
+# %%
+up_projs = {method: net.model.layers[0].mlp.up_proj for method, net in nets.items()}
+one_token = torch.randn(1, config.hidden_size, dtype=dtype, device=found.device)
+other_order = torch.randperm(config.hidden_size, device=found.device)
+order_costs = {
+    "up_proj, no desc_act (autogptq)": microseconds(lambda: up_projs["autogptq"](one_token)),
+    f"up_proj, desc_act={desc_act} (gptq)": microseconds(lambda: up_projs["gptq"](one_token)),
+    "reordering the inputs alone": microseconds(lambda: one_token[:, other_order].contiguous()),
+}
+print(f"one token on the {found.device.upper()}, kernel {type(up_projs['gptq']).__name__}")
+pd.Series(order_costs, name="microseconds").round(1).to_frame()
+
+# %% [markdown]
+# gptqmodel's kernel for CPUs (`TorchAtenLinear`) reorders the inputs in every call, also where the checkpoint does not
+# need it. So `desc_act` adds no time here, and both checkpoints pay the last row. This says nothing about a GPU. Its
+# kernels are others, and some refuse `desc_act` (gptqmodel's BitBLAS kernel does). We did not measure it on a GPU.
 
 
 # %% [markdown]

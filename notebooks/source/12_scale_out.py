@@ -534,6 +534,10 @@ jobs
 # says what to try with [vLLM](https://docs.vllm.ai) for the checkpoints that the notebooks have written so far. vLLM
 # is not part of this environment, so these commands **were not run here**. `MODEL` is the hub id or the folder of the
 # base model.
+#
+# NVIDIA has an engine of its own, TensorRT-LLM. It runs on NVIDIA GPUs alone, and it was not run here either. Look
+# first at its [list of formats](https://nvidia.github.io/TensorRT-LLM/features/quantization.html): does it take your
+# checkpoint? [03](03_hybrid_precision.ipynb) says what TensorRT itself is.
 
 
 # %%
