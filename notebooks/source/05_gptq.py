@@ -316,9 +316,9 @@ print(
 # - **Blocks.** Inside a block of columns, each error goes to its neighbours at once. The rest of the matrix gets all
 #   errors of the block in one matrix product. A group that starts inside a block reads its scale before these errors
 #   have arrived, so `blocksize` changes the result a little.
-# - **Order.** Many others can repair a column that is rounded early, so the loudest columns should come first.
-#   `desc_act` sorts all columns; the members of a group are then no neighbours, and kernels need an index.
-#   `act_group_aware` sorts whole groups, and the columns inside each group, and needs no index.
+# - **Order.** Many other columns can repair a column that is rounded early. So the columns with the largest inputs
+#   should come first. `desc_act` sorts all columns; the members of a group are then no longer next to each other, and
+#   kernels need an index. `act_group_aware` sorts whole groups, and the columns inside each group. It needs no index.
 
 
 # %%
@@ -592,6 +592,7 @@ print(tokenizer.decode(own[0, 1:60]))
 
 # %% [markdown]
 # ### The study
+#
 # We compare five calibration texts: the guide's one sentence, 16 and 64 samples of documentation, 16 samples of the model's own
 # text, and 16 of Python code. A sample has 128 tokens. **Predict first:** which text is the best for other genres?
 # Can one sentence be worse than no calibration?
@@ -684,12 +685,13 @@ del usual, collected, net
 memory.release()
 
 # %% [markdown]
-# - **The text decides.** Documentation makes documentation good (0.049) and other genres worse than plain rounding
-#   (0.142 against 0.124). The model's own text is the best for other genres (0.073). Four times as much documentation
-#   helps less (0.106) than another text does.
-# - **One sentence is worse than no calibration**: 0.204 against 0.124. A sentence describes so few directions that
-#   the repairs of all others are guesses.
-# - **`desc_act` helps without any more bits**: 0.055. Groups of 32 cost 0.25 bits a weight more and give 0.069.
+# - **The text decides.** Calibration on documentation brings the KL on documentation down to 0.049. On other genres
+#   it is worse than plain rounding (0.142 against 0.124). The model's own text is the best for other genres (0.073).
+#   Four times as much documentation helps less (0.106) than another text does.
+# - **One sentence is worse than no calibration**: 0.204 against 0.124. One sentence shows the layer only a few kinds
+#   of inputs. For all other inputs the repairs are guesses.
+# - **`desc_act` helps and costs no bits**: the KL falls from 0.073 to 0.055. Groups of 32 cost 0.25 bits a weight
+#   more, and the KL falls to 0.069.
 
 # %% [markdown]
 # ## The guides' way: auto-gptq
@@ -900,8 +902,8 @@ memory.release()
 # ## Today, and at its best: gptqmodel
 #
 # gptqmodel is auto-gptq's successor, and transformers loads this format with it. Four settings differ from the run
-# above. Each of them lowers the KL on genres that nothing was calibrated on: the model's own text, an asymmetric grid
-# (`sym=False`, a zero point per group), the loudest columns first (`desc_act`), and more damping.
+# above: the model's own text, an asymmetric grid (`sym=False`, a zero point per group), the columns with the largest
+# inputs first (`desc_act`), and more damping. Each of them lowers the KL on genres that nothing was calibrated on.
 
 # %%
 mixed = torch.cat(
@@ -1203,8 +1205,8 @@ for method, net in nets.items():
 # %% [markdown]
 # ### Is it faster?
 #
-# The new process above measured this, with the unquantized model beside both checkpoints. A kernel that reads 4-bit
-# weights decides, not the number of bits.
+# The new process above measured this, with the unquantized model beside both checkpoints. The number of bits does not
+# decide the speed. The kernel does: it must read 4-bit weights directly.
 
 # %%
 speeds = pd.DataFrame(rates).T
@@ -1221,9 +1223,9 @@ speeds.round(1)
 # %% [markdown]
 # ### What does `desc_act` cost?
 #
-# With `desc_act`, the members of a group are no neighbours, so a kernel must bring the inputs into another order
-# first. We time one `up_proj` for one token in both checkpoints: `autogptq` was made without `desc_act`, `gptq` with
-# it. We also time the reordering of the inputs alone.
+# With `desc_act`, the members of a group are not next to each other. So a kernel must first bring the inputs into
+# another order. We time one `up_proj` for one token in both checkpoints: `autogptq` was made without `desc_act`,
+# `gptq` with it. We also time the reordering of the inputs alone.
 
 
 # %%
@@ -1261,7 +1263,7 @@ pd.Series(order_costs, name="microseconds").round(1).to_frame()
 # %% [markdown]
 # ## Which loader takes which checkpoint?
 #
-# We try both checkpoints in four loaders. The kernel shows which one answered, and the last column compares its
+# We try both checkpoints in four loaders. The table names the kernel that answered. The last column compares its
 # logits with those from before saving.
 
 

@@ -15,8 +15,8 @@
 # 1. Read one table and two plots of all methods, and pick a method for a given machine with its reason in numbers.
 # 2. Find out where the time of a decoded token goes, and measure the two levers after the weights: KV cache and
 #    compiled loop.
-# 3. Score the model on a test of four choices in the standard harness, and hold every checkable claim of the guides
-#    against a number.
+# 3. Score the model on a test of four choices in the standard harness, and compare every checkable claim of the
+#    guides with a number.
 #
 # **Before you start:** [04 NF4 with bitsandbytes](04_nf4_bitsandbytes.ipynb). Run the other notebooks first to see
 # your own numbers here. For a method that you have not run, this notebook shows the results that come with the
@@ -198,7 +198,7 @@ HTML(tables.methods(measured, expected, sort_by))
 
 # %% [markdown]
 # The next table puts the course's own results beside yours. The KL should agree in the third digit on machines of one
-# kind. The speed belongs to each machine.
+# kind. The speed differs from machine to machine.
 
 # %%
 columns = {}
@@ -272,10 +272,11 @@ else:
 # The records of the 1.5B model come from one run on an NVIDIA H200. NVFP4 leads there, and NF4 is second. MXFP4 and
 # symmetric INT4 change places.
 #
-# Three more figures of that model are no records, but stand with their runs in `notebooks/gpu/README.md`. In groups of
-# 128, AWQ has a KL of 0.077 [0.072, 0.082], GPTQ with text of the model's own 0.078 [0.074, 0.082] (on twice as
-# many tokens), and rounding 0.087 [0.083, 0.093]. **So NF4 (0.060) is ahead of AWQ and GPTQ on the 1.5B model, and behind both on SmolLM2-135M**, where
-# groups are of 64. Do not carry a ranking from a small model to a large one: measure on yours.
+# Three more figures of that model are not in the records. They stand with their runs in `notebooks/gpu/README.md`. In
+# groups of 128, AWQ has a KL of 0.077 [0.072, 0.082], GPTQ with text of the model's own 0.078 [0.074, 0.082] (on
+# twice as many tokens), and rounding 0.087 [0.083, 0.093]. **So NF4 (0.060) is ahead of AWQ and GPTQ on the 1.5B
+# model, and behind both on SmolLM2-135M**, where groups are of 64. Do not carry a ranking from a small model to a
+# large one: measure on yours.
 #
 # ## Which one for you?
 #
@@ -370,14 +371,14 @@ alt = f"Time of a decoded token by kind of operation: matrix products take {' an
 figures.show(fig, alt=alt, table=ms.round(2))
 
 # %% [markdown]
-# Matrix products wait for weights to come from memory. In 4 bits fewer bytes come, so the products take less time,
-# while everything around them stays or grows: more calls, more casts. The share of the products falls. So the fewer
-# bits the weights have, the less is left to gain from the weights.
+# Matrix products wait for weights to come from memory. In 4 bits fewer bytes come, so the products take less time.
+# Everything around them stays or grows, because there are more calls and more casts. The share of the products falls.
+# So the fewer bits the weights have, the less is left to gain from the weights.
 #
 # ### Do 4 bits fall behind on long inputs?
 #
 # A guide says so. Attention over the past costs the same in both models, so any lead of NF4 should shrink with the
-# length. The next cell times each length once. One run of a timer is a hint, not a verdict.
+# length. The next cell times each length once. One timing is a hint and not enough for a verdict.
 
 # %%
 if "bf16" not in nets:
@@ -660,7 +661,8 @@ figures.show(summary.plot(gpu_record), alt=summary.alt(gpu_record), table=ladder
 # - **Lean** does both and has nothing in between. Now four bits pay: 343 tokens a second with Marlin against 162 in
 #   fp16.
 #
-# Two rows are not alike in all: the int4 and Marlin rows quantize the output head too, the NF4 row does not.
+# The 4-bit rows differ in one more point: the int4 and Marlin rows quantize the output head too, and the NF4 row does
+# not.
 
 # %% [markdown]
 # ### On a 24 GB GPU with Mistral-7B
@@ -1040,8 +1042,8 @@ quiz.Quiz("11_compare_methods")
 # ## Takeaways
 #
 # 1. **Take a method from the frontier.** On SmolLM2-135M and two CPU cores, the best 4-bit method (AWQ) needs 114 MB
-#    at a KL of 0.15, while a Q4_K_M file made with an importance matrix needs 104 MB at 0.06, and decodes 3.5 times
-#    as fast in llama.cpp.
+#    at a KL of 0.15. A Q4_K_M file made with an importance matrix needs 104 MB at 0.06, and llama.cpp decodes it 3.5
+#    times as fast.
 # 2. **After the weights, the rest counts.** In 4 bits the matrix products take a smaller share of a token. A compiled
 #    step of six layers gained less than a fifth and took 20 s to compile: it pays after thousands of tokens. A
 #    quantized cache makes room for context; in plain PyTorch it costs speed (25 instead of 27 tokens a second).

@@ -351,7 +351,7 @@ activations = {
 pd.Series(activations, name="MB").round(1).to_frame()
 
 # %% [markdown]
-# Most of what is kept are the logits: 256 tokens times a vocabulary of 49,152. Checkpointing cannot drop them. It
+# The logits are most of what is kept: 256 tokens times a vocabulary of 49,152. Checkpointing cannot drop them. It
 # saves the activations of the layers, so it pays in deep models and on long inputs. A shorter input makes both
 # smaller.
 
@@ -809,8 +809,8 @@ provoked.nlargest(3, "seconds")[["entry", "seconds"]]
 # %% [markdown]
 # ## What the guides claim
 #
-# A guide to Mistral-7B in 4 bits on Colab ends with a list of DO and DO NOT. We run each line of it here. First, what
-# it says not to do:
+# A guide to Mistral-7B in 4 bits on Colab ends with a list of DO and DO NOT. We run each line of it here. We start
+# with what it says not to do:
 
 # %%
 # %%explain
@@ -1064,13 +1064,13 @@ quiz.Quiz("13_troubleshooting")
 # %% [markdown]
 # ## Takeaways
 #
-# 1. **Read the last line first, then the upper half of a chain.** `%explain` or `python -m helpers explain` does it,
-#    says how sure it is, and says so when it does not know.
-# 2. **Out of memory has a moment.** Training with AdamW holds four times the weights after its first step. The
-#    message tells whether memory is in pieces, and the snapshot tells who holds it.
-# 3. **No error is not success, and advice ages.** Count the BOS tokens and the ends in the labels. Look at
-#    `hf_device_map` and at the first two losses. Measure every quantized model before you keep it. Of
-#    the eleven lines of the guide, four hold, four hold partly, one does not, and two were not tested on their subject.
+# 1. **Read the last line first, then the upper half of a chain.** `%explain` or `python -m helpers explain` does
+#    both. It says how sure it is, and it says when it does not know.
+# 2. **Ask at which moment the memory ran out.** Training with AdamW holds four times the weights after its first
+#    step. The message tells whether memory is in pieces, and the snapshot tells who holds it.
+# 3. **A run without an error can be wrong, and advice gets old.** Count the BOS tokens and the ends in the labels.
+#    Look at `hf_device_map` and at the first two losses. Measure every quantized model before you keep it. Of the
+#    eleven lines of the guide, four hold, four hold partly, one does not, and two were not tested on their subject.
 #
 # <!-- navigation -->
 # <!-- /navigation -->
