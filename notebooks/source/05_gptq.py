@@ -1046,7 +1046,7 @@ def round_asymmetric(weight, group_size=64, bits=4):
     return ((codes - zero_point) * scale).flatten(-2)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def judge(net):
     """Scores on the four genres and on pydoc."""
     return [
@@ -1055,7 +1055,7 @@ def judge(net):
     ]
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def rounded_model(rounding):
     """A copy of the model with every Linear layer of its decoder rounded."""
     copied = copy.deepcopy(reference_net)
@@ -1228,7 +1228,7 @@ speeds.round(1)
 # `gptq` with it. We also time the reordering of the inputs alone.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def microseconds(call, repeat=400):
     """Median time of one call."""
     times = []

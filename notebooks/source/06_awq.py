@@ -635,7 +635,7 @@ print("; ".join(f"KL {' and '.join(key)}: {value:.4f}" for key, value in effects
 # 128`.
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def linear_layers(folder):
     """{name: in_features} of the Linear layers that get quantized, from the config alone."""
     with torch.device("meta"):
@@ -868,7 +868,7 @@ with tempfile.TemporaryDirectory() as scratch:
 fresh = pd.DataFrame(json.loads(done.stdout.splitlines()[-1])).T
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def load(folder):
     """A checkpoint through transformers, which hands the layers to gptqmodel's kernels."""
     kernel = {}
@@ -880,7 +880,7 @@ def load(folder):
         )
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def divergence(before, after):
     """Mean KL divergence between the predictions of two sets of logits."""
     before, after = before.log_softmax(-1), after.log_softmax(-1)
