@@ -647,7 +647,7 @@ sentence_against_none = evaluation.difference(other_genres["1 sentence"], other_
 
 # %% jupyter={"source_hidden": true}
 own_rows = [name for name in answers.index if "own text" in name]
-asked = {"Which text?": list(texts), "Which group, which order?": own_rows}
+asked = {"Which text? (beside it: bits per weight)": list(texts), "Which group, which order?": own_rows}
 heights = [len(names) for names in asked.values()]
 fig, axes = plt.subplots(2, 1, sharex=True, figsize=(7, 4.6), height_ratios=heights, layout="constrained")
 for ax, (question, names) in zip(axes, asked.items()):
@@ -664,7 +664,7 @@ axes[0].legend(title="scored on", loc="lower center", bbox_to_anchor=(0.4, 1.15)
 best = answers[list(probes)].idxmin()
 alt = f"KL of each choice on two texts. The best on other genres is {best.iloc[0]}, "
 alt += f"on documentation {best.iloc[1]}. "
-alt += f"Each label ends in bits per weight. Rounding on other genres (dotted): {answers['other genres'].iloc[0]:.3f}."
+alt += f"The dotted line is rounding on other genres, {answers['other genres'].iloc[0]:.3f}."
 figures.show(fig, alt=alt, table=answers.round(4))
 
 
