@@ -1487,8 +1487,11 @@ with pd.option_context("display.max_colwidth", None):
     display(claims.table(output_dir, "01_ptq_dynamic_int8"))
 
 # %% [markdown]
-# Guide 000 also names Hugging Face Optimum. That package is not in this environment, so the course measures nothing
-# of it.
+# Guide 000 also names [Hugging Face Optimum](https://huggingface.co/docs/optimum/en/concept_guides/quantization).
+# Optimum is a set of bridges from transformers to other runtimes, such as ONNX Runtime and Intel's OpenVINO. The course
+# has its base package, because transformers loads GPTQ checkpoints through it ([05](05_gptq.ipynb)). The packages for
+# those runtimes are not in this environment, so the course measures none of their INT8 models. If you try one, look
+# first at how it treats large activations: they are what INT8 fails on in this notebook.
 #
 # **On a 24 GB GPU with Mistral-7B** this notebook does not run as it is: torch's int8 modules are made for the CPU
 # and need float32. LLM.int8() does: in Mistral-7B's shape it took 7.75 GB to load and 8.10 GB to answer, measured on

@@ -780,6 +780,14 @@ with pd.option_context("display.max_colwidth", None):
     display(claims.table(output_dir, "03_hybrid_precision"))
 
 # %% [markdown]
+# Guide 000 also names TensorRT for hybrid precision. **TensorRT** is NVIDIA's compiler. It turns a network into an
+# engine for NVIDIA GPUs. It reads the precision of each layer from
+# [quantize and dequantize operations](https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/quantized-types-explicit-quantization.html)
+# in the network. It needs an NVIDIA GPU, and this notebook was executed on a CPU. The course measured nothing with
+# TensorRT. If you try it, look first at the formats that run on your GPU. For language models, TensorRT-LLM has a
+# [list of them](https://nvidia.github.io/TensorRT-LLM/features/quantization.html).
+
+# %% [markdown]
 # ## Exercises
 #
 # **1 (easy).** Bytes of a Linear layer whose weights take `bits`, with one scale of `scale_bytes` for each group of

@@ -316,9 +316,9 @@ print(
 # - **Blocks.** Inside a block of columns, each error goes to its neighbours at once. The rest of the matrix gets all
 #   errors of the block in one matrix product. A group that starts inside a block reads its scale before these errors
 #   have arrived, so `blocksize` changes the result a little.
-# - **Order.** Many others can repair a column that is rounded early, so the loudest columns should come first.
-#   `desc_act` sorts all columns; the members of a group are then no neighbours, and kernels need an index.
-#   `act_group_aware` sorts whole groups, and the columns inside each group, and needs no index.
+# - **Order.** Many other columns can repair a column that is rounded early. So the columns with the largest inputs
+#   should come first. `desc_act` sorts all columns; the members of a group are then no longer next to each other, and
+#   kernels need an index. `act_group_aware` sorts whole groups, and the columns inside each group. It needs no index.
 
 
 # %%
@@ -395,6 +395,11 @@ assert unlike < tolerated, "the fast version must be the simple one, rounding at
 # %% [markdown]
 # **Against the library.** We give the same inputs to gptqmodel's own class, once in each order. (A batch run leaves
 # out what the packages print.)
+#
+# Two names below are internal to gptqmodel and may change with its version (this is the pinned 7.6.0). The class
+# `GPTQ` is one: the package's documented call takes a whole model, and we want one layer. `_PROJECT_LOG_DIR` is the
+# other: the package has no setting for the folder of its logs. Where that name is gone, the line does no harm, and
+# the logs land in `./logs`.
 
 
 # %%
@@ -587,6 +592,7 @@ print(tokenizer.decode(own[0, 1:60]))
 
 # %% [markdown]
 # ### The study
+#
 # We compare five calibration texts: the guide's one sentence, 16 and 64 samples of documentation, 16 samples of the model's own
 # text, and 16 of Python code. A sample has 128 tokens. **Predict first:** which text is the best for other genres?
 # Can one sentence be worse than no calibration?
@@ -628,6 +634,7 @@ answers = pd.DataFrame(
 ).T
 size_of = {name: int(name.split()[-1]) if "group size" in name else group_size for name in answers.index}
 answers["bits per weight"] = [bits + 16 / size for size in size_of.values()]
+row_labels = {name: f"{name}: {width:.2f} bits" for name, width in answers["bits per weight"].items()}
 other_genres = {name: row["other genres"] for name, row in studied.items()}
 answers.round(4)
 
@@ -640,12 +647,12 @@ sentence_against_none = evaluation.difference(other_genres["1 sentence"], other_
 
 # %% jupyter={"source_hidden": true}
 own_rows = [name for name in answers.index if "own text" in name]
-asked = {"Which text?": list(texts), "Which group, which order?": own_rows}
+asked = {"Which text? (beside it: bits per weight)": list(texts), "Which group, which order?": own_rows}
 heights = [len(names) for names in asked.values()]
 fig, axes = plt.subplots(2, 1, sharex=True, figsize=(7, 4.6), height_ratios=heights, layout="constrained")
 for ax, (question, names) in zip(axes, asked.items()):
     for text, color, marker in zip(probes, figures.PALETTE, "os"):
-        ax.plot(answers[text][names], names, marker, color=color, label=f"scored on {text}")
+        ax.plot(answers[text][names], [row_labels[name] for name in names], marker, color=color, label=text)
     ax.axvline(answers["other genres"]["round-to-nearest"], color="grey", linestyle=":")
     ax.invert_yaxis()
     ax.set(xscale="log", title=question)
@@ -653,7 +660,7 @@ axes[1].set_xlabel(f"KL, {len(chosen)} of {config.num_hidden_layers} layers in {
 axes[1].xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
 axes[1].xaxis.set_major_formatter("{x:g}")
 axes[1].xaxis.set_minor_formatter("")
-axes[0].legend(loc="lower center", bbox_to_anchor=(0.4, 1.15), ncols=2)
+axes[0].legend(title="scored on", loc="lower center", bbox_to_anchor=(0.4, 1.15), ncols=2)
 best = answers[list(probes)].idxmin()
 alt = f"KL of each choice on two texts. The best on other genres is {best.iloc[0]}, "
 alt += f"on documentation {best.iloc[1]}. "
@@ -678,12 +685,13 @@ del usual, collected, net
 memory.release()
 
 # %% [markdown]
-# - **The text decides.** Documentation makes documentation good (0.049) and other genres worse than plain rounding
-#   (0.142 against 0.124). The model's own text is the best for other genres (0.073). Four times as much documentation
-#   helps less (0.106) than another text does.
-# - **One sentence is worse than no calibration**: 0.204 against 0.124. A sentence describes so few directions that
-#   the repairs of all others are guesses.
-# - **`desc_act` helps without any more bits**: 0.055. Groups of 32 cost 0.25 bits a weight more and give 0.069.
+# - **The text decides.** Calibration on documentation brings the KL on documentation down to 0.049. On other genres
+#   it is worse than plain rounding (0.142 against 0.124). The model's own text is the best for other genres (0.073).
+#   Four times as much documentation helps less (0.106) than another text does.
+# - **One sentence is worse than no calibration**: 0.204 against 0.124. One sentence shows the layer only a few kinds
+#   of inputs. For all other inputs the repairs are guesses.
+# - **`desc_act` helps and costs no bits**: the KL falls from 0.073 to 0.055. Groups of 32 cost 0.25 bits a weight
+#   more, and the KL falls to 0.069.
 
 # %% [markdown]
 # ## The guides' way: auto-gptq
@@ -894,8 +902,8 @@ memory.release()
 # ## Today, and at its best: gptqmodel
 #
 # gptqmodel is auto-gptq's successor, and transformers loads this format with it. Four settings differ from the run
-# above. Each of them lowers the KL on genres that nothing was calibrated on: the model's own text, an asymmetric grid
-# (`sym=False`, a zero point per group), the loudest columns first (`desc_act`), and more damping.
+# above: the model's own text, an asymmetric grid (`sym=False`, a zero point per group), the columns with the largest
+# inputs first (`desc_act`), and more damping. Each of them lowers the KL on genres that nothing was calibrated on.
 
 # %%
 mixed = torch.cat(
@@ -964,7 +972,7 @@ memory.release()
 import torch
 from transformers import AutoModelForCausalLM, GPTQConfig
 
-has_bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+has_bf16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
 dtype = torch.bfloat16 if has_bf16 else torch.float32  # a CPU without such instructions emulates bfloat16
 
 
@@ -1038,7 +1046,7 @@ def round_asymmetric(weight, group_size=64, bits=4):
     return ((codes - zero_point) * scale).flatten(-2)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def judge(net):
     """Scores on the four genres and on pydoc."""
     return [
@@ -1047,7 +1055,7 @@ def judge(net):
     ]
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 def rounded_model(rounding):
     """A copy of the model with every Linear layer of its decoder rounded."""
     copied = copy.deepcopy(reference_net)
@@ -1197,8 +1205,8 @@ for method, net in nets.items():
 # %% [markdown]
 # ### Is it faster?
 #
-# The new process above measured this, with the unquantized model beside both checkpoints. A kernel that reads 4-bit
-# weights decides, not the number of bits.
+# The new process above measured this, with the unquantized model beside both checkpoints. The number of bits does not
+# decide the speed. The kernel does: it must read 4-bit weights directly.
 
 # %%
 speeds = pd.DataFrame(rates).T
@@ -1212,11 +1220,50 @@ if found.device == "cpu" and found.trained:
     assert faster >= 1.5, "4-bit decoding with gptqmodel's kernels should be well ahead of float32 on a CPU"
 speeds.round(1)
 
+# %% [markdown]
+# ### What does `desc_act` cost?
+#
+# With `desc_act`, the members of a group are not next to each other. So a kernel must first bring the inputs into
+# another order. We time one `up_proj` for one token in both checkpoints: `autogptq` was made without `desc_act`,
+# `gptq` with it. We also time the reordering of the inputs alone.
+
+
+# %% jupyter={"source_hidden": true}
+def microseconds(call, repeat=400):
+    """Median time of one call."""
+    times = []
+    with torch.inference_mode():
+        for _ in range(repeat):
+            start = time.perf_counter()
+            call()
+            if found.device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return 1e6 * pd.Series(times[repeat // 10 :]).median()  # the first calls prepare the weights
+
+
+# %%
+up_projs = {method: net.model.layers[0].mlp.up_proj for method, net in nets.items()}
+one_token = torch.randn(1, config.hidden_size, dtype=dtype, device=found.device)
+other_order = torch.randperm(config.hidden_size, device=found.device)
+order_costs = {
+    "up_proj, no desc_act (autogptq)": microseconds(lambda: up_projs["autogptq"](one_token)),
+    f"up_proj, desc_act={desc_act} (gptq)": microseconds(lambda: up_projs["gptq"](one_token)),
+    "reordering the inputs alone": microseconds(lambda: one_token[:, other_order].contiguous()),
+}
+print(f"one token on the {found.device.upper()}, kernel {type(up_projs['gptq']).__name__}")
+pd.Series(order_costs, name="microseconds").round(1).to_frame()
+
+# %% [markdown]
+# gptqmodel's kernel for CPUs (`TorchAtenLinear`) reorders the inputs in every call, also where the checkpoint does not
+# need it. So `desc_act` adds no time here, and both checkpoints pay the last row. This says nothing about a GPU. Its
+# kernels are others, and some refuse `desc_act` (gptqmodel's BitBLAS kernel does). We did not measure it on a GPU.
+
 
 # %% [markdown]
 # ## Which loader takes which checkpoint?
 #
-# We try both checkpoints in four loaders. The kernel shows which one answered, and the last column compares its
+# We try both checkpoints in four loaders. The table names the kernel that answered. The last column compares its
 # logits with those from before saving.
 
 

@@ -162,7 +162,8 @@ offload.round(2)
 
 # %% [markdown]
 # The share of the bytes is not the share of the speed. What lies on the disk is read again for every token, so a
-# small missing part already costs a large part of the speed. The picture shows which modules went behind:
+# small missing part already costs a large part of the speed. The picture shows which modules lie on the slower
+# device:
 
 # %%
 kinds = {"0": "GPU", "cpu": "RAM", "disk": "disk"}
@@ -405,9 +406,9 @@ table = table[["first loss", "last loss", "peak of GPU 0, GB"]].astype(float)
 table.round(2)
 
 # %% [markdown]
-# The losses agree within 0.04, and GPU 0 needs 3.2 GB instead of 4.6. That is more than half. FSDP cuts the weights
-# that are stored; a layer is whole again while it computes, and activations stay as they are. This record does not
-# say how much each of them takes.
+# The losses agree within 0.04, and GPU 0 needs 3.2 GB instead of 4.6. 3.2 GB is more than half of 4.6. FSDP cuts the
+# weights that are stored; a layer is whole again while it computes, and activations stay as they are. This record
+# does not say how much each of them takes.
 
 # %% [markdown]
 # ### On a 24 GB GPU with Mistral-7B
@@ -534,6 +535,10 @@ jobs
 # says what to try with [vLLM](https://docs.vllm.ai) for the checkpoints that the notebooks have written so far. vLLM
 # is not part of this environment, so these commands **were not run here**. `MODEL` is the hub id or the folder of the
 # base model.
+#
+# NVIDIA has an engine of its own, TensorRT-LLM. It runs on NVIDIA GPUs alone, and it was not run here either. Look
+# first at its [list of formats](https://nvidia.github.io/TensorRT-LLM/features/quantization.html): does it take your
+# checkpoint? [03](03_hybrid_precision.ipynb) says what TensorRT itself is.
 
 
 # %%
@@ -725,7 +730,7 @@ quiz.Quiz("12_scale_out")
 #    `hf_device_map`, because nothing else tells you. 4-bit weights refuse to go to the disk.
 # 2. **One script, any number of processes.** The launcher's configuration decides between one process, DDP and FSDP.
 #    With equal shares of the same batch, the curves agree within rounding.
-# 3. **Choose the split by what is short.** Take FSDP for memory in training: 2 GPUs need less memory each, not less
+# 3. **Choose the split by what you lack.** Take FSDP for memory in training: 2 GPUs need less memory each, not less
 #    work. Take tensor parallel for memory or speed in inference, and a serving engine for many users.
 #
 # <!-- navigation -->

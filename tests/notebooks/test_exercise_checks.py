@@ -152,7 +152,10 @@ def for_11():
         "awq": (115, 0.13),
         "worse": (115, 0.2),
     }
-    shown = {name: {"weight_bytes": size, "kl_divergence": kl} for name, (size, kl) in sizes.items()}
+    shown = {
+        name: {"weight_bytes": 1e6 * size, "kl_divergence": kl, "kl_high": 1.1 * kl, "decode_tokens_per_s": 10 + size}
+        for name, (size, kl) in sizes.items()
+    }
     return {"shown": shown, "alone": {"nf4": 0.33, "cache": 0.06}, "both": 0.4}
 
 
@@ -170,11 +173,12 @@ def for_09():
 
 
 def for_13():
-    texts = {
-        "bad-token": "Traceback (most recent call last):\nA: x\n\nThe above exception\n\nTraceback (most recent call last):\nh.HTTPError: 401 Client: no\n",
-        "folder-that-is-not-there": "Traceback (most recent call last):\nValueError: inner\n\nTraceback (most recent call last):\nOSError: gone: really\n",
-    }
-    return {"reproductions": types.SimpleNamespace(provoke=texts.__getitem__)}
+    """A training step that keeps a quarter of a MB for each token."""
+
+    def training_snapshots(_, tokens=256):
+        return {"after forward": {"activations": 0.25 * tokens}}
+
+    return {"training_snapshots": training_snapshots, "two_layers": None, "activations": {"all kept": 64.0}}
 
 
 # (notebook, function): stand-ins, right answers, {wrong answer: what the message must say}. Answers are expressions or definitions.
@@ -438,13 +442,18 @@ CASES = {
         "lambda x, gate, up, down, n: [(torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T] + [torch.zeros(5, 16)] * (n - 1)": "first slice did all",
         "lambda x, gate, up, down, n: []": "one partial result for each",
     }),
-    ("13", "last_error"): (for_13, [
-        "def last_error(text):\n    line = text.strip().splitlines()[-1]\n    kind, _, message = line.partition(': ')\n    return kind.split('.')[-1], message",
-        "lambda text: (lambda line: (line.split(':')[0].split('.')[-1], line.split(': ', 1)[1] if ': ' in line else ''))(text.rstrip().split('\\n')[-1])",
+    ("13", "longest_input"): (for_13, [
+        "lambda kept_mb, room_mb: int(256 * room_mb / kept_mb) // 64 * 64",
+        "def longest_input(kept_mb, room_mb):\n    step, tokens = kept_mb / 4, 0\n    while (tokens + 64) / 64 * step <= room_mb:\n"
+        "        tokens += 64\n    return tokens",
     ], {
-        "lambda text: None": r"return \(type, message\)",
-        "def last_error(text):\n    found = re.findall(r'^(\\w+): (.*)$', text, re.M) or [('', '')]\n    return found[0]": "",
-        "lambda text: text.strip().splitlines()[-1]": "expected",
+        "lambda kept_mb, room_mb: 256 * room_mb / kept_mb": "whole steps of 64",
+        "lambda kept_mb, room_mb: 256": "out of memory",
+        "lambda kept_mb, room_mb: 64 * round(4 * room_mb / kept_mb + 0.5)": "out of memory",
+        "lambda kept_mb, room_mb: 64 * int(4 * (room_mb / kept_mb) ** 0.5)": "keep only",
+        "lambda kept_mb, room_mb: 64": "keep only",
+        "lambda kept_mb, room_mb: 64 * int(room_mb)": "where 256 need",
+        "lambda *_: None": "return a number",
     }),
     ("13", "held_mb"): (dict, [
         "lambda megabytes, moment: megabytes * {'loaded': 1, 'after backward': 2, 'after step': 4}[moment]",
@@ -579,17 +588,23 @@ CASES = {
         "lambda *_: -1": "never negative",
         "lambda *_: None": "return a number",
     }),
-    ("11", "best_of"): (for_11, [
-        "def best_of(points):\n    kept = []\n    for name, (size, kl) in sorted(points.items(), key=lambda item: item[1]):\n"
-        "        if not kept or kl < points[kept[-1]][1]:\n            kept.append(name)\n    return kept",
-        "def best_of(points):\n    def beaten(name):\n        a = points[name]\n"
-        "        return any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points.values())\n"
-        "    return sorted((name for name in points if not beaten(name)), key=points.get)",
+    ("11", "choose"): (for_11, [
+        "def choose(records, budget_mb, max_kl):\n    best = None\n    for name, record in records.items():\n"
+        "        size, kl, rate = record['weight_bytes'], record['kl_high'], record['decode_tokens_per_s']\n"
+        "        if size is None or kl is None or rate is None or size > budget_mb * 1e6 or kl > max_kl:\n            continue\n"
+        "        if best is None or rate > records[best]['decode_tokens_per_s']:\n            best = name\n    return best",
+        "lambda records, budget_mb, max_kl: max((name for name, r in records.items() if r['decode_tokens_per_s'] and r['kl_high'] is not None"
+        " and r['kl_high'] <= max_kl and (r['weight_bytes'] or 1e99) / 1e6 <= budget_mb),"
+        " key=lambda name: records[name]['decode_tokens_per_s'], default=None)",
     ], {
-        "lambda points: list(points)": "b beats it",
-        "lambda points: [name for name in points if not any(b[0] < points[name][0] and b[1] < points[name][1] for b in points.values())]": "y is larger and no better",
-        "lambda points: [name for name in sorted(points, key=points.get, reverse=True) if name != 'c']": "in this order",
-        "lambda points: None": "return a list",
+        "lambda *_: None": "return the name",
+        "lambda records, budget_mb, max_kl: min(records, key=lambda name: records[name]['kl_high'])": "C is the fastest",
+        "lambda records, budget_mb, max_kl: max((n for n, r in records.items() if r['weight_bytes'] <= 1e6 * budget_mb and r['kl_divergence'] <= max_kl),"
+        " key=lambda n: records[n]['decode_tokens_per_s'], default=None)": "its interval ends at 0.22",
+        "lambda records, budget_mb, max_kl: max(records, key=lambda n: (records[n]['weight_bytes'] <= 1e6 * budget_mb, records[n]['kl_high'] <= max_kl,"
+        " records[n]['decode_tokens_per_s']))": "A alone has 100 MB",
+        "lambda records, budget_mb, max_kl: max((n for n, r in records.items() if r['weight_bytes'] <= 1e6 * budget_mb and (r['kl_high'] or 0) <= max_kl),"
+        " key=lambda n: records[n]['decode_tokens_per_s'] or 0, default=None)": "without a number",
     }),
     ("13", "holders"): (for_13, [
         "def holders(namespace, target):\n    def reaches(value):\n        if value is target:\n            return True\n        if isinstance(value, (list, tuple)):\n"
