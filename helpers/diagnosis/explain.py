@@ -10,6 +10,8 @@ An error is known only where its type, its message and the package that raised i
 the answer is "I do not know", with the three lines to search for: the root cause, the reader's own line, and the library.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import re
@@ -18,9 +20,13 @@ import textwrap
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers.diagnosis import catalogue, tracebacks
 from helpers.diagnosis.tracebacks import LONGEST, Raised, Reading, clean, read, redact  # noqa: F401 - what notebooks and tests take from here
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
 
 KNOWN, UNKNOWN, UNREADABLE = 0, 1, 2  # exit codes
 CERTAIN, LIKELY = "certain", "likely"
@@ -59,11 +65,12 @@ class Answer:
     line: str = ""
 
     @property
-    def because(self):
+    def because(self) -> str:
+        """Why it is as sure as it says."""
         return BECAUSE[ERROR if self.raised else PRINTED, self.sure]
 
 
-def explain(text):
+def explain(text: str | bytes | Reading) -> list[Answer]:
     """`Answer`s for a text (or `Reading`), likeliest first; an empty list if nothing in the catalogue fits."""
     reading = text if isinstance(text, Reading) else read(text)
     for raised in reading.reasons:  # the last error of the chain first; what it follows from if that one is not known
@@ -79,26 +86,26 @@ def explain(text):
     return [] if reading.cut else warnings(reading)
 
 
-def warnings(reading, printed=None):
-    """`Answer`s for the lines that were printed outside tracebacks, in the order of the catalogue."""
+def warnings(reading: Reading, printed: str | None = None) -> list[Answer]:
+    """`Answer`s for the lines printed outside tracebacks (or for `printed`), in the order of the catalogue."""
     sure, printed = LIKELY if reading.errors else CERTAIN, reading.printed if printed is None else printed
     found = ((entry, pattern.search(printed)) for entry in catalogue.ENTRIES for pattern in entry.lines)
     answers = {entry.id: Answer(entry, sure, None, _line(match)) for entry, match in found if match}
     return list(answers.values())
 
 
-def explain_error(error):
+def explain_error(error: BaseException) -> list[Answer]:
     """`Answer`s for an exception object, its chain included."""
     return explain(as_text(error))
 
 
-def as_text(error):
+def as_text(error: BaseException) -> str:
     """The traceback of an exception object as Python prints it."""
     return "".join(traceback.format_exception(error))
 
 
-def render(reading, answers=None, width=100):
-    """The answer for a reader as plain text: what was read, cause, remedy, how sure, reference."""
+def render(reading: Reading, answers: list[Answer] | None = None, width: int = 100) -> str:
+    """The answer for a reader as plain text, `width` characters wide: what was read, cause, remedy, how sure, reference."""
     answers = explain(reading) if answers is None else answers
     if not answers:
         return _do_not_know(reading, width)
@@ -115,7 +122,7 @@ def render(reading, answers=None, width=100):
     return "\n".join(lines)
 
 
-def main(file=None):
+def main(file: str | None = None) -> int:
     """`python -m helpers explain [FILE]`: exit code 0 if the error is known, 1 if not, 2 if there is nothing to read."""
     if file in (None, "-"):
         if sys.stdin.isatty():
@@ -138,8 +145,8 @@ def main(file=None):
     return KNOWN if answers else UNKNOWN
 
 
-def register(shell=None):
-    """Define the %explain and %%explain magics in the running IPython."""
+def register(shell: InteractiveShell | None = None) -> None:
+    """Define the %explain and %%explain magics in the running IPython; RuntimeError outside IPython."""
     if shell is None:
         from IPython import get_ipython
 
@@ -170,7 +177,7 @@ def register(shell=None):
             return
         print(render(read(as_text(subject) if isinstance(subject, BaseException) else str(subject))))
 
-    shell.register_magic_function(magic, "line_cell", "explain")
+    shell.register_magic_function(magic, "line_cell", "explain")  # pyright: ignore[reportArgumentType]
 
 
 def _fitting(raised, whole):

@@ -14,6 +14,7 @@ import functools
 import json
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from helpers import redact as secrets
@@ -129,7 +130,7 @@ _STANDARD = re.compile(r"[/\\]lib(?:64)?[/\\]python\d[\d.]*[/\\]|python[^/\\]*[/
 _NAMESPACES = {"google", "nvidia"}
 
 
-def package(path):
+def package(path: str) -> str:
     """The import name of the package that a file belongs to: PYTHON for the standard library, "" for the reader's own code."""
     if found := _INSTALLED.search(path):
         first, second = found[1].removesuffix(".py"), (found[2] or "").removesuffix(".py")
@@ -163,11 +164,12 @@ class Frame:
     code: str
 
     @property
-    def package(self):
+    def package(self) -> str:
+        """The package that its file belongs to, as `package` names it."""
         return package(self.path)
 
     @property
-    def raises(self):
+    def raises(self) -> bool:
         """Whether this line itself raises; if not, what it calls does."""
         return re.match(r"(raise|assert)\b", self.code) is not None
 
@@ -190,7 +192,7 @@ class Raised:
     type: str
     message: str
     frames: str = ""
-    stack: tuple = field(default=(), compare=False)
+    stack: tuple[Frame, ...] = field(default=(), compare=False)
     link: str = field(default="", compare=False)
     process: str = field(default="", compare=False)
     start: int = field(default=0, compare=False)
@@ -199,25 +201,25 @@ class Raised:
         return f"{self.type}: {self.message}" if self.message else self.type
 
     @property
-    def place(self):
+    def place(self) -> str | None:
         """The package of the innermost frame, the standard library skipped; None if the text shows no frame."""
         inner = self.innermost
         return inner.package if inner else None
 
     @property
-    def innermost(self):
-        """The innermost frame outside the standard library, or the innermost of all."""
+    def innermost(self) -> Frame | None:
+        """The innermost frame outside the standard library, or the innermost of all; None if the text shows no frame."""
         return next(
             (frame for frame in reversed(self.stack) if frame.package != PYTHON), self.stack[-1] if self.stack else None
         )
 
     @property
-    def own(self):
+    def own(self) -> list[Frame]:
         """The frames in the reader's own code, outermost first."""
         return [frame for frame in self.stack if not frame.package]
 
     @property
-    def reports(self):
+    def reports(self) -> bool:
         """Whether it only reports that something else failed: a launcher's, a kernel's or a lazy import's error."""
         return self.type in _REPORTS or _REPORTING.search(self.message) is not None
 
@@ -248,13 +250,13 @@ class Reading:
     """
 
     text: str
-    errors: tuple
+    errors: tuple[Raised, ...]
     cut: bool
     printed: str = ""
     frames: str = ""  # of a traceback that has no last line
 
     @property
-    def chains(self):
+    def chains(self) -> list[list[Raised]]:
         """The errors in groups that follow from each other, in the order in which their tracebacks begin."""
         chains = []
         for error in self.errors:
@@ -265,7 +267,7 @@ class Reading:
         return sorted(chains, key=lambda chain: chain[0].start)
 
     @property
-    def root(self):
+    def root(self) -> list[Raised]:
         """The chain of errors that stopped the program, oldest first, without those that only report it; empty if there is none."""
         real = [kept for chain in self.chains if (kept := [error for error in chain if not error.reports])]
         if not real:
@@ -278,12 +280,12 @@ class Reading:
         return next((chain for chain in real if not _SECONDARY.search(str(chain[-1]))), real[0])
 
     @property
-    def first(self):
+    def first(self) -> Raised | None:
         """The error that the others of `root` follow from, or None."""
         return self.reasons[-1] if self.reasons else None
 
     @property
-    def reasons(self):
+    def reasons(self) -> list[Raised]:
         """`root`, the last error first, without those that were caught on the way: what may explain the end."""
         kept = []
         for error in reversed(self.root):
@@ -296,12 +298,12 @@ class Reading:
         return kept
 
 
-def redact(text):
+def redact(text: str) -> str:
     """`text` with everything that looks like a token, key or password, or is one of this process, replaced by [secret]."""
     return _NAMED.sub(secrets.SECRET, secrets.redact(text))
 
 
-def clean(text):
+def clean(text: str | bytes) -> str:
     """Plain lines: no colours, control characters, carriage returns or common indentation, and no secrets."""
     if isinstance(text, bytes):
         text = _decode(text)
@@ -313,7 +315,7 @@ def clean(text):
     return textwrap.dedent(text.expandtabs(4))
 
 
-def undress(line):
+def undress(line: str) -> tuple[str, str, str]:
     """(process, level, line) without the prefixes of launchers and logs; process and level are "" where there is none."""
     process = level = ""
     for _ in range(4):  # a rank in front of a time in front of a level
@@ -330,7 +332,7 @@ def undress(line):
     return process, level, line
 
 
-def read(text):
+def read(text: str | bytes) -> Reading:
     """A `Reading` of a traceback: Python's, Jupyter's (also a saved .ipynb), pytest's; chained, coloured, CRLF, or half of one."""
     text = clean(_outputs(text))
     processes, printed = {}, []
@@ -424,23 +426,12 @@ class _Process:
         if (
             self.header and self.header != "Exception"
         ):  # Jupyter names the type above the frames: half a traceback still has it
-            self.errors.append(
-                (
-                    10**9,
-                    Raised(
-                        self.header,
-                        "",
-                        "\n".join(self.frames),
-                        tuple(parse_frames(self.frames)),
-                        self.link,
-                        self.name,
-                        self.start or 0,
-                    ),
-                )
-            )
+            frames, stack = "\n".join(self.frames), tuple(parse_frames(self.frames))
+            half = Raised(self.header, "", frames, stack, self.link, self.name, self.start or 0)
+            self.errors.append((10**9, half))
 
 
-def parse_frames(lines):
+def parse_frames(lines: Sequence[str]) -> list[Frame]:
     """The `Frame`s in the lines of a traceback, outermost first."""
     frames, marked = [], ""
     for number, line in enumerate(lines):

@@ -5,7 +5,9 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from papermill.log import logger
@@ -25,10 +27,11 @@ class Output:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.notebook = None
-        self._waiting, self._due, self._lock = None, 0.0, threading.Lock()
+        self.notebook: NotebookNode | None = None
+        self._waiting: str | None = None
+        self._due, self._lock = 0.0, threading.Lock()
 
-    def save(self, notebook) -> None:
+    def save(self, notebook: NotebookNode) -> None:
         """Write the notebook now, or soon if it was written a moment ago."""
         self.notebook = notebook
         text = json.dumps(notebook, ensure_ascii=False)
@@ -85,7 +88,10 @@ class Engine(NBClientEngine):
     """
 
     @classmethod
-    def execute_notebook(cls, nb, kernel_name, output, env, **kwargs):
+    def execute_notebook(
+        cls, nb: NotebookNode, kernel_name: str, output: Output, env: dict[str, str], **kwargs: Any
+    ) -> NotebookNode:
+        """Execute a notebook and return it. kwargs: what papermill hands to every engine."""
         manager = _Manager(nb, output)
         manager.notebook_start()
         try:

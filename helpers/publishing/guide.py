@@ -1,5 +1,7 @@
 """The decision guide: what you have and what you need in, a method out, with its reason in measured numbers and its notebook."""
 
+from __future__ import annotations
+
 import functools
 import html
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ from typing import Any
 from helpers import memory, models, widgets
 from helpers.process import headless
 from helpers.publishing import pareto, reference
+from helpers.records import Record
 
 SIZES = ("SmolLM2-135M", "Mistral-7B")
 HARDWARE = ("CPU", "NVIDIA GPU")
@@ -42,7 +45,14 @@ class Advice:
     reason: str
 
 
-def choose(found, memory_gb, hardware="CPU", fine_tune=False, need="quality", size="Mistral-7B"):
+def choose(
+    found: dict[str, Record],
+    memory_gb: float,
+    hardware: str = "CPU",
+    fine_tune: bool = False,
+    need: str = "quality",
+    size: str = "Mistral-7B",
+) -> Advice:
     """`Advice` from measured records ({method: record}) for a model of one of SIZES in `memory_gb` of RAM or VRAM.
 
     The size comes from the model's config, quality and speed from the records: they rank the methods, whatever the model.
@@ -115,7 +125,7 @@ def _speed(found, record):
     return f", {rate:.0f} tokens/s on {record['device']}{beside}"
 
 
-def bytes_needed(record, size):
+def bytes_needed(record: Record, size: str) -> float:
     """Bytes for weights, scales, a KV cache of CONTEXT tokens and working space; ValueError where the record says too little."""
     if record["method"] in FORMATS:
         return WORKING_SPACE * _predicted(size, **FORMATS[record["method"]]).total
@@ -127,7 +137,7 @@ def bytes_needed(record, size):
     return WORKING_SPACE * (full.weights * bits / 16 + rest + full.kv_cache)
 
 
-def linear_bits(record):
+def linear_bits(record: Record) -> float | None:
     """Bits that a record's method takes for each weight of a Linear layer, scales counted; None where its record does not say.
 
     The rest of the model is in 16 bits. A rotated model's head is a weight of its own, which other models have anyway. A GGUF file
@@ -194,7 +204,7 @@ class Guide:
         dict(memory_gb=4, hardware="NVIDIA GPU"),
     )
 
-    def __init__(self, found):
+    def __init__(self, found: dict[str, Record]):
         import ipywidgets
 
         self.found = found
@@ -213,7 +223,7 @@ class Guide:
         self.widget = ipywidgets.VBox([*controls, self.answer])
         self.refresh()
 
-    def advice(self):
+    def advice(self) -> Advice:
         """`Advice` for what is chosen now."""
         return choose(
             self.found,
@@ -224,14 +234,15 @@ class Guide:
             str(self.size.value),
         )
 
-    def refresh(self):
+    def refresh(self) -> None:
+        """Show the advice for what is chosen now, or what is wrong with the choice."""
         try:
             text = _html(self.advice())
         except ValueError as error:
             text = html.escape(str(error))
         self.answer.value = f'<div role="status" aria-live="polite" style="max-width:60ch">{text}</div>'
 
-    def examples(self):
+    def examples(self) -> list[tuple[str, Advice]]:
         """[(question, Advice)] for the static answer."""
         return [(_question(**example), choose(self.found, **example)) for example in self.EXAMPLES]
 

@@ -58,11 +58,11 @@ class Page:
     origin: str
 
 
-def build(output_dir="build"):
+def build(output_dir: Path | str = "build") -> Path:
     """Write the site into `<output_dir>/site` and return the path of its first page.
 
     Each notebook is shown with the outputs of this machine's last run where they are complete and of the present text, else with
-    those it was committed with. An older site stays as it was if anything fails.
+    those it was committed with. An older site stays as it was if anything fails. Raises ValueError where there is no notebook.
     """
     folder = files.folder(output_dir)
     shown = [_page(path, folder / "notebooks" / path.name) for path in pages.paths()]
