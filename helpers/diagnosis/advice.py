@@ -113,15 +113,17 @@ def _advise(name, course, machine, model, config):
         return Advice(name, CANNOT, why="it was never measured", command="make outputs")
     run = f"python -m helpers run --only {name[:2]}"
     if not _wants_large(model, machine):
-        aside = ('no GPU with 16 GB, so "auto" takes the small model', f"on a machine with such a GPU: {run}")
-        return _small(name, course, machine, model, run, *(aside if model == "auto" else ("", "")))
+        why, command = "", ""
+        if model == "auto":
+            why, command = 'no GPU with 16 GB, so "auto" takes the small model', f"on a machine with such a GPU: {run}"
+        return _small(name, course, machine, model, run, why, command)
     label, shape = (models.MISTRAL, models.mistral_config()) if model == "auto" else (model, config)
     need = None if shape is None else needs(course["cost"], shape, bool(machine.gpu), course["copies"])
     refused = machine.large or _short(need, machine, run, model)
     if need and not refused:
         return _with(need, notebook=name, verdict=RUNS, model=label)
     reason, command = refused or ("", "")
-    switch = model != "auto" or not machine.large  # what is closed to it, "auto" passes over by itself
+    switch = model != "auto" or not machine.large  # "auto" itself skips a model that it cannot have
     if switch:
         command = f"{command}; or as it is here: {run} --model {models.OFFLINE}"
     return _small(name, course, machine, model, run, f"{label}: {reason}", command, switch)

@@ -151,7 +151,7 @@ def check_cuda() -> Check | None:
     try:
         import torch
     except Exception:
-        return None  # said by check_torch
+        return None  # check_torch reports it
     if gpu is None and not torch.cuda.is_available():
         return Check("CUDA", OK, "no NVIDIA driver: the course runs on the CPU")
     build, other = torch.version.cuda, "https://download.pytorch.org/whl/cu126"
@@ -195,7 +195,7 @@ def check_formats() -> Check | None:
     try:
         import torch
     except Exception:
-        return None  # said by check_torch
+        return None  # check_torch reports it
     if not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability(0)
@@ -370,7 +370,7 @@ def check_grid(model: str) -> Check | None:
     folder = Path(model).expanduser()
     try:
         models.check_folder(folder)
-    except models.ModelError:  # the verdicts on the notebooks say it
+    except models.ModelError:  # the verdicts on the notebooks report it
         return None
     from helpers import grid
 

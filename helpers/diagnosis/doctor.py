@@ -116,11 +116,8 @@ def _examine(model):
     ]
     network.join()
     checks += [check_ram(), check_vram(), check_disk(), network.hub(), network.access(), check_model(network)]
-    checks += (
-        [check_grid(model)]
-        if "torch" not in {check.component for check in checks if check and check.verdict == BAD}
-        else []
-    )
+    if not any(check and check.component == "torch" and check.verdict == BAD for check in checks):
+        checks.append(check_grid(model))
     checks = [check for check in checks if check is not None]
     broken = {check.component for check in checks if check.verdict == BAD}
     missing = {name for name in bootstrap.pins() if bootstrap.version(name) is None} | broken & {

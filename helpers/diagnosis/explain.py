@@ -41,7 +41,7 @@ BECAUSE = {
         LIKELY,
     ): "this line was printed; the error beside it is not the cause, or only reports that something failed",
 }
-# Python writes these messages itself, whoever's mistake it is: the place must agree. Other messages name their library.
+# Python itself raises these, whoever made the mistake, so the place must agree. Other messages name their library.
 _PYTHONS = {
     "AttributeError",
     "TypeError",
@@ -73,14 +73,14 @@ class Answer:
 def explain(text: str | bytes | Reading) -> list[Answer]:
     """`Answer`s for a text (or `Reading`), likeliest first; an empty list if nothing in the catalogue fits."""
     reading = text if isinstance(text, Reading) else read(text)
-    for raised in reading.reasons:  # the last error of the chain first; what it follows from if that one is not known
+    for raised in reading.reasons:  # try the last error of the chain, then those that it follows from
         if answers := _fitting(raised, whole=raised == reading.root[-1] and not reading.cut):
             return answers
-    if reading.root:  # a program that still printed a traceback and was killed afterwards had survived it
+    if reading.root:  # a program that was killed later had survived the error of its traceback
         last = reading.text.strip().rpartition("\n")[2]
         return warnings(reading, last) if tracebacks.ENDED.match(last) else []
     found = [] if reading.cut else [answer for answer in warnings(reading) if not answer.entry.silent]
-    for raised in reversed(reading.errors):  # nothing but reports that something failed: by a signal, say
+    for raised in reversed(reading.errors):  # only reports that something failed are left, such as an end by a signal
         if answers := _fitting(raised, whole=not reading.cut):
             return [*found, *answers] if answers[0].entry.general else answers
     return [] if reading.cut else warnings(reading)
@@ -217,9 +217,8 @@ def _placed(pattern, raised):
         return None if stack[-1].raises and stack[-1].package not in ("torch", tracebacks.PYTHON) else True
     written_by_python = raised.type in _PYTHONS or raised.message.startswith("cannot import name")
     cut = not any(frame.package for frame in stack) and not inner.raises and not written_by_python
-    return (
-        False if cut else None
-    )  # a report that leaves the library's frames out, of a message that no reader's code writes
+    # A report that is cut leaves the library's frames out, and no reader's own code writes its message.
+    return False if cut else None
 
 
 def _line(match):
@@ -305,9 +304,8 @@ def _inside(frame):
 def _version(package):
     """' 5.0 (installed here)' for a package of this environment, as the name of its metadata's folder says."""
     name = re.sub(r"[-_.]+", "_", catalogue.DISTRIBUTIONS.get(package) or package).lower()
-    for folder in filter(
-        os.path.isdir, sys.path
-    ):  # importlib.metadata would take a third of the time this command may take
+    # Read the folders: importlib.metadata would take a third of the time that this command may take.
+    for folder in filter(os.path.isdir, sys.path):
         for entry in os.listdir(folder):
             if entry.endswith(".dist-info") and re.sub(r"[-_.]+", "_", entry.partition("-")[0]).lower() == name:
                 return f" {entry.removesuffix('.dist-info').partition('-')[2]} (installed here)"

@@ -18,7 +18,7 @@ from helpers.models import hub, packages
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-HUB_SECONDS = 4  # for everything that is asked of the network; it is asked while torch is imported
+HUB_SECONDS = 4  # for all questions to the network together, which are asked while torch is imported
 
 
 class Network(threading.Thread):
@@ -56,11 +56,11 @@ class Network(threading.Thread):
         """Ask the hub; `error` says what kept it from answering, None where it answered."""
         try:
             self._ask()
-        except Exception as error:  # no name, no route, a refusal, or an answer that is no hub's
+        except Exception as error:  # no such name, no route, a refusal, or an answer that does not come from a hub
             self.error = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         finally:
             with contextlib.suppress(ImportError):
-                hub.api()  # its usual patience for whatever this process asks next
+                hub.api()  # restore the usual timeout for what this process asks next
 
     def _ask_pypi(self):
         self.pypi = _pypi_answers()

@@ -49,9 +49,8 @@ _LINK = re.compile(
     r"|[^)\n]{0,200}?\1)\)"
 )
 _LEVEL = r"(?P<level>DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL)"
-_LOGGED = re.compile(
-    r"[\[\d]|(?:DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|FATAL)[ :]|[IWEF]\d{4} "
-)  # compiling all of _LOG takes time
+# Look for the beginning of a log line first: to compile all of `_logs` takes time.
+_LOGGED = re.compile(r"[\[\d]|(?:DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|FATAL)[ :]|[IWEF]\d{4} ")
 
 
 @functools.cache
@@ -86,10 +85,9 @@ _LINKS = {"The above exception was the direct cause": "cause", "During handling 
 _CHAIN = re.compile(r"^(The above exception was the direct cause|During handling of the above exception)")
 _RULE = re.compile(r"^-{20,}\s*$")
 _MEMBER = re.compile(r"^\s*\|?\s*\+-[-+ ]*\d+ -+")  # the head of one member of an exception group
-_DEBUGGER = re.compile(
-    r"^Exception has occurred: [\w.]+"
-)  # VS Code: the message first, then the frames, the innermost at the top
-# What the shell says when the system ends a program: no part of the message above it.
+# VS Code shows the message first, then the frames, the innermost at the top.
+_DEBUGGER = re.compile(r"^Exception has occurred: [\w.]+")
+# The shell prints this when the system ends a program. It is no part of the message above it.
 SHELLS = r"(?:[\w./-]+: (?:line \d+: *\d+ +)?|\[\d+\] +[-+]? *\d+ +)?"
 ENDED = re.compile(
     rf"^{SHELLS}(?:[Kk]illed|[Tt]erminated|[Ss]egmentation fault|Bus error|Aborted)(?: +\S.*| \(core dumped\).*)?$"
@@ -144,9 +142,8 @@ def package(path: str) -> str:
         return "gguf"
     if parts[0] in LIBRARIES and len(parts) > 1:
         return parts[0]
-    for parent, name in zip(
-        parts, parts[1:-1], strict=False
-    ):  # a source checkout: transformers/src/transformers, AutoAWQ/awq
+    # A source checkout has the package below a folder like it: transformers/src/transformers, AutoAWQ/awq.
+    for parent, name in zip(parts, parts[1:-1], strict=False):
         if name in LIBRARIES and parent.lower() in ("src", name, _CHECKOUTS.get(name)):
             return name
     if len(parts) > 1 and parts[-2] in ("bin", "Scripts") and not parts[-1].endswith(".py"):
@@ -275,7 +272,7 @@ class Reading:
         processes = {chain[0].process for chain in real}
         if len(processes) == 1 and not any(error.type == "ChildFailedError" for error in self.errors):
             return real[-1]
-        if len(processes) > 1:  # the last of each process, the first of these
+        if len(processes) > 1:  # take the last chain of each process, and of these the first
             real = sorted({chain[0].process: chain for chain in real}.values(), key=lambda chain: chain[0].start)
         return next((chain for chain in real if not _SECONDARY.search(str(chain[-1]))), real[0])
 
@@ -308,7 +305,7 @@ def clean(text: str | bytes) -> str:
     if isinstance(text, bytes):
         text = _decode(text)
     text = _CONTROL.sub("", _ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
-    text = redact(text[-LONGEST - 1000 :])  # with a margin: half a token at the cut would not be known as one
+    text = redact(text[-LONGEST - 1000 :])  # keep a margin: half a token at the cut would not be recognized
     if len(text) > LONGEST:
         text = text[-LONGEST:].partition("\n")[2] or text[-LONGEST:]
     text = _LINK.sub(r"\1", text)  # VS Code and Colab copy the name of a cell or file as a link
@@ -423,9 +420,8 @@ class _Process:
 
     def end(self):
         self.close(10**9)
-        if (
-            self.header and self.header != "Exception"
-        ):  # Jupyter names the type above the frames: half a traceback still has it
+        # Jupyter names the type above the frames, so half a traceback still has it.
+        if self.header and self.header != "Exception":
             frames, stack = "\n".join(self.frames), tuple(parse_frames(self.frames))
             half = Raised(self.header, "", frames, stack, self.link, self.name, self.start or 0)
             self.errors.append((10**9, half))

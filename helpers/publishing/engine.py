@@ -23,7 +23,7 @@ class Output:
     path  where it goes
     """
 
-    EVERY = 2.0  # a notebook of 100 cells is handed over 200 times, and each writing takes up to a tenth of a second
+    EVERY = 2.0  # papermill hands over a notebook of 100 cells 200 times, and each write takes up to 0.1 s
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -40,7 +40,7 @@ class Output:
         pause = self._due - time.monotonic()
         if pause <= 0:
             self.flush()
-        elif not late:  # a long cell may follow, and a kill in it must not take the cell before it along
+        elif not late:  # write soon: a kill in a long next cell must not lose this one
             timer = threading.Timer(pause, self._flush_later)
             timer.daemon = True
             timer.start()
@@ -59,7 +59,7 @@ class Output:
             notebook = redact.notebook(json.loads(self._waiting))
             notebook["metadata"]["papermill"]["output_path"] = str(self.path)
             files.write_text(self.path, json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
-            self._waiting = None  # only now: what could not be written keeps waiting
+            self._waiting = None  # after the write: what could not be written keeps waiting
             self._due = time.monotonic() + self.EVERY
 
     def _flush_later(self):

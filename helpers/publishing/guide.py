@@ -16,11 +16,11 @@ SIZES = ("SmolLM2-135M", "Mistral-7B")
 HARDWARE = ("CPU", "NVIDIA GPU")
 NEEDS = ("quality", "speed", "small size")
 CONTEXT = 4096  # tokens of KV cache that the memory must hold as well
-USABLE = 0.5  # nats of KL divergence; what is beyond is not offered
+USABLE = 0.5  # nats of KL divergence; a method beyond it is not offered
 WORKING_SPACE = 1.1  # activations, buffers
 
-# Methods whose bytes on another model do not follow from their record (the rest in 32 bits, the head quantized too), or whose format
-# is known exactly: what `memory.predict` takes. All others follow their records.
+# What `memory.predict` takes for methods whose bytes on another model do not follow from their record (the rest in 32 bits, the head
+# quantized too), or whose format is known exactly. The bytes of all other methods follow from their records.
 FORMATS = {
     "fp32": {"bits": 32, "rest_bits": 32},
     "bf16": {"bits": 16},
@@ -72,15 +72,11 @@ def choose(
         least = min(needed, key=needed.__getitem__)
         return Advice(None, "12", f"{size} needs {needed[least] / 1e9:.1f} GB even in {least} (with {CONTEXT:,} tokens of context), and you have {memory_gb:g}: "
                       "offload, or take a smaller model (notebook 12).")  # fmt: skip
-    there = {reference.on_cpu(record["device"]) for record in fitting.values()} == {hardware == "CPU"}
-    best = _best(fitting, needed, "quality" if need == "speed" and not there else need)
+    alike = {reference.on_cpu(record["device"]) for record in fitting.values()} == {hardware == "CPU"}
+    best = _best(fitting, needed, "quality" if need == "speed" and not alike else need)
     room = f"{size} needs {needed[best] / 1e9:.1f} of your {memory_gb:g} GB with {CONTEXT:,} tokens of context"
-    speed = _speed(found, fitting[best]) if there else ""
-    if not speed and need == "speed":
-        speed = "; no speed was measured on such hardware, so this is the best quality that fits"
-    if fitting[best]["decode_tokens_per_s"] is None:
-        speed += f"; its speed was not measured, and notebook {fitting[best]['notebook'][:2]} says what decodes it"
-    reason = f"{room}; {_quality(fitting[best])}{speed}. {len(fitting)} of {len(usable)} usable methods fit."
+    said = _quality(fitting[best]) + _about_speed(found, fitting[best], need, alike)
+    reason = f"{room}; {said}. {len(fitting)} of {len(usable)} usable methods fit."
     return Advice(best, fitting[best]["notebook"][:2], reason)
 
 
@@ -113,6 +109,16 @@ def _quality(record):
     """What was measured of a method's quality, in words."""
     model, same = record["model"].split()[0], record["top1_agreement"]
     return f"measured on {model}: KL {record['kl_divergence']:.3f}, {same:.0%} of the top tokens unchanged"
+
+
+def _about_speed(found, record, need, alike):
+    """What is known of a method's speed, as the end of a sentence. alike: the records are of hardware such as the reader's."""
+    said = _speed(found, record) if alike else ""
+    if not said and need == "speed":
+        said = "; no speed was measured on such hardware, so this is the best quality that fits"
+    if record["decode_tokens_per_s"] is None:
+        said += f"; its speed was not measured, and notebook {record['notebook'][:2]} says what decodes it"
+    return said
 
 
 def _speed(found, record):

@@ -210,7 +210,7 @@ def refresh_all(picture_alt: str | None = None) -> None:
         text = replace_part(text, "picture", f"![{picture_alt}](notebooks/{PICTURE.name})")
     for part, (name, words, file) in SHOWN.items():
         shown = picture_in(read(FOLDER / f"{name}.ipynb"), words)
-        if shown:  # else its cell has changed and has not run again: the README keeps the older picture
+        if shown:  # without it, the cell has changed and has not run again: the README keeps the older picture
             file.write_bytes(shown[0])
             text = replace_part(text, part, f"![{shown[1]}](notebooks/{file.name})")
     readme.write_text(text, encoding="utf-8")

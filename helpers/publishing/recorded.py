@@ -35,7 +35,7 @@ class _Group:
     def on_cpu(self, method):
         """1 where a method's record is of a CPU."""
         if not reference.on_cpu(self(method, "device")):
-            raise _Missing  # says nothing about CPUs
+            raise _Missing  # a GPU's record says nothing about CPUs
         return 1
 
 

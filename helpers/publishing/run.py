@@ -75,7 +75,7 @@ def _verdict(path, output, parameters, cwd, timeout, kernel_name, env):
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
+        output.unlink(missing_ok=True)  # an earlier run's notebook must not pass for this run's
         written = engine.Output(output)
         try:
             papermill.execute_notebook(
@@ -158,7 +158,7 @@ def run(
     Raises ValueError for a cap that is no size, or where `only` names no notebook.
     """
     if cap is not None:
-        memory.parse_size(cap)  # a wrong one is said now, not by every notebook
+        memory.parse_size(cap)  # report a wrong cap now, not in every notebook
     chosen = [path for path in pages.paths() if not only or any(path.name.startswith(prefix) for prefix in only)]
     if not chosen:
         raise ValueError(
@@ -231,9 +231,8 @@ def commit_outputs(path: Path, executed: Path, result: Result, disk: int) -> Non
         if cell.cell_type == "code":
             cell.outputs = merged([output for output in cell.outputs if output.get("name") != "stderr"])
             for output in cell.outputs:
-                output.get("data", {}).pop(
-                    "application/vnd.jupyter.widget-view+json", None
-                )  # JupyterLab finds no model for it
+                # Without the widget's state, JupyterLab finds no model for it.
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     nbformat.write(notebook, path)
 
 

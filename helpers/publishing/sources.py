@@ -53,7 +53,7 @@ def build(source: Path, target: Path | None = None) -> NotebookNode:
     target = target or pages.FOLDER / f"{source.stem}.ipynb"
     fresh = jupytext.reads(source.read_text(encoding="utf-8"), fmt=FORMAT)
     for cell in fresh.cells:
-        cell.id = None  # jupytext draws one by chance
+        cell.id = None  # jupytext makes a random one
     if not target.is_file():
         fresh.metadata["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
         fresh.metadata["course"] = {"packages": []}

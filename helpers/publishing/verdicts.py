@@ -13,9 +13,8 @@ NOT_TESTED, NO_HARDWARE, NOT_RUN = "not tested on its subject", "needs hardware 
 WORDS = (HOLDS, PARTLY, FAILS, CLOSE, NOT_TESTED, NO_HARDWARE, NOT_RUN)
 # Relative error of a value without an interval: two speeds, each within 10 %; a KL on few windows. Sizes and errors are exact.
 SPREAD = {"memory": 0.0, "behaviour": 0.0, "speed": 0.2, "quality": 0.2}
-JUDGE_PARAMETERS = (
-    1e9  # smaller models lose more to rounding: they do not judge what is said about a 7B model's quality
-)
+# Smaller models lose more to rounding, so they do not judge what is said about a 7B model's quality.
+JUDGE_PARAMETERS = 1e9
 COMPUTED = "computed from its config"
 Claim = dict[str, Any]  # as claims.json has it: texts, its subject as a dict of texts, zones as [low, high]
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from helpers.diagnosis import explain
 
-transformers_logging.get_logger()  # its handler is made now: made inside `quiet` it would keep the wrong stream
+transformers_logging.get_logger()  # create its handler now: one created inside `quiet` would keep the wrong stream
 LIBRARIES = ("transformers", "accelerate", "peft", "bitsandbytes")
 Failure = Callable[[], str | None]  # raises, or returns what was printed
 Repair = Callable[[], str]
@@ -113,7 +113,7 @@ class Heard(list[str]):
 @contextlib.contextmanager
 def listening() -> Iterator[Heard]:
     """Collect the warnings and log messages of a block: a library that fails without raising often mumbles."""
-    transformers_logging.warning_once.cache_clear()  # it says some things once per process only
+    transformers_logging.warning_once.cache_clear()  # else it says some things only once per process
     heard = Heard()
 
     class Ear(logging.Handler):
