@@ -50,6 +50,9 @@ PACKAGES = (
 )
 
 
+Record = dict[str, Any]  # FIELDS: texts, numbers or None, versions and in_domain as dicts of their own
+
+
 class RecordError(ValueError):
     """A record is not what DESIGN's contract allows; the message names the field."""
 
@@ -65,7 +68,7 @@ def write(
     scores: evaluation.Scores | None = None,
     in_domain: tuple[torch.Tensor, evaluation.Scores] | None = None,
     **numbers: float | None,
-) -> dict[str, Any]:
+) -> Record:
     """Write `records/<method>.json` under the build folder, atomically, and return the record.
 
     found      the `models.Found` that was measured
@@ -110,7 +113,7 @@ def _in_domain(windows, scores):
     }
 
 
-def read(output_dir: Path | str = "build") -> dict[str, dict]:
+def read(output_dir: Path | str = "build") -> dict[str, Record]:
     """All records under a build folder, as {method: record}; each is checked. A broken file raises RecordError with its name."""
     found = {}
     for path in sorted((files.folder(output_dir) / "records").glob("*.json")):

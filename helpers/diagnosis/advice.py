@@ -1,10 +1,18 @@
 """What each notebook will do on this machine, and the command that changes it."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from helpers import memory, models
 from helpers.publishing import pages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 RUNS, SMALL, CANNOT = "run", "run with the small model", "cannot"
 CONTEXT = 512  # tokens, the course's evaluation windows
@@ -50,13 +58,15 @@ class Machine:
     disk: int
     gpu: int = 0  # total memory of the GPU, 0 without one
     vram: int = 0  # free memory of the GPU
-    missing: frozenset = frozenset()
-    small: tuple | None = None  # why the default model cannot be had, and the command that changes it
-    large: tuple | None = None  # the same for the model asked for
+    missing: frozenset[str] = frozenset()
+    small: tuple[str, str] | None = None  # why the default model cannot be had, and the command that changes it
+    large: tuple[str, str] | None = None  # the same for the model asked for
     small_bytes: int = 0  # of the default model already on the disk
 
 
-def advise(paths, machine, model="auto", config=None):
+def advise(
+    paths: Iterable[Path], machine: Machine, model: str = "auto", config: PreTrainedConfig | None = None
+) -> list[Advice]:
     """One `Advice` for each notebook file on this `Machine`.
 
     model, config  as asked for, and its transformers config; without one, a model other than the default cannot be judged
@@ -66,7 +76,7 @@ def advise(paths, machine, model="auto", config=None):
     ]
 
 
-def needs(cost: dict, config=None, gpu: bool = False, copies: float = 1) -> Need:
+def needs(cost: dict[str, Any], config: PreTrainedConfig | None = None, gpu: bool = False, copies: float = 1) -> Need:
     """The `Need` of a notebook with this cost card, for the default model or, with `config`, for another one.
 
     copies: how many times the notebook holds a model in full precision at once (what it tells `models.find`); on a CPU its peak grows
@@ -103,15 +113,17 @@ def _advise(name, course, machine, model, config):
         return Advice(name, CANNOT, why="it was never measured", command="make outputs")
     run = f"python -m helpers run --only {name[:2]}"
     if not _wants_large(model, machine):
-        aside = ('no GPU with 16 GB, so "auto" takes the small model', f"on a machine with such a GPU: {run}")
-        return _small(name, course, machine, model, run, *(aside if model == "auto" else ("", "")))
+        why, command = "", ""
+        if model == "auto":
+            why, command = 'no GPU with 16 GB, so "auto" takes the small model', f"on a machine with such a GPU: {run}"
+        return _small(name, course, machine, model, run, why, command)
     label, shape = (models.MISTRAL, models.mistral_config()) if model == "auto" else (model, config)
     need = None if shape is None else needs(course["cost"], shape, bool(machine.gpu), course["copies"])
     refused = machine.large or _short(need, machine, run, model)
     if need and not refused:
         return _with(need, notebook=name, verdict=RUNS, model=label)
     reason, command = refused or ("", "")
-    switch = model != "auto" or not machine.large  # what is closed to it, "auto" passes over by itself
+    switch = model != "auto" or not machine.large  # "auto" itself skips a model that it cannot have
     if switch:
         command = f"{command}; or as it is here: {run} --model {models.OFFLINE}"
     return _small(name, course, machine, model, run, f"{label}: {reason}", command, switch)
@@ -159,6 +171,6 @@ def _short(need, machine, run, model, there=0):
     return None
 
 
-def course(path):
-    """What a notebook's metadata says of it: its packages and its measured cost."""
+def course(path: Path) -> dict[str, Any]:
+    """What a notebook's metadata says of it: its packages and its measured cost; {} where it says nothing."""
     return json.loads(path.read_text(encoding="utf-8"))["metadata"].get("course", {})

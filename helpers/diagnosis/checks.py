@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Protocol
 
 from helpers import bootstrap, driver, files, memory, models
 from helpers.diagnosis.advice import INSTALL, course
@@ -41,7 +42,8 @@ class Check:
     remedy: str = ""
 
 
-def check_python():
+def check_python() -> Check:
+    """Is this one of the Python versions that the pinned packages have?"""
     version = platform.python_version()
     if (3, 11) <= sys.version_info[:2] <= (3, 13):
         return Check("python", OK, f"{version} on {platform.system()} {platform.machine()}")
@@ -50,7 +52,8 @@ def check_python():
     )
 
 
-def check_packages():
+def check_packages() -> Check:
+    """Are the pinned packages installed, in the pinned versions?"""
     pins = bootstrap.pins()
     if not pins:
         return Check(
@@ -85,7 +88,7 @@ def check_packages():
     return Check("packages", OK, f"all {len(pins)} pinned packages, in the pinned versions")
 
 
-def check_combinations():
+def check_combinations() -> Check:
     """Versions that are known not to work together, and what the installed packages themselves ask of each other."""
     from packaging.requirements import InvalidRequirement, Requirement
     from packaging.specifiers import SpecifierSet
@@ -123,7 +126,8 @@ def check_combinations():
     return Check("combinations", OK, "no versions that are known not to work together")
 
 
-def check_torch():
+def check_torch() -> Check:
+    """Does torch import, and does it use a GPU?"""
     try:
         import torch
     except Exception as error:
@@ -141,13 +145,13 @@ def check_torch():
     return Check("torch", OK, f"{torch.__version__}, no GPU in use, {cores()} CPU cores")
 
 
-def check_cuda():
-    """torch's CUDA against the driver's, and the GPU's compute capability against what torch was compiled for."""
+def check_cuda() -> Check | None:
+    """torch's CUDA against the driver's, and the GPU's compute capability against what torch was compiled for; None without torch."""
     gpu = driver.describe()
     try:
         import torch
     except Exception:
-        return None  # said by check_torch
+        return None  # check_torch reports it
     if gpu is None and not torch.cuda.is_available():
         return Check("CUDA", OK, "no NVIDIA driver: the course runs on the CPU")
     build, other = torch.version.cuda, "https://download.pytorch.org/whl/cu126"
@@ -186,12 +190,12 @@ def formats(capability: tuple[int, int]) -> dict[str, str]:
     return {name: "native" if capability >= least else emulated for name, least in NATIVE_FROM.items()}
 
 
-def check_formats():
+def check_formats() -> Check | None:
     """Which small floats this GPU multiplies by itself; None without a GPU that torch uses."""
     try:
         import torch
     except Exception:
-        return None  # said by check_torch
+        return None  # check_torch reports it
     if not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability(0)
@@ -199,7 +203,7 @@ def check_formats():
     return Check("formats", OK, f"capability {capability[0]}.{capability[1]}: {said}")
 
 
-def check_bitsandbytes():
+def check_bitsandbytes() -> Check:
     """Quantize and restore a block for real: an import that works says nothing about the kernels."""
     try:
         import torch
@@ -227,7 +231,7 @@ def check_bitsandbytes():
     )
 
 
-def check_kernel():
+def check_kernel() -> Check:
     """Does Jupyter start this environment's Python, and is the `jupyter` on the path this environment's?"""
     here = Path(sys.executable)
     register = f"{here.name} -m ipykernel install --sys-prefix --name python3"
@@ -263,7 +267,8 @@ def _measured(field, otherwise):
     return [card[field] for card in cards if card] or [otherwise]
 
 
-def check_ram():
+def check_ram() -> Check:
+    """Is enough RAM free for the notebooks, by their cost cards?"""
     free, cards = memory.free_ram(), _measured("peak_ram_bytes", 4e9)
     found = f"{free / 1e9:.1f} GB free"
     if free < max(cards):
@@ -276,7 +281,7 @@ def check_ram():
     return Check("RAM", OK, found)
 
 
-def gpu_memory():
+def gpu_memory() -> tuple[int, int]:
     """(total, free) bytes of the GPU's memory; zeros without one."""
     import torch
 
@@ -286,7 +291,8 @@ def gpu_memory():
     return total, free
 
 
-def check_vram():
+def check_vram() -> Check | None:
+    """Is most of the GPU's memory free? None without a GPU that torch uses."""
     try:
         total, free = gpu_memory()
     except Exception:
@@ -303,12 +309,13 @@ def check_vram():
     return Check("VRAM", OK, f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free")
 
 
-def free_disk():
-    """Bytes free where models and results go; the smaller one if they lie on two disks."""
+def free_disk() -> int:
+    """Bytes free where models and results go; the smaller one if they lie on two disks. OSError or ModelError where a folder cannot be made."""
     return min(shutil.disk_usage(models.cache()).free, shutil.disk_usage(files.folder()).free)
 
 
-def check_disk():
+def check_disk() -> Check:
+    """Is enough disk free for models and results?"""
     advice = "Free some, or set COURSE_CACHE (models) and --output (results) to a larger disk."
     try:
         free = free_disk()
@@ -325,7 +332,7 @@ def check_disk():
     )
 
 
-def default_folder():
+def default_folder() -> Path | None:
     """The converted default model's folder if it is complete, else None."""
     try:
         folder = packages.SMOLLM2.folder
@@ -335,11 +342,20 @@ def default_folder():
     return folder
 
 
-def check_model(network):
+class Reachable(Protocol):
+    """What `check_model` asks of the network."""
+
+    def small_refusal(self) -> tuple[str, str] | None:
+        """(why, command) if the default model can be had nowhere, else None."""
+
+
+def check_model(network: Reachable) -> Check:
+    """Is the default model here, or can it be fetched? network: a `network.Network` that has been asked."""
     if default_folder():
         return Check("default model", OK, "converted and complete in the cache")
-    if network.small_refusal():
-        why, command = network.small_refusal()
+    refusal = network.small_refusal()
+    if refusal:
+        why, command = refusal
         return Check("default model", BAD, f"not on this machine, and {why}", command)
     return Check(
         "default model",
@@ -349,12 +365,12 @@ def check_model(network):
     )
 
 
-def check_grid(model):
+def check_grid(model: str) -> Check | None:
     """The check whether the weights in the folder asked for lie on a low-bit grid; None where no folder was asked for or it is damaged."""
     folder = Path(model).expanduser()
     try:
         models.check_folder(folder)
-    except models.ModelError:  # the verdicts on the notebooks say it
+    except models.ModelError:  # the verdicts on the notebooks report it
         return None
     from helpers import grid
 

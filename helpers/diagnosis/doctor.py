@@ -17,14 +17,16 @@ the weights is scaled by `memory.predict`; such a figure is an estimate and is c
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from helpers import __version__, bootstrap, files, memory, records, redact
-from helpers.diagnosis.advice import CANNOT, Machine, advise
+from helpers.diagnosis.advice import CANNOT, Advice, Machine, advise
 from helpers.diagnosis.checks import (
     BAD,
     OK,
+    Check,
     check_bitsandbytes,
     check_combinations,
     check_cuda,
@@ -46,13 +48,13 @@ from helpers.diagnosis.network import Network
 from helpers.publishing import pages
 
 
-def examine():
+def examine() -> list[Check]:
     """Run every check on this machine; a list of `Check`."""
     return _examine("auto")[0]
 
 
-def overall(checks):
-    """The worst verdict and a sentence."""
+def overall(checks: Sequence[Check]) -> tuple[str, str]:
+    """The worst verdict, "ok" or "bad", and a sentence."""
     bad = [check.component for check in checks if check.verdict == BAD]
     if bad:
         return BAD, f"Not ready: {', '.join(bad)}. Follow the remedies above, then ask again."
@@ -60,8 +62,8 @@ def overall(checks):
     return OK, "Ready: the course runs here on " + ("the GPU." if gpu else "the CPU with the small model.")
 
 
-def main(as_json=False, model="auto", only=None):
-    """Print the verdicts; the exit code as the module's docstring lists them."""
+def main(as_json: bool = False, model: str = "auto", only: Sequence[str] | None = None) -> int:
+    """Print the verdicts; the exit code as the module's docstring lists them. ValueError where `only` names no notebook."""
     started = time.perf_counter()
     chosen = [path for path in pages.paths() if not only or path.name.startswith(tuple(only))]
     if only and not chosen:
@@ -91,7 +93,7 @@ def main(as_json=False, model="auto", only=None):
     return code
 
 
-def exit_code(checks, advice):
+def exit_code(checks: Sequence[Check], advice: Sequence[Advice]) -> int:
     """0, 1 or 3, as the module's docstring says."""
     if any(check.verdict == BAD for check in checks) or any(entry.verdict == CANNOT for entry in advice):
         return 1
@@ -114,11 +116,8 @@ def _examine(model):
     ]
     network.join()
     checks += [check_ram(), check_vram(), check_disk(), network.hub(), network.access(), check_model(network)]
-    checks += (
-        [check_grid(model)]
-        if "torch" not in {check.component for check in checks if check and check.verdict == BAD}
-        else []
-    )
+    if not any(check and check.component == "torch" and check.verdict == BAD for check in checks):
+        checks.append(check_grid(model))
     checks = [check for check in checks if check is not None]
     broken = {check.component for check in checks if check.verdict == BAD}
     missing = {name for name in bootstrap.pins() if bootstrap.version(name) is None} | broken & {

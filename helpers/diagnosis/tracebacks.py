@@ -14,6 +14,7 @@ import functools
 import json
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from helpers import redact as secrets
@@ -48,9 +49,8 @@ _LINK = re.compile(
     r"|[^)\n]{0,200}?\1)\)"
 )
 _LEVEL = r"(?P<level>DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL)"
-_LOGGED = re.compile(
-    r"[\[\d]|(?:DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|FATAL)[ :]|[IWEF]\d{4} "
-)  # compiling all of _LOG takes time
+# Look for the beginning of a log line first: to compile all of `_logs` takes time.
+_LOGGED = re.compile(r"[\[\d]|(?:DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|FATAL)[ :]|[IWEF]\d{4} ")
 
 
 @functools.cache
@@ -85,10 +85,9 @@ _LINKS = {"The above exception was the direct cause": "cause", "During handling 
 _CHAIN = re.compile(r"^(The above exception was the direct cause|During handling of the above exception)")
 _RULE = re.compile(r"^-{20,}\s*$")
 _MEMBER = re.compile(r"^\s*\|?\s*\+-[-+ ]*\d+ -+")  # the head of one member of an exception group
-_DEBUGGER = re.compile(
-    r"^Exception has occurred: [\w.]+"
-)  # VS Code: the message first, then the frames, the innermost at the top
-# What the shell says when the system ends a program: no part of the message above it.
+# VS Code shows the message first, then the frames, the innermost at the top.
+_DEBUGGER = re.compile(r"^Exception has occurred: [\w.]+")
+# The shell prints this when the system ends a program. It is no part of the message above it.
 SHELLS = r"(?:[\w./-]+: (?:line \d+: *\d+ +)?|\[\d+\] +[-+]? *\d+ +)?"
 ENDED = re.compile(
     rf"^{SHELLS}(?:[Kk]illed|[Tt]erminated|[Ss]egmentation fault|Bus error|Aborted)(?: +\S.*| \(core dumped\).*)?$"
@@ -129,7 +128,7 @@ _STANDARD = re.compile(r"[/\\]lib(?:64)?[/\\]python\d[\d.]*[/\\]|python[^/\\]*[/
 _NAMESPACES = {"google", "nvidia"}
 
 
-def package(path):
+def package(path: str) -> str:
     """The import name of the package that a file belongs to: PYTHON for the standard library, "" for the reader's own code."""
     if found := _INSTALLED.search(path):
         first, second = found[1].removesuffix(".py"), (found[2] or "").removesuffix(".py")
@@ -143,9 +142,8 @@ def package(path):
         return "gguf"
     if parts[0] in LIBRARIES and len(parts) > 1:
         return parts[0]
-    for parent, name in zip(
-        parts, parts[1:-1], strict=False
-    ):  # a source checkout: transformers/src/transformers, AutoAWQ/awq
+    # A source checkout has the package below a folder like it: transformers/src/transformers, AutoAWQ/awq.
+    for parent, name in zip(parts, parts[1:-1], strict=False):
         if name in LIBRARIES and parent.lower() in ("src", name, _CHECKOUTS.get(name)):
             return name
     if len(parts) > 1 and parts[-2] in ("bin", "Scripts") and not parts[-1].endswith(".py"):
@@ -163,11 +161,12 @@ class Frame:
     code: str
 
     @property
-    def package(self):
+    def package(self) -> str:
+        """The package that its file belongs to, as `package` names it."""
         return package(self.path)
 
     @property
-    def raises(self):
+    def raises(self) -> bool:
         """Whether this line itself raises; if not, what it calls does."""
         return re.match(r"(raise|assert)\b", self.code) is not None
 
@@ -190,7 +189,7 @@ class Raised:
     type: str
     message: str
     frames: str = ""
-    stack: tuple = field(default=(), compare=False)
+    stack: tuple[Frame, ...] = field(default=(), compare=False)
     link: str = field(default="", compare=False)
     process: str = field(default="", compare=False)
     start: int = field(default=0, compare=False)
@@ -199,25 +198,25 @@ class Raised:
         return f"{self.type}: {self.message}" if self.message else self.type
 
     @property
-    def place(self):
+    def place(self) -> str | None:
         """The package of the innermost frame, the standard library skipped; None if the text shows no frame."""
         inner = self.innermost
         return inner.package if inner else None
 
     @property
-    def innermost(self):
-        """The innermost frame outside the standard library, or the innermost of all."""
+    def innermost(self) -> Frame | None:
+        """The innermost frame outside the standard library, or the innermost of all; None if the text shows no frame."""
         return next(
             (frame for frame in reversed(self.stack) if frame.package != PYTHON), self.stack[-1] if self.stack else None
         )
 
     @property
-    def own(self):
+    def own(self) -> list[Frame]:
         """The frames in the reader's own code, outermost first."""
         return [frame for frame in self.stack if not frame.package]
 
     @property
-    def reports(self):
+    def reports(self) -> bool:
         """Whether it only reports that something else failed: a launcher's, a kernel's or a lazy import's error."""
         return self.type in _REPORTS or _REPORTING.search(self.message) is not None
 
@@ -248,13 +247,13 @@ class Reading:
     """
 
     text: str
-    errors: tuple
+    errors: tuple[Raised, ...]
     cut: bool
     printed: str = ""
     frames: str = ""  # of a traceback that has no last line
 
     @property
-    def chains(self):
+    def chains(self) -> list[list[Raised]]:
         """The errors in groups that follow from each other, in the order in which their tracebacks begin."""
         chains = []
         for error in self.errors:
@@ -265,7 +264,7 @@ class Reading:
         return sorted(chains, key=lambda chain: chain[0].start)
 
     @property
-    def root(self):
+    def root(self) -> list[Raised]:
         """The chain of errors that stopped the program, oldest first, without those that only report it; empty if there is none."""
         real = [kept for chain in self.chains if (kept := [error for error in chain if not error.reports])]
         if not real:
@@ -273,17 +272,17 @@ class Reading:
         processes = {chain[0].process for chain in real}
         if len(processes) == 1 and not any(error.type == "ChildFailedError" for error in self.errors):
             return real[-1]
-        if len(processes) > 1:  # the last of each process, the first of these
+        if len(processes) > 1:  # take the last chain of each process, and of these the first
             real = sorted({chain[0].process: chain for chain in real}.values(), key=lambda chain: chain[0].start)
         return next((chain for chain in real if not _SECONDARY.search(str(chain[-1]))), real[0])
 
     @property
-    def first(self):
+    def first(self) -> Raised | None:
         """The error that the others of `root` follow from, or None."""
         return self.reasons[-1] if self.reasons else None
 
     @property
-    def reasons(self):
+    def reasons(self) -> list[Raised]:
         """`root`, the last error first, without those that were caught on the way: what may explain the end."""
         kept = []
         for error in reversed(self.root):
@@ -296,24 +295,24 @@ class Reading:
         return kept
 
 
-def redact(text):
+def redact(text: str) -> str:
     """`text` with everything that looks like a token, key or password, or is one of this process, replaced by [secret]."""
     return _NAMED.sub(secrets.SECRET, secrets.redact(text))
 
 
-def clean(text):
+def clean(text: str | bytes) -> str:
     """Plain lines: no colours, control characters, carriage returns or common indentation, and no secrets."""
     if isinstance(text, bytes):
         text = _decode(text)
     text = _CONTROL.sub("", _ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
-    text = redact(text[-LONGEST - 1000 :])  # with a margin: half a token at the cut would not be known as one
+    text = redact(text[-LONGEST - 1000 :])  # keep a margin: half a token at the cut would not be recognized
     if len(text) > LONGEST:
         text = text[-LONGEST:].partition("\n")[2] or text[-LONGEST:]
     text = _LINK.sub(r"\1", text)  # VS Code and Colab copy the name of a cell or file as a link
     return textwrap.dedent(text.expandtabs(4))
 
 
-def undress(line):
+def undress(line: str) -> tuple[str, str, str]:
     """(process, level, line) without the prefixes of launchers and logs; process and level are "" where there is none."""
     process = level = ""
     for _ in range(4):  # a rank in front of a time in front of a level
@@ -330,7 +329,7 @@ def undress(line):
     return process, level, line
 
 
-def read(text):
+def read(text: str | bytes) -> Reading:
     """A `Reading` of a traceback: Python's, Jupyter's (also a saved .ipynb), pytest's; chained, coloured, CRLF, or half of one."""
     text = clean(_outputs(text))
     processes, printed = {}, []
@@ -421,26 +420,14 @@ class _Process:
 
     def end(self):
         self.close(10**9)
-        if (
-            self.header and self.header != "Exception"
-        ):  # Jupyter names the type above the frames: half a traceback still has it
-            self.errors.append(
-                (
-                    10**9,
-                    Raised(
-                        self.header,
-                        "",
-                        "\n".join(self.frames),
-                        tuple(parse_frames(self.frames)),
-                        self.link,
-                        self.name,
-                        self.start or 0,
-                    ),
-                )
-            )
+        # Jupyter names the type above the frames, so half a traceback still has it.
+        if self.header and self.header != "Exception":
+            frames, stack = "\n".join(self.frames), tuple(parse_frames(self.frames))
+            half = Raised(self.header, "", frames, stack, self.link, self.name, self.start or 0)
+            self.errors.append((10**9, half))
 
 
-def parse_frames(lines):
+def parse_frames(lines: Sequence[str]) -> list[Frame]:
     """The `Frame`s in the lines of a traceback, outermost first."""
     frames, marked = [], ""
     for number, line in enumerate(lines):

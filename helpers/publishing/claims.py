@@ -6,14 +6,22 @@ build/claims/NN_name.json; others follow from records and from the GPU reference
 come with the course (notebooks/data/findings). helpers/verdicts.py holds a claim against the finding nearest to its subject.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from helpers import files, records, redact
+from helpers import files, models, records, redact
 from helpers.publishing import pages, recorded, reference
-from helpers.publishing.verdicts import COMPUTED, SPREAD, WORDS, Finding, judge
+from helpers.publishing.verdicts import COMPUTED, SPREAD, WORDS, Claim, Finding, Verdict, judge
+
+if TYPE_CHECKING:
+    import pandas
 
 PATH = pages.FOLDER / "data" / "claims.json"
 FINDINGS = pages.FOLDER / "data" / "findings"
@@ -26,7 +34,7 @@ class ClaimError(ValueError):
     """A claim or a finding is not written as it should be; the message names it."""
 
 
-def read(path=None):
+def read(path: Path | None = None) -> tuple[dict[str, str], list[Claim]]:
     """(sources {key: title}, claims) of the ledger; raises ClaimError for a claim that is not well formed."""
     data = json.loads((path or PATH).read_text(encoding="utf-8"))
     seen = set()
@@ -49,8 +57,16 @@ def read(path=None):
     return data["sources"], data["claims"]
 
 
-def finding(claim, value, low=None, high=None, *, text="", computed_for=""):
-    """`Finding` of a notebook.
+def finding(
+    claim: str,
+    value: float,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    text: str = "",
+    computed_for: str = "",
+) -> Finding:
+    """`Finding` of a notebook; raises ClaimError unless its numbers are finite and low <= value <= high.
 
     claim         id in claims.json
     low, high     interval of the value: from `evaluation.difference`, or the slowest and fastest of several runs
@@ -65,8 +81,11 @@ def finding(claim, value, low=None, high=None, *, text="", computed_for=""):
     return Finding(claim, *numbers, text=text, model=computed_for, device=COMPUTED if computed_for else "")
 
 
-def write(output_dir, *, notebook, found, findings):
-    """Write `claims/<notebook>.json` under the build folder, atomically. found: the `models.Found` that was measured."""
+def write(output_dir: Path | str, *, notebook: str, found: models.Found, findings: Sequence[Finding]) -> None:
+    """Write `claims/<notebook>.json` under the build folder, atomically. found: the model that was measured.
+
+    Raises ClaimError for a finding on a claim that claims.json does not have.
+    """
     known = {claim["id"] for claim in read()[1]}
     for each in findings:
         if each.claim not in known:
@@ -83,8 +102,8 @@ def write(output_dir, *, notebook, found, findings):
     files.write_text(files.folder(output_dir) / "claims" / f"{notebook}.json", text + "\n")
 
 
-def table(output_dir, notebook):
-    """The claims that a notebook has written, as a pandas DataFrame: claim, measured here, judged on, verdict."""
+def table(output_dir: Path | str, notebook: str) -> pandas.DataFrame:
+    """The claims that a notebook has findings for, a row each: claim, measured here, judged on, verdict."""
     import pandas
 
     own = _findings(files.folder(output_dir) / "claims", f"{notebook}.json", "this run")
@@ -105,7 +124,7 @@ def table(output_dir, notebook):
     return pandas.DataFrame(rows, columns=["claim", "measured here", "judged on", "verdict"])
 
 
-def evidence(output_dir=None):
+def evidence(output_dir: Path | str | None = None) -> list[Finding]:
     """Every `Finding` there is: of this build folder (None: only what comes with the course), then of the committed runs."""
     found = []
     if output_dir is not None:
@@ -118,13 +137,13 @@ def evidence(output_dir=None):
     return found + (_derived(recorded.from_gpu(gpu), "committed run", gpu["date"]) if gpu else [])
 
 
-def ledger(output_dir=None):
+def ledger(output_dir: Path | str | None = None) -> list[Verdict]:
     """The `Verdict` on every claim; None: from what comes with the course alone."""
     every = evidence(output_dir)
     return [judge(claim, every) for claim in read()[1]]
 
 
-def frame(verdicts):
+def frame(verdicts: Iterable[Verdict]) -> pandas.DataFrame:
     """The ledger as a pandas DataFrame."""
     import pandas
 
@@ -134,7 +153,7 @@ def frame(verdicts):
     )
 
 
-def collect(output_dir="build", folder=None):
+def collect(output_dir: Path | str = "build", folder: Path | None = None) -> list[Path]:
     """Copy a build's findings to those that come with the course (a folder for each device and model); the files written."""
     written = []
     for path in sorted((files.folder(output_dir) / "claims").glob("*.json")):
@@ -145,7 +164,7 @@ def collect(output_dir="build", folder=None):
     return written
 
 
-def fill(path=None):
+def fill(path: Path | None = None) -> list[str]:
     """Write the verdicts that the committed findings bear out into the ledger; returns a line for each that changed."""
     path, changed = path or PATH, []
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -159,14 +178,14 @@ def fill(path=None):
     return changed
 
 
-def problems():
+def problems() -> list[str]:
     """A line for each claim whose stored verdict is not the one that the committed findings bear out."""
     verdicts = ((verdict.claim, _stored(verdict)) for verdict in ledger())
     return [f"{claim['id']}: stored {claim.get(name)!r}, measured {value!r}: run `python -m helpers reference`"
             for claim, now in verdicts for name, value in now.items() if claim.get(name) != value]  # fmt: skip
 
 
-def dumps(data):
+def dumps(data: dict[str, Any]) -> str:
     """The ledger as JSON with one line per claim, so that a change is one line in a diff."""
     rows = ",\n".join("  " + json.dumps(claim, ensure_ascii=False) for claim in data["claims"])
     return (

@@ -5,7 +5,9 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from papermill.log import logger
@@ -21,14 +23,15 @@ class Output:
     path  where it goes
     """
 
-    EVERY = 2.0  # a notebook of 100 cells is handed over 200 times, and each writing takes up to a tenth of a second
+    EVERY = 2.0  # papermill hands over a notebook of 100 cells 200 times, and each write takes up to 0.1 s
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.notebook = None
-        self._waiting, self._due, self._lock = None, 0.0, threading.Lock()
+        self.notebook: NotebookNode | None = None
+        self._waiting: str | None = None
+        self._due, self._lock = 0.0, threading.Lock()
 
-    def save(self, notebook) -> None:
+    def save(self, notebook: NotebookNode) -> None:
         """Write the notebook now, or soon if it was written a moment ago."""
         self.notebook = notebook
         text = json.dumps(notebook, ensure_ascii=False)
@@ -37,7 +40,7 @@ class Output:
         pause = self._due - time.monotonic()
         if pause <= 0:
             self.flush()
-        elif not late:  # a long cell may follow, and a kill in it must not take the cell before it along
+        elif not late:  # write soon: a kill in a long next cell must not lose this one
             timer = threading.Timer(pause, self._flush_later)
             timer.daemon = True
             timer.start()
@@ -56,7 +59,7 @@ class Output:
             notebook = redact.notebook(json.loads(self._waiting))
             notebook["metadata"]["papermill"]["output_path"] = str(self.path)
             files.write_text(self.path, json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
-            self._waiting = None  # only now: what could not be written keeps waiting
+            self._waiting = None  # after the write: what could not be written keeps waiting
             self._due = time.monotonic() + self.EVERY
 
     def _flush_later(self):
@@ -85,7 +88,10 @@ class Engine(NBClientEngine):
     """
 
     @classmethod
-    def execute_notebook(cls, nb, kernel_name, output, env, **kwargs):
+    def execute_notebook(
+        cls, nb: NotebookNode, kernel_name: str, output: Output, env: dict[str, str], **kwargs: Any
+    ) -> NotebookNode:
+        """Execute a notebook and return it. kwargs: what papermill hands to every engine."""
         manager = _Manager(nb, output)
         manager.notebook_start()
         try:

@@ -1,5 +1,7 @@
 """The decision guide: what you have and what you need in, a method out, with its reason in measured numbers and its notebook."""
 
+from __future__ import annotations
+
 import functools
 import html
 from dataclasses import dataclass
@@ -8,16 +10,17 @@ from typing import Any
 from helpers import memory, models, widgets
 from helpers.process import headless
 from helpers.publishing import pareto, reference
+from helpers.records import Record
 
 SIZES = ("SmolLM2-135M", "Mistral-7B")
 HARDWARE = ("CPU", "NVIDIA GPU")
 NEEDS = ("quality", "speed", "small size")
 CONTEXT = 4096  # tokens of KV cache that the memory must hold as well
-USABLE = 0.5  # nats of KL divergence; what is beyond is not offered
+USABLE = 0.5  # nats of KL divergence; a method beyond it is not offered
 WORKING_SPACE = 1.1  # activations, buffers
 
-# Methods whose bytes on another model do not follow from their record (the rest in 32 bits, the head quantized too), or whose format
-# is known exactly: what `memory.predict` takes. All others follow their records.
+# What `memory.predict` takes for methods whose bytes on another model do not follow from their record (the rest in 32 bits, the head
+# quantized too), or whose format is known exactly. The bytes of all other methods follow from their records.
 FORMATS = {
     "fp32": {"bits": 32, "rest_bits": 32},
     "bf16": {"bits": 16},
@@ -42,7 +45,14 @@ class Advice:
     reason: str
 
 
-def choose(found, memory_gb, hardware="CPU", fine_tune=False, need="quality", size="Mistral-7B"):
+def choose(
+    found: dict[str, Record],
+    memory_gb: float,
+    hardware: str = "CPU",
+    fine_tune: bool = False,
+    need: str = "quality",
+    size: str = "Mistral-7B",
+) -> Advice:
     """`Advice` from measured records ({method: record}) for a model of one of SIZES in `memory_gb` of RAM or VRAM.
 
     The size comes from the model's config, quality and speed from the records: they rank the methods, whatever the model.
@@ -62,15 +72,11 @@ def choose(found, memory_gb, hardware="CPU", fine_tune=False, need="quality", si
         least = min(needed, key=needed.__getitem__)
         return Advice(None, "12", f"{size} needs {needed[least] / 1e9:.1f} GB even in {least} (with {CONTEXT:,} tokens of context), and you have {memory_gb:g}: "
                       "offload, or take a smaller model (notebook 12).")  # fmt: skip
-    there = {reference.on_cpu(record["device"]) for record in fitting.values()} == {hardware == "CPU"}
-    best = _best(fitting, needed, "quality" if need == "speed" and not there else need)
+    alike = {reference.on_cpu(record["device"]) for record in fitting.values()} == {hardware == "CPU"}
+    best = _best(fitting, needed, "quality" if need == "speed" and not alike else need)
     room = f"{size} needs {needed[best] / 1e9:.1f} of your {memory_gb:g} GB with {CONTEXT:,} tokens of context"
-    speed = _speed(found, fitting[best]) if there else ""
-    if not speed and need == "speed":
-        speed = "; no speed was measured on such hardware, so this is the best quality that fits"
-    if fitting[best]["decode_tokens_per_s"] is None:
-        speed += f"; its speed was not measured, and notebook {fitting[best]['notebook'][:2]} says what decodes it"
-    reason = f"{room}; {_quality(fitting[best])}{speed}. {len(fitting)} of {len(usable)} usable methods fit."
+    said = _quality(fitting[best]) + _about_speed(found, fitting[best], need, alike)
+    reason = f"{room}; {said}. {len(fitting)} of {len(usable)} usable methods fit."
     return Advice(best, fitting[best]["notebook"][:2], reason)
 
 
@@ -105,6 +111,16 @@ def _quality(record):
     return f"measured on {model}: KL {record['kl_divergence']:.3f}, {same:.0%} of the top tokens unchanged"
 
 
+def _about_speed(found, record, need, alike):
+    """What is known of a method's speed, as the end of a sentence. alike: the records are of hardware such as the reader's."""
+    said = _speed(found, record) if alike else ""
+    if not said and need == "speed":
+        said = "; no speed was measured on such hardware, so this is the best quality that fits"
+    if record["decode_tokens_per_s"] is None:
+        said += f"; its speed was not measured, and notebook {record['notebook'][:2]} says what decodes it"
+    return said
+
+
 def _speed(found, record):
     """What was measured of a method's speed, in words, beside that of bf16; "" where nothing was."""
     rate = record["decode_tokens_per_s"]
@@ -115,7 +131,7 @@ def _speed(found, record):
     return f", {rate:.0f} tokens/s on {record['device']}{beside}"
 
 
-def bytes_needed(record, size):
+def bytes_needed(record: Record, size: str) -> float:
     """Bytes for weights, scales, a KV cache of CONTEXT tokens and working space; ValueError where the record says too little."""
     if record["method"] in FORMATS:
         return WORKING_SPACE * _predicted(size, **FORMATS[record["method"]]).total
@@ -127,7 +143,7 @@ def bytes_needed(record, size):
     return WORKING_SPACE * (full.weights * bits / 16 + rest + full.kv_cache)
 
 
-def linear_bits(record):
+def linear_bits(record: Record) -> float | None:
     """Bits that a record's method takes for each weight of a Linear layer, scales counted; None where its record does not say.
 
     The rest of the model is in 16 bits. A rotated model's head is a weight of its own, which other models have anyway. A GGUF file
@@ -194,7 +210,7 @@ class Guide:
         dict(memory_gb=4, hardware="NVIDIA GPU"),
     )
 
-    def __init__(self, found):
+    def __init__(self, found: dict[str, Record]):
         import ipywidgets
 
         self.found = found
@@ -213,7 +229,7 @@ class Guide:
         self.widget = ipywidgets.VBox([*controls, self.answer])
         self.refresh()
 
-    def advice(self):
+    def advice(self) -> Advice:
         """`Advice` for what is chosen now."""
         return choose(
             self.found,
@@ -224,14 +240,15 @@ class Guide:
             str(self.size.value),
         )
 
-    def refresh(self):
+    def refresh(self) -> None:
+        """Show the advice for what is chosen now, or what is wrong with the choice."""
         try:
             text = _html(self.advice())
         except ValueError as error:
             text = html.escape(str(error))
         self.answer.value = f'<div role="status" aria-live="polite" style="max-width:60ch">{text}</div>'
 
-    def examples(self):
+    def examples(self) -> list[tuple[str, Advice]]:
         """[(question, Advice)] for the static answer."""
         return [(_question(**example), choose(self.found, **example)) for example in self.EXAMPLES]
 

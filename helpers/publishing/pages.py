@@ -4,11 +4,18 @@ Badge, cost card, bootstrap cell and previous/next links are generated, so that 
 pyproject.toml, runs `make links`, and all of them follow. A test compares what is committed with what would be generated.
 """
 
+from __future__ import annotations
+
 import base64
 import re
 import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers import files
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 ROOT = files.COURSE
 FOLDER = files.NOTEBOOKS
@@ -27,32 +34,32 @@ assert course.is_dir() or not subprocess.run(clone).returncode, "No course at th
 runpy.run_path(str(course / "helpers" / "bootstrap.py"))["start"]({packages})"""
 
 
-def paths():
+def paths() -> list[Path]:
     """The course's notebooks in reading order."""
     return files.notebooks()
 
 
-def read(path):
+def read(path: Path) -> NotebookNode:
     """A notebook file as nbformat's object."""
     import nbformat  # its import takes a second, and every notebook imports this module for its folders
 
     return nbformat.read(path, as_version=4)
 
 
-def title(notebook):
-    """Text of the first heading."""
+def title(notebook: NotebookNode) -> str:
+    """Text of the first heading; "untitled" without one."""
     first = next((cell.source for cell in notebook.cells if cell.cell_type == "markdown"), "")
     match = re.search(r"^# (.+)$", first, re.M)
     return match.group(1) if match else "untitled"
 
 
-def promise(notebook):
+def promise(notebook: NotebookNode) -> str:
     """The sentence under the title, on one line: it stands in tables too."""
     paragraphs = [" ".join(part.split()) for part in notebook.cells[0].source.split("\n\n")]
     return next((part for part in paragraphs[1:] if not part.startswith(("<!--", "[!", "|"))), "")
 
 
-def repository():
+def repository() -> str:
     """The course's address, from pyproject.toml."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         return tomllib.load(file)["project"]["urls"]["Repository"]
@@ -63,7 +70,7 @@ def is_public() -> bool:
     return "YOUR_ACCOUNT" not in repository()
 
 
-def colab(name):
+def colab(name: str) -> str:
     """Address that opens a notebook file in Colab, or "" while the course has no public address."""
     if not is_public():
         return ""
@@ -71,25 +78,25 @@ def colab(name):
     return f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{name}"
 
 
-def badge(name):
+def badge(name: str) -> str:
     """Markdown of the Colab badge for a notebook file, or "" while the course has no public address."""
     if not is_public():
         return ""
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab(name)})"
 
 
-def tagged(notebook, tag):
+def tagged(notebook: NotebookNode, tag: str) -> list[NotebookNode]:
     """The cells with a tag."""
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
-def copies(path):
+def copies(path: Path) -> float:
     """How many times a notebook holds its model in full precision at once: what it says to `models.find`, 1 if it says nothing."""
     said = re.search(r"models\.find\(.*?copies=([\d.]+)", path.read_text(encoding="utf-8"))
     return float(said[1]) if said else 1.0
 
 
-def reading_minutes(notebook) -> float:
+def reading_minutes(notebook: NotebookNode) -> float:
     """Minutes to read a notebook: 200 words or 20 lines of code a minute, without folded cells and solutions."""
     prose = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     words = sum(len(re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", text, flags=re.S).split()) for text in prose)
@@ -100,7 +107,7 @@ def reading_minutes(notebook) -> float:
     return words / 200 + lines / 20
 
 
-def cost_card(notebook):
+def cost_card(notebook: NotebookNode) -> str:
     """Markdown table of what the notebook cost in its measured runs (metadata `course.cost`)."""
     cost = notebook.metadata.get("course", {}).get("cost", {})
 
@@ -123,8 +130,8 @@ def cost_card(notebook):
     return "\n".join(lines) + f"\n\nReading time: {reading_minutes(notebook):.0f} minutes."
 
 
-def navigation(path):
-    """Markdown links to the previous and next notebook."""
+def navigation(path: Path) -> str:
+    """Markdown links to the previous and next notebook. path: one of `paths()`, else ValueError."""
     order = paths()
     at = order.index(path)
     links = []
@@ -135,15 +142,15 @@ def navigation(path):
     return " · ".join(links)
 
 
-def replace_part(text, part, content):
-    """`text` with what stands between `<!-- part -->` and `<!-- /part -->` replaced."""
+def replace_part(text: str, part: str, content: str) -> str:
+    """`text` with what stands between `<!-- part -->` and `<!-- /part -->` replaced; ValueError where there is no such place."""
     pattern = re.compile(rf"(<!-- {part} -->).*?(<!-- /{part} -->)", re.S)
     if not pattern.search(text):
         raise ValueError(f"no <!-- {part} --> … <!-- /{part} --> to fill in")
     return pattern.sub(lambda match: f"{match[1]}\n{content}\n{match[2]}", text)
 
 
-def refresh(path):
+def refresh(path: Path) -> NotebookNode:
     """The notebook with its generated parts as they should be (nothing is written)."""
     notebook = read(path)
     first = notebook.cells[0]
@@ -161,13 +168,13 @@ def refresh(path):
     return notebook
 
 
-def contents():
+def contents() -> str:
     """Markdown list of all notebooks with their promises."""
     items = ((path, read(path)) for path in paths())
     return "\n".join(f"- [{title(notebook)}]({path.name}): {promise(notebook)}" for path, notebook in items)
 
 
-def readme_table():
+def readme_table() -> str:
     """Markdown table of all notebooks with their cost on the CPU default, for the README."""
     lines = ["| Notebook | What it shows | Time | RAM |", "|---|---|---|---|"]
     for path in paths():
@@ -181,7 +188,7 @@ def readme_table():
     return "\n".join(lines)
 
 
-def picture_in(notebook, words):
+def picture_in(notebook: NotebookNode, words: str) -> tuple[bytes, str] | None:
     """(PNG bytes, alternative text) of the first picture whose alternative text holds these words; None without one."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
@@ -191,7 +198,7 @@ def picture_in(notebook, words):
     return None
 
 
-def refresh_all(picture_alt=None):
+def refresh_all(picture_alt: str | None = None) -> None:
     """Write the generated parts of every notebook and of the README; with `picture_alt` also the text of its picture."""
     import nbformat
 
@@ -203,7 +210,7 @@ def refresh_all(picture_alt=None):
         text = replace_part(text, "picture", f"![{picture_alt}](notebooks/{PICTURE.name})")
     for part, (name, words, file) in SHOWN.items():
         shown = picture_in(read(FOLDER / f"{name}.ipynb"), words)
-        if shown:  # else its cell has changed and has not run again: the README keeps the older picture
+        if shown:  # without it, the cell has changed and has not run again: the README keeps the older picture
             file.write_bytes(shown[0])
             text = replace_part(text, part, f"![{shown[1]}](notebooks/{file.name})")
     readme.write_text(text, encoding="utf-8")

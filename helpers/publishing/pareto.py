@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from helpers import figures
 from helpers.publishing import tables
+from helpers.records import Record
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -50,7 +51,7 @@ def four_bit(method: str) -> bool:
     return bits(method) == 4 and method not in FINE_TUNED and not method.startswith("gguf")
 
 
-def frontier(points, more_is_better=False):
+def frontier(points: Sequence[tuple[float, float]], more_is_better: bool = False) -> list[int]:
     """Indices of the (cost, loss) points that no other point beats in one without being worse in the other, cheapest first.
 
     loss is always better when lower; `more_is_better` turns the first coordinate around (speed). Of equal points the first stays.
@@ -65,7 +66,9 @@ def frontier(points, more_is_better=False):
     return kept
 
 
-def plot(found, against="weight_bytes", most=3):
+def plot(
+    found: Iterable[Record], against: str = "weight_bytes", most: int = 3
+) -> tuple[matplotlib.figure.Figure, str, pandas.DataFrame] | None:
     """(figure, alternative text, table) of KL divergence against one of AXES for a list of records; None for fewer than two.
 
     The first panel has all methods, the second those of 4 bits, a third those below 4 bits where there are any; `most` is the
@@ -258,7 +261,7 @@ def _push_apart(texts, height):
             return
 
 
-def rankings(measured: dict[str, dict], references: Sequence[Reference] = ()) -> dict[str, list[dict]]:
+def rankings(measured: dict[str, Record], references: Sequence[Reference] = ()) -> dict[str, list[Record]]:
     """{model: its records of 4-bit methods, lowest KL first} of a run ({method: record}) and of what comes with the course.
 
     A model's records are those of one device: of the run or the reference with the most methods, the run where they hold equally
@@ -276,14 +279,14 @@ def rankings(measured: dict[str, dict], references: Sequence[Reference] = ()) ->
     return ranked
 
 
-def order(first: dict, second: dict) -> int:
+def order(first: Record, second: Record) -> int:
     """-1 where first's KL is the lower one, 1 where second's is, 0 where their intervals overlap: then they are not told apart."""
     if first["kl_high"] < second["kl_low"]:
         return -1
     return int(second["kl_high"] < first["kl_low"])
 
 
-def differences(ranked: dict[str, list[dict]]) -> str:
+def differences(ranked: dict[str, list[Record]]) -> str:
     """What `rankings` of several models share and where they part, in words: only intervals that do not overlap make an order."""
     models = list(ranked)
     if not models:
@@ -316,7 +319,7 @@ def _difference(one, other, first, second):
     )
 
 
-def plot_rankings(ranked: dict[str, list[dict]]) -> tuple[matplotlib.figure.Figure, str, pandas.DataFrame] | None:
+def plot_rankings(ranked: dict[str, list[Record]]) -> tuple[matplotlib.figure.Figure, str, pandas.DataFrame] | None:
     """(figure, alternative text, table) of `rankings`: a panel a model, KL in nats with its interval; None without a record."""
     if not ranked:
         return None

@@ -3,7 +3,11 @@
 Each function gives a value, (value, low, high) or a dict with a text; a method or number that was not measured skips the claim.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 from helpers.publishing import reference
+from helpers.records import Record
 
 
 class _Missing(Exception):
@@ -31,7 +35,7 @@ class _Group:
     def on_cpu(self, method):
         """1 where a method's record is of a CPU."""
         if not reference.on_cpu(self(method, "device")):
-            raise _Missing  # says nothing about CPUs
+            raise _Missing  # a GPU's record says nothing about CPUs
         return 1
 
 
@@ -75,7 +79,7 @@ FROM_GPU = {
 }
 
 
-def from_records(records):
+def from_records(records: Iterable[Record]) -> list[dict[str, Any]]:
     """Arguments of `claims.Finding` for whatever these records can say, never mixing two models or devices."""
     groups = {}
     for record in records:
@@ -94,7 +98,7 @@ def from_records(records):
     return rows
 
 
-def from_gpu(gpu):
+def from_gpu(gpu: dict[str, Any]) -> list[dict[str, Any]]:
     """The same for the GPU reference, as `reference.gpu()` gives it."""
     rows = []
     for claim, function in FROM_GPU.items():

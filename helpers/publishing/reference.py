@@ -4,9 +4,12 @@ import json
 import re
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from helpers import files, records
 from helpers.publishing import pages
+from helpers.records import Record
 
 FOLDER = pages.FOLDER / "data" / "reference"
 
@@ -18,19 +21,20 @@ class Reference:
     device: str
     model: str
     date: str
-    records: dict
+    records: dict[str, Record]
 
     @property
-    def on_cpu(self):
+    def on_cpu(self) -> bool:
+        """Whether the device is a CPU."""
         return on_cpu(self.device)
 
 
-def on_cpu(device):
+def on_cpu(device: str) -> bool:
     """True for the device names that `records.device_name` gives a CPU."""
     return "CPU" in device
 
 
-def read(folder=None):
+def read(folder: Path | None = None) -> list[Reference]:
     """All references in a folder (default: the course's), CPUs first. A broken file raises RecordError with its name."""
     found = []
     for path in sorted((folder or FOLDER).glob("*.json")):
@@ -49,7 +53,7 @@ def read(folder=None):
     return sorted(found, key=lambda reference: not reference.on_cpu)
 
 
-def write(output_dir="build", folder=None):
+def write(output_dir: Path | str = "build", folder: Path | None = None) -> list[Path]:
     """Store the records of a build folder as references and return the files: one for each device and model in it.
 
     Methods that this build does not hold stay as they are. Raises RecordError if there is no record, or if a quality in a record
@@ -79,8 +83,11 @@ def write(output_dir="build", folder=None):
     return paths
 
 
-def gpu(path=None):
-    """The course's measurements on a GPU with a model in Mistral-7B's shape (notebooks/gpu/reference.json), or None without them."""
+def gpu(path: Path | None = None) -> dict[str, Any] | None:
+    """The course's measurements on a GPU with a model in Mistral-7B's shape (notebooks/gpu/reference.json), or None without them.
+
+    Raises RecordError for a broken file.
+    """
     path = path or pages.FOLDER / "gpu" / "reference.json"
     if not path.is_file():
         return None
@@ -93,9 +100,9 @@ def gpu(path=None):
     return facts
 
 
-def gpu_rows(facts):
+def gpu_rows(facts: dict[str, Any]) -> list[list[str | float | None]]:
     """[what, weights in GB, peak in GB, tokens a second at batch 1] of what `gpu()` holds; None where it was not measured."""
-    rows = []
+    rows: list[list[str | float | None]] = []
     for name, row in facts.get("memory", {}).items():
         rows.append(
             [f"{name}: load and answer", _giga(row.get("weight_bytes")), _giga(row.get("answering_peak_bytes")), None]
@@ -122,7 +129,7 @@ def _giga(value):
     return None if value is None else value / 1e9
 
 
-def costs(output_dir="build"):
+def costs(output_dir: Path | str = "build") -> list[str]:
     """Put what a build's notebooks cost on a GPU into their cost cards; the names of those notebooks.
 
     A CPU's costs are stored by `run --in-place`, each from an empty cache; a GPU's are those that `runs.json` of the build holds.
@@ -157,6 +164,6 @@ def costs(output_dir="build"):
     return told
 
 
-def file_name(device, model):
-    """Name of the files that come with the course, for one device and model."""
+def file_name(device: str, model: str) -> str:
+    """Name, without its ending, of what comes with the course for one device and model."""
     return "--".join(re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") for text in (device, model.split()[0]))

@@ -3,6 +3,8 @@
 import base64
 import datetime
 import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
@@ -10,6 +12,9 @@ from markupsafe import Markup
 from helpers import figures, files, records
 from helpers.process import cores
 from helpers.publishing import claims, pareto, reference, tables, verdicts
+from helpers.publishing.reference import Reference
+from helpers.publishing.result import Result
+from helpers.records import Record
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -57,8 +62,8 @@ th:first-child, td:first-child, td.text { text-align: left } td.text { white-spa
 TITLES = {"weight_bytes": "Quality against size", "decode_tokens_per_s": "Quality against speed"}
 
 
-def write(build, results):
-    """Write `report.html` into the build folder from its records and notebooks and these `run.Result`s; returns its path."""
+def write(build: Path, results: Sequence[Result]) -> Path:
+    """Write `report.html` into the build folder from its records and these results; returns its path."""
     values = {**_measured(records.read(build)), **_environment(), **_judged(claims.ledger(build)), "results": results}
     path = build / "report.html"
     files.write_text(path, jinja2.Environment(autoescape=True).from_string(PAGE).render(values))
@@ -111,18 +116,18 @@ def _gpu_table(gpu):
     return tables.table(["what", "weights, GB", "peak, GB", "tokens/s"], rows, f"Reference: {gpu['device']}")
 
 
-def expected(references):
+def expected(references: Iterable[Reference]) -> dict[str, str]:
     """{method: notebook} of everything that the references hold."""
     return {method: record["notebook"] for other in references for method, record in other.records.items()}
 
 
-def counts(judged):
+def counts(judged: Sequence[verdicts.Verdict]) -> str:
     """How many claims have which verdict, in one line."""
     numbers = {word: sum(verdict.word == word for verdict in judged) for word in verdicts.WORDS}
     return f"{len(judged)} claims: " + ", ".join(f"{word} {number}" for word, number in numbers.items() if number)
 
 
-def picture(found):
+def picture(found: Sequence[Record]) -> tuple[bytes | None, str]:
     """(PNG bytes, alternative text) of quality against size for a list of records; (None, "") for fewer than two.
 
     Two panels: the README shows it about 900 pixels wide, where three would be too small to read.

@@ -1,20 +1,24 @@
 """Execute the notebooks with papermill, one after the other, and say what each one cost and how it ended."""
 
+import argparse
 import functools
 import json
 import keyword
 import shutil
 import threading
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import nbformat
 
 from helpers import driver, files, memory, models, records, redact
 from helpers.process import child_environment, cores
 from helpers.publishing import pages, report
+from helpers.publishing.result import Result
 
 BATCH = {
     "COURSE_BATCH": "1",  # widgets show text instead
@@ -39,22 +43,15 @@ def _kernel_config():
     return traitlets.config.Config({"KernelManager": {"transport_encryption": "auto"}} if known else {})
 
 
-@dataclass
-class Result:
-    """How one notebook's execution ended. verdict is "ok" or a one-line cause; peak_vram_bytes is 0 without an NVIDIA GPU."""
-
-    notebook: str
-    seconds: float
-    peak_ram_bytes: int
-    verdict: str
-    peak_vram_bytes: int = 0
-
-    @property
-    def ok(self):
-        return self.verdict == "ok"
-
-
-def execute(path, output, parameters=None, cwd=None, timeout=1800, kernel_name="python3", env=None):
+def execute(
+    path: Path | str,
+    output: Path | str,
+    parameters: dict[str, Any] | None = None,
+    cwd: Path | str | None = None,
+    timeout: int = 1800,
+    kernel_name: str = "python3",
+    env: dict[str, str] | None = None,
+) -> Result:
     """Execute one notebook into `output`; a `Result`, never an exception for what the notebook did.
 
     timeout: seconds one cell may take. A notebook that stops early without an error (`sys.exit(0)` counts as success for
@@ -78,7 +75,7 @@ def _verdict(path, output, parameters, cwd, timeout, kernel_name, env):
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
+        output.unlink(missing_ok=True)  # an earlier run's notebook must not pass for this run's
         written = engine.Output(output)
         try:
             papermill.execute_notebook(
@@ -108,8 +105,8 @@ def _verdict(path, output, parameters, cwd, timeout, kernel_name, env):
 
 
 @contextmanager
-def gpu_memory(interval=0.5):
-    """Yield a list that grows by the bytes in use on the first NVIDIA GPU, as its driver counts them; empty without one.
+def gpu_memory(interval: float = 0.5) -> Iterator[list[int]]:
+    """Yield a list that grows every `interval` seconds by the bytes in use on the first NVIDIA GPU; empty without one.
 
     Asked of the driver and not of torch: the notebooks compute in other processes, and asking torch here would itself take memory.
     """
@@ -131,28 +128,37 @@ def gpu_memory(interval=0.5):
         thread.join()
 
 
-def check_names(parameters):
+def check_names(parameters: dict[str, Any]) -> None:
     """Raise ValueError unless every parameter's name is a Python name."""
     for name in parameters:
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
             raise ValueError(f"{name!r} is not a parameter's name")
 
 
-def unexecuted(notebook):
-    """Numbers of the non-empty code cells that never ran."""
+def unexecuted(notebook: nbformat.NotebookNode) -> list[int]:
+    """Numbers of the non-empty code cells that never ran; the first code cell is 1."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     return [number for number, cell in enumerate(cells, 1) if cell.execution_count is None]
 
 
-def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=False, cap=None):
+def run(
+    only: Sequence[str] | None = None,
+    output_dir: Path | str = "build",
+    parameters: dict[str, Any] | None = None,
+    timeout: int = 1800,
+    in_place: bool = False,
+    cap: str | None = None,
+) -> list[Result]:
     """Execute the chosen notebooks, print a line for each and a table at the end, write the report; list of `Result`.
 
     only      beginnings of notebook names, such as ["00", "04"]; None for all
     in_place  also store outputs and measured cost in notebooks/, each from an empty cache as on a reader's first run
     cap       GPU memory that a notebook may take, such as "24GB": `models.find` applies it in the notebook's kernel
+
+    Raises ValueError for a cap that is no size, or where `only` names no notebook.
     """
     if cap is not None:
-        memory.parse_size(cap)  # a wrong one is said now, not by every notebook
+        memory.parse_size(cap)  # report a wrong cap now, not in every notebook
     chosen = [path for path in pages.paths() if not only or any(path.name.startswith(prefix) for prefix in only)]
     if not chosen:
         raise ValueError(
@@ -189,7 +195,7 @@ def run(only=None, output_dir="build", parameters=None, timeout=1800, in_place=F
     return results
 
 
-def table(results):
+def table(results: Sequence[Result]) -> str:
     """The results as aligned text: notebook, seconds, peak memory, verdict."""
     width = max(len(result.notebook) for result in results)
     lines = [f"{'notebook':{width}}  seconds  peak GB  verdict"]
@@ -199,10 +205,11 @@ def table(results):
     return "\n".join(lines)
 
 
-def commit_outputs(path, executed, result, disk):
+def commit_outputs(path: Path, executed: Path, result: Result, disk: int) -> None:
     """Store an execution's outputs in the notebook itself, without what belongs to this machine or this minute, and without widgets.
 
     A widget's saved state is megabytes of JSON that no reviewer can read; the picture, table or text beside it stays.
+    disk: bytes that the run took, for the cost card.
     """
     notebook = nbformat.read(executed, as_version=4)
     for key in ("papermill", "widgets"):
@@ -224,13 +231,12 @@ def commit_outputs(path, executed, result, disk):
         if cell.cell_type == "code":
             cell.outputs = merged([output for output in cell.outputs if output.get("name") != "stderr"])
             for output in cell.outputs:
-                output.get("data", {}).pop(
-                    "application/vnd.jupyter.widget-view+json", None
-                )  # JupyterLab finds no model for it
+                # Without the widget's state, JupyterLab finds no model for it.
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     nbformat.write(notebook, path)
 
 
-def merged(outputs):
+def merged(outputs: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
     """The outputs with neighbouring pieces of one stream joined: a streamed answer is one text, not fifty."""
     result = []
     for output in outputs:
@@ -255,8 +261,8 @@ def _one_line(text):
     return line if len(line) <= 200 else line[:199] + "…"
 
 
-def main(arguments):
-    """Command line of `python -m helpers run`."""
+def main(arguments: argparse.Namespace) -> int:
+    """Command line of `python -m helpers run`; exit code 0 if every notebook ran to its end, else 1."""
     parameters = {}
     for item in arguments.parameter or []:
         name, equals, value = item.partition("=")

@@ -58,11 +58,11 @@ class Page:
     origin: str
 
 
-def build(output_dir="build"):
+def build(output_dir: Path | str = "build") -> Path:
     """Write the site into `<output_dir>/site` and return the path of its first page.
 
     Each notebook is shown with the outputs of this machine's last run where they are complete and of the present text, else with
-    those it was committed with. An older site stays as it was if anything fails.
+    those it was committed with. An older site stays as it was if anything fails. Raises ValueError where there is no notebook.
     """
     folder = files.folder(output_dir)
     shown = [_page(path, folder / "notebooks" / path.name) for path in pages.paths()]
@@ -136,7 +136,7 @@ def _body(exporter, page, names):
     import bs4
 
     for cell in page.notebook.cells:
-        if cell.cell_type == "markdown":  # these stand around the cells
+        if cell.cell_type == "markdown":  # the page shows these parts around the cells
             cell.source = re.sub(r"<!-- (badge|navigation) -->.*?<!-- /\1 -->", "", cell.source, flags=re.S)
         cell.outputs = [
             output for output in cell.get("outputs", []) if output.get("name") != "stderr" and not _only_live(output)
@@ -152,10 +152,10 @@ def _body(exporter, page, names):
         if not str(picture["src"]).startswith("data:"):
             picture.replace_with(str(picture.get("alt", "")))
             continue
-        if width := _width(str(picture["src"])):  # a phone shows it smaller, but no smaller than one can read
+        if width := _width(str(picture["src"])):  # a phone shows it smaller, but never too small to read
             picture["style"] = f"--width: {width}px"
         picture.wrap(soup.new_tag("div", attrs={"class": "wide picture"}))
-    for element in soup(True):  # outputs come from a run, with whatever a model said in it
+    for element in soup(True):  # an output may hold whatever a model said: drop its event handlers
         element.attrs = {name: value for name, value in element.attrs.items() if not name.startswith("on")}
     for link in soup("a", href=True):
         link["href"] = _address(str(link["href"]), names)
@@ -173,7 +173,7 @@ def _width(address):
 
 
 def _only_live(output):
-    """True for a widget without a static twin: of it, a page without a kernel could show only its Python name."""
+    """True for a widget without a static twin: a page without a kernel could show only its Python name."""
     data = output.get("data", {})
     return "application/vnd.jupyter.widget-view+json" in data and "text/html" not in data
 

@@ -4,11 +4,19 @@
 generated (badge, cost card, navigation, contents, the bootstrap cell) stands in the notebook only: the source has the empty place.
 """
 
+from __future__ import annotations
+
+import argparse
 import difflib
 import itertools
 import re
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers.publishing import pages
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 FOLDER = pages.FOLDER / "source"
 GENERATED = ("badge", "cost", "navigation", "contents")
@@ -16,12 +24,12 @@ BOOTSTRAP = "# `make notebooks` fills in the bootstrap cell."
 FORMAT = {"extension": ".py", "format_name": "percent"}
 
 
-def paths():
+def paths() -> list[Path]:
     """The sources in reading order."""
     return sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 
 
-def write(notebook):
+def write(notebook: NotebookNode) -> str:
     """The percent-format text of a notebook object."""
     import jupytext
     import nbformat
@@ -37,7 +45,7 @@ def write(notebook):
     return jupytext.writes(plain, fmt=FORMAT)
 
 
-def build(source, target=None):
+def build(source: Path, target: Path | None = None) -> NotebookNode:
     """The notebook object of a source file; cells that `target` (default: the committed notebook) has too keep id and outputs."""
     import jupytext
     import nbformat
@@ -45,7 +53,7 @@ def build(source, target=None):
     target = target or pages.FOLDER / f"{source.stem}.ipynb"
     fresh = jupytext.reads(source.read_text(encoding="utf-8"), fmt=FORMAT)
     for cell in fresh.cells:
-        cell.id = None  # jupytext draws one by chance
+        cell.id = None  # jupytext makes a random one
     if not target.is_file():
         fresh.metadata["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
         fresh.metadata["course"] = {"packages": []}
@@ -64,7 +72,7 @@ def build(source, target=None):
     return _with_ids(fresh)
 
 
-def make():
+def make() -> list[str]:
     """Write every notebook whose source says something else than the notebook does; their names."""
     import nbformat
 
@@ -78,8 +86,8 @@ def make():
     return changed
 
 
-def main(arguments):
-    """Command line of `python -m helpers notebooks`."""
+def main(arguments: argparse.Namespace) -> int:
+    """Command line of `python -m helpers notebooks`; its exit code is 0."""
     for name in make():
         print(f"{name}: made from its source")
     return 0

@@ -1,6 +1,11 @@
 """One table of all methods as plain HTML: readable without a front end, sorted by a click or by the keyboard where scripts run."""
 
 import html
+from collections.abc import Iterable, Mapping, Sequence
+
+from helpers.records import Record
+
+Cell = tuple[str, float | str | None]  # text and sort key: a number, "" for none, None to sort by the text
 
 # field of a record: (heading, format, factor); `interval` writes the two without a format
 COLUMNS = {
@@ -30,10 +35,17 @@ return (p>q?1:p<q?-1:0)*(up?1:-1)}).forEach(r=>b.append(r));
 BUTTON = "font:inherit;font-weight:600;color:inherit;background:none;border:0;padding:0;cursor:pointer;text-decoration:underline dotted"
 
 
-def methods(found, expected=(), sort_by="weight_bytes", caption="All methods of this run"):
+def methods(
+    found: dict[str, Record],
+    expected: Mapping[str, str] | Iterable[tuple[str, str]] = (),
+    sort_by: str = "weight_bytes",
+    caption: str = "All methods of this run",
+) -> str:
     """HTML table of records ({method: record}), one row each, sorted by a field; those without it come last.
 
     expected  {method: notebook} of what could have been run: a method without a record gets a row that says so, and no numbers
+
+    Raises ValueError for a field that is no column.
     """
     if sort_by != "method" and sort_by not in COLUMNS:
         raise ValueError(f"sort_by must be method or one of {', '.join(COLUMNS)}, not {sort_by!r}")
@@ -48,8 +60,10 @@ def methods(found, expected=(), sort_by="weight_bytes", caption="All methods of 
     return table(["method", "notebook", *(head for head, _, _ in COLUMNS.values())], rows, caption, missing)
 
 
-def table(heads, rows, caption, last=()):
-    """A sortable HTML table; each cell is (text, sort key): a number, "" for none, or None to sort by the text. All is escaped.
+def table(
+    heads: Iterable[str], rows: Sequence[Sequence[Cell]], caption: str, last: Sequence[Sequence[Cell]] = ()
+) -> str:
+    """A sortable HTML table of rows of `Cell`s. All is escaped.
 
     last  rows that stay at the end, whatever is sorted
     """

@@ -1,7 +1,9 @@
 """Verdicts: a claim held against the finding that is nearest to what it speaks of. Nothing here reads or writes a file."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from helpers import models
 from helpers.publishing import reference
@@ -11,10 +13,10 @@ NOT_TESTED, NO_HARDWARE, NOT_RUN = "not tested on its subject", "needs hardware 
 WORDS = (HOLDS, PARTLY, FAILS, CLOSE, NOT_TESTED, NO_HARDWARE, NOT_RUN)
 # Relative error of a value without an interval: two speeds, each within 10 %; a KL on few windows. Sizes and errors are exact.
 SPREAD = {"memory": 0.0, "behaviour": 0.0, "speed": 0.2, "quality": 0.2}
-JUDGE_PARAMETERS = (
-    1e9  # smaller models lose more to rounding: they do not judge what is said about a 7B model's quality
-)
+# Smaller models lose more to rounding, so they do not judge what is said about a 7B model's quality.
+JUDGE_PARAMETERS = 1e9
 COMPUTED = "computed from its config"
+Claim = dict[str, Any]  # as claims.json has it: texts, its subject as a dict of texts, zones as [low, high]
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,17 @@ class Finding:
     text: str = ""
     model: str = ""
     device: str = ""
-    versions: dict = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
     notebook: str = ""
     where: str = ""
 
     @property
-    def place(self):
+    def place(self) -> str:
+        """Model and device."""
         return f"{self.model.split(' (')[0]}, {self.device}"
 
-    def words(self, claim):
+    def words(self, claim: Claim) -> str:
         """What was found, with its interval."""
         filled = claim["says"].format(value=self.value)
         if self.low is None:
@@ -55,33 +58,36 @@ class Finding:
 class Verdict:
     """A claim judged by `finding` (None where none is on its subject); `beside` holds what was measured elsewhere."""
 
-    claim: dict
+    claim: Claim
     finding: Finding | None
     word: str
-    beside: tuple = ()
+    beside: tuple[Finding, ...] = ()
 
     @property
-    def found(self):
+    def found(self) -> str:
+        """What was found, in words; "" without a finding."""
         return self.finding.words(self.claim) if self.finding else ""
 
     @property
-    def judged_on(self):
-        """Model, device and library."""
+    def judged_on(self) -> str:
+        """Model, device and library; "" without a finding."""
         if not self.finding:
             return ""
         version = None if self.finding.device == COMPUTED else self.finding.versions.get(self.claim["library"])
         return self.finding.place + (f", {self.claim['library']} {version}" if version else "")
 
     @property
-    def whose(self):
+    def whose(self) -> str:
+        """Whose run the finding is from; "" without one."""
         return self.finding.where if self.finding else ""
 
     @property
-    def elsewhere(self):
+    def elsewhere(self) -> str:
+        """What was measured elsewhere, in words."""
         return "; ".join(f"{finding.words(self.claim)} ({finding.place})" for finding in self.beside)
 
 
-def judge(claim, findings):
+def judge(claim: Claim, findings: Iterable[Finding]) -> Verdict:
     """`Verdict` on a claim by the finding nearest to its subject; of equally near ones, the first."""
     about = [
         each
@@ -97,7 +103,7 @@ def judge(claim, findings):
     return Verdict(claim, nearest, decide(claim, *interval(claim, nearest)), _elsewhere(about, nearest))
 
 
-def on_subject(subject, finding):
+def on_subject(subject: dict[str, str], finding: Finding) -> bool:
     """True where a finding's model and device are what a claim speaks of."""
     if subject["device"] == "GPU" and reference.on_cpu(finding.device):
         return False
@@ -110,15 +116,15 @@ def on_subject(subject, finding):
     return _parameters(finding.model) == 7e9
 
 
-def interval(claim, finding):
+def interval(claim: Claim, finding: Finding) -> tuple[float, float]:
     """(low, high) of a finding; one without an interval gets the spread of its kind, or of its claim."""
-    if finding.low is not None:
+    if finding.low is not None and finding.high is not None:
         return finding.low, finding.high
     margin = claim.get("spread", SPREAD[claim["subject"]["kind"]]) * abs(finding.value)
     return finding.value - margin, finding.value + margin
 
 
-def decide(claim, low, high):
+def decide(claim: Claim, low: float, high: float) -> str:
     """The verdict that an interval bears out: none but `CLOSE` if it crosses a threshold that matters."""
     holds, partly = claim["holds"], claim.get("partly", claim["holds"])
     if _inside(holds, low, high):

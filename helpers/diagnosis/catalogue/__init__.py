@@ -21,6 +21,6 @@ DISTRIBUTIONS = {
 }
 
 
-def find(entry_id):
+def find(entry_id: str) -> Entry:
     """The entry with this id; KeyError names the id."""
     return BY_ID[entry_id]

@@ -38,7 +38,8 @@ class L:
 
     text: str
 
-    def search(self, printed):
+    def search(self, printed: str) -> re.Match[str] | None:
+        """The first place in a printed text that fits."""
         return _compiled(self.text).search(printed)
 
 
@@ -59,7 +60,7 @@ class Entry:
     id: str
     topic: str
     title: str
-    signs: tuple
+    signs: tuple[P | L, ...]
     cause: str
     remedy: str
     reference: str
@@ -70,17 +71,18 @@ class Entry:
     where: str = ""
 
     @functools.cached_property
-    def patterns(self):
+    def patterns(self) -> tuple[P, ...]:
         """The `P`s, each with its place."""
         return tuple(P(p.type, p.text, p.frames, p.where or self.where) for p in self.signs if isinstance(p, P))
 
     @functools.cached_property
-    def lines(self):
+    def lines(self) -> tuple[L, ...]:
         """The `L`s."""
         return tuple(sign for sign in self.signs if isinstance(sign, L))
 
     @property
-    def origin(self):
+    def origin(self) -> str:
+        """Whether this course reproduces it, or where its message is recorded from."""
         return (
             f"recorded from {self.recorded}, not reproduced" if self.recorded else "reproduced by this course's tests"
         )

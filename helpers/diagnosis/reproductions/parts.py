@@ -1,5 +1,7 @@
 """What the failures are made of: tiny models and tokenizers, a local hub, interpreters without packages."""
 
+from __future__ import annotations
+
 import asyncio
 import atexit
 import contextlib
@@ -13,10 +15,20 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from unittest.mock import MagicMock
+
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+T = TypeVar("T")
 
 
 @functools.cache
@@ -26,13 +38,13 @@ def _base():
     return folder
 
 
-def scratch():
+def scratch() -> str:
     """A new empty folder, removed when Python ends."""
     return tempfile.mkdtemp(dir=_base())
 
 
-def tiny_model(dtype=torch.float32, **config):
-    """A Llama of two layers with random weights (110,000 parameters)."""
+def tiny_model(dtype: torch.dtype = torch.float32, **config: Any) -> LlamaForCausalLM:
+    """A Llama of two layers with random weights (110,000 parameters). config: further fields of its `LlamaConfig`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {
@@ -57,7 +69,7 @@ MISTRAL = """{{ bos_token }}{% for message in messages %}{% if (message['role'] 
 {% endfor %}"""  # the shape of Mistral-7B-Instruct v0.1's template, with its own message
 
 
-def tiny_tokenizer(bos=False, **options):
+def tiny_tokenizer(bos: bool = False, **options: Any) -> PreTrainedTokenizerFast:
     """A tokenizer of 30 words. bos: put a BOS in front of every text, as Llama's and Mistral's tokenizers do."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -73,7 +85,7 @@ def tiny_tokenizer(bos=False, **options):
     )
 
 
-def tiny_folder(**changes):
+def tiny_folder(**changes: Any) -> Path:
     """A new folder with the tiny model, as `from_pretrained` takes it. changes: fields of its config.json to overwrite."""
     folder = Path(shutil.copytree(_saved(), scratch(), dirs_exist_ok=True))
     if changes:
@@ -90,15 +102,15 @@ def _saved():
     return folder
 
 
-def tiny_4bit(**settings):
-    """The tiny model in NF4, as notebook 04 loads a real one."""
+def tiny_4bit(**settings: Any) -> PreTrainedModel:
+    """The tiny model in NF4, as notebook 04 loads a real one. settings: further ones of its `BitsAndBytesConfig`."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **settings)
     return AutoModelForCausalLM.from_pretrained(tiny_folder(), quantization_config=config)
 
 
-def lora(model, **options):
+def lora(model: PreTrainedModel, **options: Any) -> PeftModel:
     """The model with a LoRA adapter on its query and value projections."""
     from peft import LoraConfig, get_peft_model
 
@@ -110,8 +122,11 @@ def lora(model, **options):
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
-def tiny_gguf(template=CHATML):
-    """A new GGUF file with a Llama of one layer, random weights and a vocabulary of bytes, as llama.cpp takes it."""
+def tiny_gguf(template: str | None = CHATML) -> Path:
+    """A new GGUF file with a Llama of one layer, random weights and a vocabulary of bytes, as llama.cpp takes it.
+
+    template: its chat template, None for a file without one
+    """
     import gguf
     import numpy as np
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -155,7 +170,7 @@ TOKEN = "hf_" + 34 * "x"  # what `hub` below takes for a good token
 
 
 @contextlib.contextmanager
-def hub():
+def hub() -> Iterator[str]:
     """A local server that answers requests as huggingface.co does; yields its address.
 
     someone/gated wants TOKEN; someone/open does not; behind/proxy answers with a web page; nothing else exists.
@@ -198,8 +213,11 @@ def hub():
         server.server_close()
 
 
-def download(repository, endpoint, token=False):
-    """One file of a repository, as every loader fetches it first; the local hub is asked also where HF_HUB_OFFLINE is set."""
+def download(repository: str, endpoint: str, token: str | bool = False) -> str:
+    """Fetch a repository's config.json, as every loader does first, and return the file's name.
+
+    The local hub is asked also where HF_HUB_OFFLINE is set.
+    """
     from unittest import mock
 
     from huggingface_hub import constants, hf_hub_download
@@ -210,28 +228,28 @@ def download(repository, endpoint, token=False):
         ).name
 
 
-def other_python(code):
+def other_python(code: str) -> str:
     """What an interpreter that has none of this environment's packages prints: the wrong kernel, in short."""
     done = subprocess.run([sys.executable, "-S", "-I", "-c", code], capture_output=True, text=True, cwd=scratch())
     return done.stderr + done.stdout
 
 
-def pip(*arguments):
-    """This environment's pip, without the settings of this machine."""
+def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run this environment's pip without the settings of this machine."""
     settings = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     command = [sys.executable, "-m", "pip", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=settings | {"PIP_CONFIG_FILE": os.devnull})
 
 
-def hidden(where):
-    """Make one library believe that a package is absent."""
+def hidden(where: str) -> contextlib.AbstractContextManager[MagicMock]:
+    """Make one library believe in this block that a package is absent. where: the function that it asks, with its module."""
     from unittest import mock
 
     return mock.patch(where, return_value=False)
 
 
 @contextlib.contextmanager
-def forgotten(package):
+def forgotten(package: str) -> Iterator[None]:
     """Import a package afresh in this block, whatever was imported before."""
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == package}
     try:
@@ -242,19 +260,22 @@ def forgotten(package):
         sys.modules.update(kept)
 
 
-def run_as_cell(function):
+def run_as_cell(function: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run an async function as Jupyter runs a cell, inside an event loop; in a thread, since the caller may be such a cell."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(lambda: asyncio.run(function())).result()
 
 
-def no_gpu_here():
+def no_gpu_here() -> str | None:
+    """Why a failure that needs a machine without a GPU cannot happen here, or None."""
     return "this machine has a GPU" if torch.cuda.is_available() else None
 
 
-def needs(package):
+def needs(package: str) -> str | None:
+    """Why a failure inside a package cannot happen here, or None."""
     return None if importlib.util.find_spec(package) else f"{package} is not installed here"
 
 
-def has_dev_full():
+def has_dev_full() -> str | None:
+    """Why a full disk cannot be shown here, or None."""
     return None if Path("/dev/full").is_char_device() else "this system has no /dev/full"

@@ -7,6 +7,7 @@ import logging
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,16 +15,21 @@ from transformers.utils import logging as transformers_logging
 
 from helpers.diagnosis import explain
 
-transformers_logging.get_logger()  # its handler is made now: made inside `quiet` it would keep the wrong stream
+transformers_logging.get_logger()  # create its handler now: one created inside `quiet` would keep the wrong stream
 LIBRARIES = ("transformers", "accelerate", "peft", "bitsandbytes")
-FAILURES, REPAIRS, CONDITIONS = {}, {}, {}
+Failure = Callable[[], str | None]  # raises, or returns what was printed
+Repair = Callable[[], str]
+Condition = Callable[[], str | None]  # why a failure cannot happen on this machine, or None
+FAILURES: dict[str, Failure] = {}
+REPAIRS: dict[str, Repair] = {}
+CONDITIONS: dict[str, Condition] = {}
 
 
 class DidNotHappen(AssertionError):
     """A failure was provoked and did not come: the library has changed, and the catalogue is out of date."""
 
 
-def fails(entry_id, only_if=None):
+def fails(entry_id: str, only_if: Condition | None = None) -> Callable[[Failure], Failure]:
     """Register a failure. only_if: a function that gives a reason (text) where it cannot happen on this machine, else None."""
 
     def register(function):
@@ -35,7 +41,7 @@ def fails(entry_id, only_if=None):
     return register
 
 
-def works(entry_id):
+def works(entry_id: str) -> Callable[[Repair], Repair]:
     """Register the repair: it must run to its end, and returns what it gave in a few words."""
 
     def register(function):
@@ -45,12 +51,12 @@ def works(entry_id):
     return register
 
 
-def why_not(entry_id):
+def why_not(entry_id: str) -> str | None:
     """Why a failure cannot be provoked on this machine, or None."""
     return CONDITIONS[entry_id]() if entry_id in CONDITIONS else None
 
 
-def provoke(entry_id):
+def provoke(entry_id: str) -> str:
     """Run a failure; what its reader sees. Raises DidNotHappen if nothing goes wrong."""
     with quiet():
         try:
@@ -64,13 +70,13 @@ def provoke(entry_id):
     return said
 
 
-def repair(entry_id):
+def repair(entry_id: str) -> str:
     """Run a repair; what it gave, in words."""
     with quiet():
         return REPAIRS[entry_id]()
 
 
-def source(entry_id, repaired=False):
+def source(entry_id: str, repaired: bool = False) -> str:
     """The body of a failure or of its repair, as a reader would write it."""
     lines = inspect.getsource((REPAIRS if repaired else FAILURES)[entry_id]).splitlines()
     body = lines[next(n for n, line in enumerate(lines) if line.startswith("def ")) + 1 :]
@@ -78,7 +84,7 @@ def source(entry_id, repaired=False):
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """No progress bars, banners, log lines and warnings from the libraries: what a failure says is in its text."""
     handlers = {logging.getLogger(name): logging.getLogger(name).handlers for name in LIBRARIES}
     with (
@@ -96,17 +102,18 @@ def quiet():
                 logger.handlers = before
 
 
-class Heard(list):
+class Heard(list[str]):
     """What libraries said while `listening`: warnings and log records, in the form they have on a screen."""
 
-    def about(self, word):
+    def about(self, word: str) -> str:
+        """The lines that hold a word, joined; "" where none does."""
         return "\n".join(line for line in self if word in line)
 
 
 @contextlib.contextmanager
-def listening():
+def listening() -> Iterator[Heard]:
     """Collect the warnings and log messages of a block: a library that fails without raising often mumbles."""
-    transformers_logging.warning_once.cache_clear()  # it says some things once per process only
+    transformers_logging.warning_once.cache_clear()  # else it says some things only once per process
     heard = Heard()
 
     class Ear(logging.Handler):
