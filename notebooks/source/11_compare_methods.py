@@ -111,7 +111,7 @@ logging.disable_progress_bar()
 pd.set_option("display.max_colwidth", None)
 
 # %%
-found = models.find(model)
+found = models.find(model, halves=1.3)  # one copy in bfloat16 and one in 4 bits
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)
 baseline = evaluation.reference(found, windows)
@@ -128,7 +128,7 @@ assert sort_by == "method" or sort_by in tables.COLUMNS, f"sort_by must be one o
 assert cache_bits in (2, 4, 8), f"cache_bits must be 2, 4 or 8, not {cache_bits}"
 free = memory.free_vram() if found.device == "cuda" else memory.free_ram()
 parameters = memory.predict(AutoConfig.from_pretrained(found.path)).parameters
-full = "fp32" if 6 * parameters < free else "bf16"
+full = "fp32" if 6 * parameters < free and not found.half else "bf16"
 full
 
 
