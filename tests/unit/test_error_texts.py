@@ -1,8 +1,9 @@
 """Error texts from public issue threads, shortened and with neutral names: each is explained right or honestly not known.
 
 error_texts/table.json says for each file the thread, the right cause, the catalogue's entries that are right, and whether "I do not know"
-is right too. A*, E* and N* are the reports that the catalogue was extended by; T* and U* were collected afterwards. When they were
-first tried, 7 of the 28 texts U* were explained right and 21 honestly not known; the catalogue then grew by their families.
+is right too. A*, E* and N* are the reports that the catalogue was extended by; T*, U* and W* were collected afterwards. When they were
+first tried, 7 of the 28 texts U* were explained right and 21 honestly not known; the catalogue then grew by their families. The same
+holds of W*: 2 of 12 right, 9 not known, and 1 (W12) by an entry that spoke of quantized weights only.
 """
 
 import json
@@ -36,7 +37,7 @@ def test_right_or_honestly_unknown(name):
     assert found == RIGHT or (found == UNKNOWN and TABLE[name]["unknown"]), (found, TABLE[name])
 
 
-@pytest.mark.parametrize(("letters", "least"), [("AEN", 0.9), ("T", 0.5), ("U", 0.8)])
+@pytest.mark.parametrize(("letters", "least"), [("AEN", 0.9), ("T", 0.5), ("U", 0.8), ("W", 0.7)])
 def test_confusion_table(letters, least, capsys):
     """How many of a group are right, unknown and misleading."""
     names = [name for name in TABLE if name[0] in letters]
