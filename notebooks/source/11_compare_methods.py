@@ -73,6 +73,7 @@ def beaten(method, points):
 import contextlib
 import gc
 import io
+import math
 import os
 import statistics
 import time
@@ -425,7 +426,8 @@ for context, batch in ((512, 1), (8192, 1), (8192, 16)):
 class GroupedCacheLayer(QuantizedLayer):
     def _quantize(self, states, axis):
         """states [batch, heads, tokens, head_dim] -> packed codes, scales, minima."""
-        groups = states.float().unflatten(-1, (-1, self.q_group_size))
+        group_size = math.gcd(self.q_group_size, states.shape[-1])  # heads of 96 numbers have groups of 32 for 64
+        groups = states.float().unflatten(-1, (-1, group_size))
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         scale = ((high - low) / (2**self.nbits - 1)).clamp_min(1e-8)
         codes = ((groups - low) / scale).round().byte().unflatten(-1, (-1, 8 // self.nbits))
