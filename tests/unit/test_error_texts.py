@@ -3,7 +3,8 @@
 error_texts/table.json says for each file the thread, the right cause, the catalogue's entries that are right, and whether "I do not know"
 is right too. A*, E* and N* are the reports that the catalogue was extended by; T*, U* and W* were collected afterwards. When they were
 first tried, 7 of the 28 texts U* were explained right and 21 honestly not known; the catalogue then grew by their families. The same
-holds of W*: 2 of 12 right, 9 not known, and 1 (W12) by an entry that spoke of quantized weights only.
+holds of W*: 2 of 12 right, 9 not known, and 1 (W12) by an entry that spoke of quantized weights only. Of W* only excerpts
+were at hand: the last frames of W01, W02, W05 to W09 and W12 are filled in from what the message and the library's layout say.
 """
 
 import json
