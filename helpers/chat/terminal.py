@@ -44,7 +44,7 @@ def _llama(path, options):
 @contextlib.contextmanager
 def _transformers(model, options):
     """A session with a model of transformers, and where it runs."""
-    found = models.find(model)
+    found = models.find(model, halves=1)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 

@@ -54,6 +54,7 @@ class Found:
     origin  where it came from, in words
     device  "cuda" or "cpu": where this machine runs it
     asked   what `find` takes to find it again on any machine: a hub id or a model's short name; the path for a local folder
+    half    True where a CPU has room for it in bfloat16 only, and the caller can do with that
     """
 
     path: str
@@ -61,13 +62,14 @@ class Found:
     origin: str
     device: str
     asked: str = ""
+    half: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
-        """Full-precision dtype for this device: float32 on a CPU, bfloat16 on a GPU."""
+        """Full-precision dtype for this device: float32 on a CPU (bfloat16 with `half`), bfloat16 on a GPU."""
         import torch
 
-        return torch.float32 if self.device == "cpu" else torch.bfloat16
+        return torch.float32 if self.device == "cpu" and not self.half else torch.bfloat16
 
     @property
     def trained(self) -> bool:
@@ -77,13 +79,14 @@ class Found:
 
     @property
     def fast(self) -> torch.dtype:
-        """The dtype to compute in where the last digits do not matter: bfloat16 where the machine multiplies it, else float32.
+        """The dtype to compute in where the last digits do not matter: bfloat16 with `half` or where the machine multiplies it, else float32.
 
         A CPU without AVX512-BF16 or AMX emulates bfloat16; measured on one with AVX2, a product took five times as long as in float32.
         """
         import torch
 
-        return torch.bfloat16 if self.device != "cpu" or cpu_multiplies_bfloat16() else torch.float32
+        half = self.half or self.device != "cpu" or cpu_multiplies_bfloat16()
+        return torch.bfloat16 if half else torch.float32
 
 
 def cpu_multiplies_bfloat16() -> bool:
@@ -137,27 +140,33 @@ def require_ram(need: float, what: str) -> None:
         )
 
 
-def require_room(name: str, size: int, settings: dict[str, Any], copies: float) -> None:
-    """Raise ModelError where so many copies of a model, `size` bytes of weights as its config describes them, do not fit in memory."""
+def require_room(name: str, size: int, settings: dict[str, Any], copies: float, halves: float | None = None) -> bool:
+    """True where a model, `size` bytes of weights as its config describes them, must be taken in bfloat16 to fit in memory.
+
+    copies, halves: as `find` takes them. Raises ModelError where it does not fit in any dtype that the caller can do with.
+    """
     device = this_device()
     free = memory.free_vram() if device == "cuda" else memory.free_ram()
+    parameters = size / stored_bytes(settings)
+    wide = narrow = copies * 4 * parameters + KERNEL
+    how = f"for what is held at once here, {copies:g} times its {4 * parameters / 1e9:.1f} GB in float32"
+    if device == "cuda":
+        wide = narrow = 2 * parameters
+        how = "for one copy in 16 bits"
+    elif halves is not None:
+        narrow = halves * 2 * parameters + KERNEL
+        how = f"for what is held at once here, {halves:g} times its {2 * parameters / 1e9:.1f} GB in bfloat16"
     if settings.get("quantization_config"):
-        held, how = size, "as it is stored"
-    elif device == "cuda":
-        held, how = size * 2 // stored_bytes(settings), "for one copy in 16 bits"
-    else:
-        copy = size * 4 // stored_bytes(settings)
-        held, how = (
-            int(copies * copy),
-            f"for what is held at once here, {copies:g} times its {copy / 1e9:.1f} GB in float32",
-        )
-    need = held + (0 if device == "cuda" else KERNEL)
-    if need > free:
+        wide = narrow = size + (0 if device == "cuda" else KERNEL)
+        how = "as it is stored"
+    if narrow > free:
         kind = "GPU memory" if device == "cuda" else "RAM"
+        each = 2 if device == "cuda" else 4 * copies if halves is None else 2 * halves  # bytes of a parameter
         raise ModelError(
-            f"{name} needs about {need / 1e9:.1f} GB of {kind} {how}, and {free / 1e9:.1f} GB are free. Nothing was loaded. "
-            + what_fits(free / 2 if device == "cuda" else (free - KERNEL) / 4 / copies)
+            f"{name} needs about {narrow / 1e9:.1f} GB of {kind} {how}, and {free / 1e9:.1f} GB are free. Nothing was loaded. "
+            + what_fits((free - (0 if device == "cuda" else KERNEL)) / each)
         )
+    return wide > free
 
 
 def what_fits(parameters: float) -> str:

@@ -96,8 +96,10 @@ def _cache_layers(key, tokens):
     if not getattr(text, "use_cache", True):
         text.use_cache = True
     repeats = _skip_repeated_blocks(model, text)
+    grows = None
     try:
         cache = _run(model, tokens)
+        grows = _grows(model, cache, tokens)  # asked here, where each kind of block runs once
         partial = repeats and len(getattr(cache, "layers", None) or ()) != sum(repeats.values())
     except Exception:  # a block needs another one's result
         partial = repeats is not None
@@ -108,17 +110,23 @@ def _cache_layers(key, tokens):
         repeats = None
         try:
             cache = _run(model, tokens)
+            grows = _grows(model, cache, tokens) if grows is None else grows
         except Exception as error:
             raise _no_cache(name) from error
-    if cache is None:
+    if cache is None or grows:
         raise _no_cache(name)
     layers = getattr(cache, "layers", None) or []
     others = [value for each, value in vars(cache).items() if each != "layers"] if layers else [cache]
-    if not layers and _sizes(cache) != _sizes(_run(model, 2 * tokens)):
-        raise _no_cache(name)  # it grows, in a way that only the model knows
     if repeats is None:
         return list(layers), [1] * len(layers), others
     return [layers[index] for index in repeats], list(repeats.values()), others
+
+
+def _grows(model, cache, tokens):
+    """Whether a cache without layers grows with the context, in a way that only the model knows."""
+    if cache is None or getattr(cache, "layers", None):
+        return False
+    return _sizes(cache) != _sizes(_run(model, 2 * tokens))
 
 
 def _sizes(value):
@@ -155,7 +163,8 @@ def _skip_repeated_blocks(model, text):
         (m for m in (model.get_decoder() or model).modules() if isinstance(m, ModuleList) and len(m) == len(layers)),
         None,
     )
-    if not blocks or getattr(text, "kv_sharing_modes", None) or len({id(block) for block in blocks}) < len(blocks):
+    shared = any(getattr(text, "kv_sharing_modes", None) or ())
+    if not blocks or shared or len({id(block) for block in blocks}) < len(blocks):
         return None
     first, repeats, answers = {}, {}, {}
     for index, (block, layer) in enumerate(zip(blocks, layers)):

@@ -257,8 +257,9 @@ def _checkpoint_bytes(build, stem):
 
 
 def _one_line(text):
+    """A message in one line; 300 characters hold a refusal with what would help, which stands at its end."""
     line = " ".join(str(text).split())
-    return line if len(line) <= 200 else line[:199] + "…"
+    return line if len(line) <= 300 else line[:299] + "…"
 
 
 def main(arguments: argparse.Namespace) -> int:

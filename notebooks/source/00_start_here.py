@@ -181,7 +181,7 @@ print(
 # `"qwen2.5-coder-1.5b-offline"` takes a model ten times as large, also from PyPI.
 
 # %%
-found = models.find(model, copies=1.5)
+found = models.find(model, copies=1.5, halves=1)
 print(f"{found.name}\n{found.origin}\nruns on the {found.device.upper()} in {found.dtype}")
 
 # %% [markdown]

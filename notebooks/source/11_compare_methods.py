@@ -73,6 +73,7 @@ def beaten(method, points):
 import contextlib
 import gc
 import io
+import math
 import os
 import statistics
 import time
@@ -111,7 +112,10 @@ logging.disable_progress_bar()
 pd.set_option("display.max_colwidth", None)
 
 # %%
-found = models.find(model)
+found = models.find(model, halves=1.3)  # one copy in bfloat16 and one in 4 bits
+config = AutoConfig.from_pretrained(found.path)
+if config.model_type not in ("llama", "mistral", "qwen2"):
+    raise ValueError(f"the decoder of this notebook knows llama, mistral and qwen2 models, and no {config.model_type}")
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)
 baseline = evaluation.reference(found, windows)
@@ -127,8 +131,8 @@ print(f"{found.name} on the {found.device.upper()}, {found.origin}")
 assert sort_by == "method" or sort_by in tables.COLUMNS, f"sort_by must be one of {list(tables.COLUMNS)}"
 assert cache_bits in (2, 4, 8), f"cache_bits must be 2, 4 or 8, not {cache_bits}"
 free = memory.free_vram() if found.device == "cuda" else memory.free_ram()
-parameters = memory.predict(AutoConfig.from_pretrained(found.path)).parameters
-full = "fp32" if 6 * parameters < free else "bf16"
+parameters = memory.predict(config).parameters
+full = "fp32" if 6 * parameters < free and not found.half else "bf16"
 full
 
 
@@ -428,7 +432,8 @@ for context, batch in ((512, 1), (8192, 1), (8192, 16)):
 class GroupedCacheLayer(QuantizedLayer):
     def _quantize(self, states, axis):
         """states [batch, heads, tokens, head_dim] -> packed codes, scales, minima."""
-        groups = states.float().unflatten(-1, (-1, self.q_group_size))
+        group_size = math.gcd(self.q_group_size, states.shape[-1])  # heads of 96 numbers have groups of 32 for 64
+        groups = states.float().unflatten(-1, (-1, group_size))
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         scale = ((high - low) / (2**self.nbits - 1)).clamp_min(1e-8)
         codes = ((groups - low) / scale).round().byte().unflatten(-1, (-1, 8 // self.nbits))
@@ -509,7 +514,7 @@ def stored_bits(net, make_cache, ids, piece=64):
     for part in ids.split(piece, 1):
         net(input_ids=part.to(net.device), past_key_values=cache, logits_to_keep=1)
     stored = sum(tensor.nbytes for layer in cache.layers for tensor in tensors_of(layer))
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * ids.shape[1]
+    numbers = memory.predict(config, context=ids.shape[1], cache_bits=8).kv_cache  # at one byte each
     return 8 * stored / numbers
 
 

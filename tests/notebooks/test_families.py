@@ -21,6 +21,7 @@ NOTEBOOKS = {
     "08_gguf_llama_cpp": {"calibration_tokens": 1024},
     "09_float_formats": {},
     "10_below_four_bits": {"calibration_samples": 8, "calibration_length": 32, "autoround_iters": 2},
+    "11_compare_methods": {},
 }
 # (family, notebook): the words it refuses with
 ELSEWHERE = ("qwen3", "gemma3_text", "phi3", "falcon")
@@ -29,6 +30,7 @@ REFUSALS |= {
     (family, "10_below_four_bits"): "this notebook rotates llama, mistral and qwen2 models" for family in ELSEWHERE
 }
 REFUSALS |= {(family, "05_gptq"): "auto-gptq knows llama, mistral and qwen2 models" for family in ELSEWHERE}
+REFUSALS |= {(family, "11_compare_methods"): "knows llama, mistral and qwen2 models" for family in ELSEWHERE}
 for notebook in ("06_awq", "07_qlora"):
     REFUSALS |= {(family, notebook): "The layers of .* have no self_attn.q_proj" for family in ("phi3", "falcon")}
 REFUSALS["gemma3_text", "06_awq"] = "The layers of .* have also pre_feedforward_layernorm"

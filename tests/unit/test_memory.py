@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from helpers import memory, widgets
-from helpers.prediction import cache_size
+from helpers.prediction import cache_size, metamodel
 
 SMALL = dict(
     vocab_size=1000,
@@ -174,6 +174,13 @@ def test_real_configs(name):
     said = " ".join(found.notes)
     if "says" in case:
         assert case["says"] in said
+
+
+def test_blocks_that_are_alike_run_once():
+    """mistral_large4 has room in its config for layers that share a cache, and none that does: 72 blocks, 4 kinds at most."""
+    model, _ = metamodel.build(AutoConfig.for_model("mistral_large4"))
+    repeats = cache_size._skip_repeated_blocks(model, model.config.get_text_config(decoder=True))
+    assert repeats and len(repeats) <= 4 and sum(repeats.values()) == 72
 
 
 @pytest.mark.integration

@@ -223,6 +223,48 @@ def test_room_is_asked_for_as_many_copies_as_the_caller_holds(monkeypatch, tmp_p
             models.find(str(tmp_path), copies=copies)
 
 
+def _half_a_billion(monkeypatch, folder):
+    """Half a billion parameters in a file with a hole, on a CPU."""
+    header = json.dumps({"weight": {"dtype": "BF16", "shape": [500, 10**6], "data_offsets": [0, 10**9]}}).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 10**9)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16"}), encoding="utf-8")
+    monkeypatch.setattr(models.base, "this_device", lambda: "cpu")
+    monkeypatch.setattr(models.choose, "this_device", lambda: "cpu")
+
+
+@pytest.mark.parametrize(
+    ("halves", "half", "free"),
+    [(1, False, 4.6e9), (1, True, 4.4e9), (1, True, 2.6e9), (1, None, 2.4e9), (None, None, 4.4e9), (2, True, 3.6e9)],
+)
+def test_bfloat16_where_float32_does_not_fit_and_the_lesson_allows_it(
+    monkeypatch, tmp_path, capsys, halves, half, free
+):
+    """1.5 copies in float32 are 3 GB, one in bfloat16 is 1 GB."""
+    _half_a_billion(monkeypatch, tmp_path)
+    monkeypatch.setattr(memory, "free_ram", lambda: free)
+    if half is None:
+        what = "1 times its 1.0 GB in bfloat16" if halves else "1.5 times its 2.0 GB in float32"
+        with pytest.raises(models.ModelError, match=f"needs about [\\d.]+ GB of RAM for .*{what}"):
+            models.find(str(tmp_path), copies=1.5, halves=halves)
+        return
+    found = models.find(str(tmp_path), copies=1.5, halves=halves)
+    assert found.half == half and found.dtype == (torch.bfloat16 if half else torch.float32)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == half and ("in bfloat16 here" in printed) == half
+    assert not half or found.fast == torch.bfloat16
+
+
+def test_a_limit_on_the_ram_is_what_decides_for_bfloat16(monkeypatch, tmp_path):
+    """The same by the limit that a reader can set: room for what is resident, the kernel, and one of two gigabytes."""
+    _half_a_billion(monkeypatch, tmp_path)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("", (), {"available": 500e9}))
+    for room, dtype in ((3.0e9, torch.bfloat16), (4.5e9, torch.float32)):
+        monkeypatch.setenv(memory.RAM_CAP, f"{(memory.resident() + room) / 1e6:.0f}MB")
+        assert models.find(str(tmp_path), halves=1).dtype == dtype
+
+
 @pytest.mark.parametrize(
     ("free", "copies", "named"),
     [

@@ -1,10 +1,11 @@
 """Templates of many shapes: no text is lost, typed control tokens stay text, roles, tools and parts where a template reads them.
 
-The templates here are our own, each with the shape of a family. The sweep at the end takes those that models ship, from the wheel of
+The templates here are our own, each with the shape of a family. The sweep at the end takes those that models ship, from
 trl (Apache-2.0) or from the folder COURSE_TEMPLATES (a checkout of llama.cpp's models/templates, say).
 """
 
 import functools
+import importlib.util
 import os
 import re
 import subprocess
@@ -359,9 +360,13 @@ def test_the_mark_that_a_prompt_ends_with(shape):
 
 
 def real_templates(folder):
-    """The templates that models ship: of COURSE_TEMPLATES, else of trl's wheel; {} where neither can be had."""
+    """The templates that models ship: of COURSE_TEMPLATES, else of trl, installed or as a wheel; {} where none can be had."""
     if given := os.environ.get("COURSE_TEMPLATES"):
         return {path.stem: path.read_text() for path in sorted(Path(given).rglob("*.jinja"))}
+    if spec := importlib.util.find_spec("trl"):
+        shipped = sorted((Path(spec.submodule_search_locations[0]) / "chat_templates").glob("*.jinja"))
+        if shipped:
+            return {path.stem: path.read_text(encoding="utf-8") for path in shipped}
     command = [
         sys.executable,
         "-m",

@@ -166,13 +166,13 @@ ENTRIES = (
     Entry(
         "fsdp-uniform-dtype",
         "train",
-        "FSDP cannot put quantized and other weights into one flat tensor",
+        "FSDP cannot put weights of two dtypes into one flat tensor",
         (P("ValueError", r"^Must flatten tensors with uniform dtype but got torch\.\w+ and torch\.\w+"),),
-        "FSDP joins the weights of a block. 4-bit weights are stored as uint8 unless told otherwise; the norms beside them are bfloat16.",
-        "Store the 4-bit codes in the dtype of everything else. 8-bit weights cannot be sharded like this.",
+        "FSDP joins the weights of a block. 4-bit weights are stored as uint8 and LoRA adapters as float32 unless told otherwise; the norms beside them are bfloat16.",
+        "Give everything one dtype: the storage of the 4-bit codes, the model, the adapters. 8-bit weights cannot be sharded like this.",
         f"{BITSANDBYTES}/issues/1709",
-        code="BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16)\nAutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, ...)",
-        recorded="bitsandbytes issue 1709",
+        code="BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16)\nAutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, ...)\nget_peft_model(model, config, autocast_adapter_dtype=False)",
+        recorded="bitsandbytes issue 1709, trl issue 1723",
         where="torch",
     ),
     Entry(
