@@ -10,11 +10,11 @@ export BUILD_CUDA_EXT := 0
 run: $(VENV)/.ready
 	$(BIN)/python -m helpers run
 
-# Two at a time whatever executes no whole notebook; then the notebooks, which keep both cores busy themselves. The second part runs where
-# the first fails.
+# Two at a time, but for the execution of all notebooks, which keeps both cores busy itself. That part runs also where the first fails.
+NOTEBOOKS := tests/notebooks/test_notebooks.py
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not notebook and not slow"; first=$$?; \
-	$(BIN)/python -m pytest -m "notebook and not slow" tests/notebooks && exit $$first
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore $(NOTEBOOKS); first=$$?; \
+	$(BIN)/python -m pytest $(NOTEBOOKS) && exit $$first
 
 # Style, imports, types and declared dependencies; nothing is executed.
 check: $(VENV)/.ready
