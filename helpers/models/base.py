@@ -147,24 +147,22 @@ def require_room(name: str, size: int, settings: dict[str, Any], copies: float, 
     """
     device = this_device()
     free = memory.free_vram() if device == "cuda" else memory.free_ram()
-    parameters = size / stored_bytes(settings)
-    wide = narrow = copies * 4 * parameters + KERNEL
-    how = f"for what is held at once here, {copies:g} times its {4 * parameters / 1e9:.1f} GB in float32"
-    if device == "cuda":
-        wide = narrow = 2 * parameters
-        how = "for one copy in 16 bits"
-    elif halves is not None:
-        narrow = halves * 2 * parameters + KERNEL
+    parameters, kernel = size / stored_bytes(settings), 0 if device == "cuda" else KERNEL
+    each = wide_each = 2 if device == "cuda" else 4 * copies  # bytes of a parameter
+    how = "for one copy in 16 bits"
+    if device == "cpu" and halves is None:
+        how = f"for what is held at once here, {copies:g} times its {4 * parameters / 1e9:.1f} GB in float32"
+    elif device == "cpu":
+        each = 2 * halves
         how = f"for what is held at once here, {halves:g} times its {2 * parameters / 1e9:.1f} GB in bfloat16"
+    wide, need = wide_each * parameters + kernel, each * parameters + kernel
     if settings.get("quantization_config"):
-        wide = narrow = size + (0 if device == "cuda" else KERNEL)
-        how = "as it is stored"
-    if narrow > free:
+        wide, need, how = size + kernel, size + kernel, "as it is stored"
+    if need > free:
         kind = "GPU memory" if device == "cuda" else "RAM"
-        each = 2 if device == "cuda" else 4 * copies if halves is None else 2 * halves  # bytes of a parameter
         raise ModelError(
-            f"{name} needs about {narrow / 1e9:.1f} GB of {kind} {how}, and {free / 1e9:.1f} GB are free. Nothing was loaded. "
-            + what_fits((free - (0 if device == "cuda" else KERNEL)) / each)
+            f"{name} needs about {need / 1e9:.1f} GB of {kind} {how}, and {free / 1e9:.1f} GB are free. Nothing was loaded. "
+            + what_fits((free - kernel) / each)
         )
     return wide > free
 

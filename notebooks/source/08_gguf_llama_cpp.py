@@ -1082,8 +1082,8 @@ assert not garbage.drop("mxfp4-q2_k").any(), "loaded without an error, and garba
 # %% [markdown]
 # ## Run it: llama.cpp's server
 #
-# `xllamacpp` is llama.cpp as a Python package: `pip install` brings it without a compiler. Four lines load a file into
-# this process and answer a question:
+# `xllamacpp` is llama.cpp as a Python package: `pip install` brings it without a compiler. The next cell loads a file
+# into this process and asks it a question:
 
 # %%
 params = xllamacpp.CommonParams()
@@ -1106,9 +1106,9 @@ print(choice["message"]["content"], f"({choice['finish_reason']})")
 del llama_cpp
 
 # %% [markdown]
-# A server that fails takes its process with it, and that would be this notebook. From here on each server runs in a
-# process of its own, with the same lines. `llama.serving` starts it and ends it with the `with` block; `llama.ask`
-# posts JSON as above (both in `helpers/chat/llama.py`).
+# If llama.cpp crashes, its process ends, and here that process is the notebook's kernel. So from here on each server
+# runs in a process of its own, with the same lines. `llama.serving` starts it and ends it with the `with` block.
+# `llama.ask` posts JSON as above. Both are in `helpers/chat/llama.py`.
 
 # %%
 ask = llama.ask

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from helpers.publishing import pages
 
-# A number with three digits or more and a decimal point: shorter ones are found somewhere by chance.
+# A number with three digits or more and a decimal point; of 0.05 and the like one digit counts, and that is found by chance.
 SAID = re.compile(r"(?<![\w.,/:])\d+\.\d+(?![\w.]*\d)")
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 FACTORS = (1, 100, 1e-9)  # a share said in percent, bytes said in GB

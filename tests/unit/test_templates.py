@@ -5,12 +5,9 @@ trl (Apache-2.0) or from the folder COURSE_TEMPLATES (a checkout of llama.cpp's 
 """
 
 import functools
-import importlib.util
 import os
 import re
-import subprocess
-import sys
-import zipfile
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -359,40 +356,13 @@ def test_the_mark_that_a_prompt_ends_with(shape):
 # --- whatever is said, by every template that can be had ------------------------------------------------------------------------
 
 
-def real_templates(folder):
-    """The templates that models ship: of COURSE_TEMPLATES, else of trl, installed or as a wheel; {} where none can be had."""
-    if given := os.environ.get("COURSE_TEMPLATES"):
-        return {path.stem: path.read_text() for path in sorted(Path(given).rglob("*.jinja"))}
-    if spec := importlib.util.find_spec("trl"):
-        shipped = sorted((Path(spec.submodule_search_locations[0]) / "chat_templates").glob("*.jinja"))
-        if shipped:
-            return {path.stem: path.read_text(encoding="utf-8") for path in shipped}
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "trl==1.16.0",
-        "-d",
-        str(folder),
-    ]
-    if subprocess.run(command, capture_output=True, timeout=120).returncode:
-        return {}
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        return {Path(name).stem: archive.read(name).decode() for name in archive.namelist() if name.endswith(".jinja")}
-
-
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    found = real_templates(tmp_path_factory.mktemp("wheel"))
-    if not found:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(
-            "no templates: PyPI is out of reach and COURSE_TEMPLATES is not set"
-        )
+def real():
+    """The templates that models ship: of COURSE_TEMPLATES, else of the installed trl."""
+    given = os.environ.get("COURSE_TEMPLATES")
+    folder = Path(given) if given else Path(str(resources.files("trl"))) / "chat_templates"
+    found = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.jinja"))}
+    assert found, f"no templates in {folder}"
     return found
 
 
