@@ -150,9 +150,9 @@ def require_room(name: str, size: int, settings: dict[str, Any], copies: float, 
     parameters, kernel = size / stored_bytes(settings), 0 if device == "cuda" else KERNEL
     each = wide_each = 2 if device == "cuda" else 4 * copies  # bytes of a parameter
     how = "for one copy in 16 bits"
-    if device == "cpu" and halves is None:
+    if device != "cuda" and halves is None:
         how = f"for what is held at once here, {copies:g} times its {4 * parameters / 1e9:.1f} GB in float32"
-    elif device == "cpu":
+    elif device != "cuda" and halves is not None:
         each = 2 * halves
         how = f"for what is held at once here, {halves:g} times its {2 * parameters / 1e9:.1f} GB in bfloat16"
     wide, need = wide_each * parameters + kernel, each * parameters + kernel
