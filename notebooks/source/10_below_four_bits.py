@@ -708,6 +708,33 @@ both.round(4)
 quality, second, costs, grids = {}, {}, {}, {}
 
 
+# %% jupyter={"source_hidden": true}
+WITHOUT_DATA = ("rtn", "hqq", "nf4", "gguf", "ternary")
+protocol = {"model": found.name, "group_size": group_size, "eval_tokens": eval_tokens}
+
+
+# %% jupyter={"source_hidden": true}
+def facts(row):
+    """What is known of a row, as plain numbers."""
+    scores, cost = quality[row], costs[row]
+    said = {"bits per weight": grids[row], "KL": scores.kl_divergence, "low": scores.kl_low, "high": scores.kl_high}
+    said |= {"same top-1": scores.top1_agreement, "KL, pydoc": second[row].kl_divergence}
+    said |= {
+        "seconds": cost.seconds if cost else None,
+        "needs text": "mixed" in row or not row.startswith(WITHOUT_DATA),
+    }
+    return said | {"KL by window": scores.kl_by_window.tolist()}
+
+
+# %% jupyter={"source_hidden": true}
+def write_rows():
+    """All rows so far, in the file that a run without `full` reads: a run that is stopped loses none."""
+    run = protocol | {"device": records.device_name(found.device), "date": f"{datetime.date.today()}"}
+    run |= {"calibration": [calibration_samples, calibration_length], "autoround_iters": autoround_iters}
+    text = "".join(json.dumps(run | {"row": row} | facts(row)) + "\n" for row in quality)
+    files.write_text(files.folder(output_dir) / "below_four_bits.jsonl", text)
+
+
 # %%
 def report(row, net, bits_per_weight, cost=None):
     """Score a model whose Linear layers are quantized, and keep the numbers under the row's name."""
@@ -719,6 +746,8 @@ def report(row, net, bits_per_weight, cost=None):
         f"{row:16} {bits_per_weight:.2f} bits: KL {scores.kl_divergence:.3f} "
         f"[{scores.kl_low:.3f}, {scores.kl_high:.3f}], same top-1 {scores.top1_agreement:.1%}"
     )
+    if full:
+        write_rows()
 
 
 # %%
@@ -934,23 +963,6 @@ print(f"{costs['autoround-3'].seconds:.0f} s for {autoround_iters} steps a layer
 
 # %% [markdown]
 # ### The result
-
-# %% jupyter={"source_hidden": true}
-WITHOUT_DATA = ("rtn", "hqq", "nf4", "gguf", "ternary")
-protocol = {"model": found.name, "group_size": group_size, "eval_tokens": eval_tokens}
-
-
-# %% jupyter={"source_hidden": true}
-def facts(row):
-    """What is known of a row, as plain numbers."""
-    scores, cost = quality[row], costs[row]
-    said = {"bits per weight": grids[row], "KL": scores.kl_divergence, "low": scores.kl_low, "high": scores.kl_high}
-    said |= {"same top-1": scores.top1_agreement, "KL, pydoc": second[row].kl_divergence}
-    said |= {
-        "seconds": cost.seconds if cost else None,
-        "needs text": "mixed" in row or not row.startswith(WITHOUT_DATA),
-    }
-    return said | {"KL by window": scores.kl_by_window.tolist()}
 
 
 # %% jupyter={"source_hidden": true}
@@ -1479,13 +1491,6 @@ def bytes_of(row):
 def peak_bytes(cost):
     return (cost.peak_vram if found.device == "cuda" else cost.peak_ram) if cost else None
 
-
-# %% jupyter={"source_hidden": true}
-if full:  # the file that a run without `full` reads
-    run = protocol | {"device": records.device_name(found.device), "date": f"{datetime.date.today()}"}
-    run |= {"calibration": [calibration_samples, calibration_length], "autoround_iters": autoround_iters}
-    text = "".join(json.dumps(run | {"row": row} | facts(row)) + "\n" for row in quality)
-    files.write_text(files.folder(output_dir) / "below_four_bits.jsonl", text)
 
 # %% jupyter={"source_hidden": true} tags=["record"]
 for row, scores in quality.items():
