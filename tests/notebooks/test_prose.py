@@ -33,6 +33,9 @@ GIVEN = {
         "0.134": GPU_README,
         "0.149": GPU_README,
         "0.147": GPU_README,
+        "0.078": GPU_README,
+        "0.074": GPU_README,
+        "0.082": GPU_README,
     },
     "06": {
         "0.0872": GPU_README,
