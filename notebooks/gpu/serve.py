@@ -80,6 +80,8 @@ def main():
         if reference and "greedy" in row and not arguments.no_compare:
             other = run("answers", reference, str(folder), arguments, f"{name}-transformers")
             row["transformers"] = other if "failed" in other else compared(row["greedy"], other, folder)
+            if "failed" not in other:
+                del row["greedy"]
         row["seconds"] = round(time.perf_counter() - started, 1)
         results[name] = row
         print(f"{name}: {json.dumps({key: value for key, value in row.items() if key != 'greedy'})[:1500]}", flush=True)
@@ -114,24 +116,29 @@ def picked(said):
         row["attention"] = found[1]
     if found := re.search(r"Model loading took ([\d.]+) GiB(?: memory)? and ([\d.]+) seconds", said):
         row |= {"weights_bytes": round(float(found[1]) * 2**30), "load_s": float(found[2])}
+    if found := re.search(r"GPU KV cache size: ([\d,]+) tokens", said):
+        row["cache_tokens"] = int(found[1].replace(",", ""))
     return row | {"log": [line for line in lines if "Initializing a V1" not in line][:20]}
 
 
 def compared(ours, theirs, folder):
-    """How far the answers of the engine and of transformers are the same, and the first place where they are not."""
+    """How far the answers of the engine and of transformers are the same."""
     from transformers import AutoTokenizer
 
-    words = AutoTokenizer.from_pretrained(folder)
-    same, first = [], None
+    return differences(ours, theirs, AutoTokenizer.from_pretrained(folder))
+
+
+def differences(ours, theirs, words):
+    """Of each prompt the tokens before the first difference; and each first difference, with the gap of transformers' two best logits."""
+    same, found = [], []
     for number, (left, right) in enumerate(zip(ours, theirs["greedy"], strict=True)):
-        same.append(next((place for place, pair in enumerate(zip(left, right)) if pair[0] != pair[1]), len(left)))
-        if first is None and same[-1] < GREEDY:
-            place = same[-1]
-            first = {"prompt": PROMPTS[number], "token": place, "vllm": words.decode(left[place : place + 4]),
-                     "transformers": words.decode(right[place : place + 4])}  # fmt: skip
-            if "gaps" in theirs and place < len(theirs["gaps"][number]):
-                first["transformers_logit_gap"] = theirs["gaps"][number][place]
-    return {"with": theirs["with"], "same_tokens": same, "of": GREEDY, "first_difference": first}
+        place = next((place for place, pair in enumerate(zip(left, right)) if pair[0] != pair[1]), len(left))
+        same.append(place)
+        if place < GREEDY:
+            found.append({"prompt": PROMPTS[number], "token": place, "vllm": words.decode(left[place : place + 4]),
+                          "transformers": words.decode(right[place : place + 4]),
+                          "transformers_logit_gap": theirs["gaps"][number][place]})  # fmt: skip
+    return {"with": theirs["with"], "same_tokens": same, "of": GREEDY, "differences": found}
 
 
 def write(path, results):

@@ -1,4 +1,4 @@
-"""What reference.json says, as rows, as a picture, as this folder's tables and README's lines: `python notebooks/gpu/summary.py` writes them."""
+"""What reference.json and serving.json say, as rows, as a picture, as this folder's tables and README's lines: `python notebooks/gpu/summary.py` writes them."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
 import ladders  # noqa: E402
+import serving  # noqa: E402
 
 PICTURE = HERE / "decode.png"
 CARDS = {"RTX A5000": 24 * 10**9, "T4": 16 * 10**9}  # a gigabyte is 10^9 bytes: a little less than the cards hold
@@ -249,10 +250,14 @@ def main():
     record = read()
     PICTURE.write_bytes(figures.to_png(plot(record)))
     ladders.PICTURE.write_bytes(figures.to_png(ladders.plot(record)))
+    served = serving.read()
+    serving.PICTURE.write_bytes(figures.to_png(serving.plot(served)))
     parts = (
         (ROOT / "README.md", "gpu", headline(record)),
+        (ROOT / "README.md", "serving", serving.headline(served)),
         (HERE / "README.md", "gpu", section(record)),
         (HERE / "README.md", "ladders", ladders.section(record)),
+        (HERE / "README.md", "serving", serving.section(served)),
     )
     for readme, part, text in parts:
         files.write_text(readme, pages.replace_part(readme.read_text(encoding="utf-8"), part, text))

@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from helpers import process
 
@@ -17,7 +18,7 @@ process.prepare()  # gptqmodel reads its number of workers when it is imported
 
 import torch  # noqa: E402
 from gptqmodel import GPTQModel, QuantizeConfig  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig  # noqa: E402
 
 from helpers import evaluation, models  # noqa: E402
 
@@ -69,7 +70,10 @@ def main():
     del model
 
     # a checkpoint that loads may still be nonsense: score the file
-    reloaded = AutoModelForCausalLM.from_pretrained(arguments.output, dtype=found.fast, device_map={"": found.device})
+    where: dict[str, Any] = {"device_map": {"": found.device}}
+    if found.device == "cuda":  # the one that gptqmodel picks on an H200, Machete, downloads CUTLASS first
+        where["quantization_config"] = GPTQConfig(bits=4, backend="gptq_triton")
+    reloaded = AutoModelForCausalLM.from_pretrained(arguments.output, dtype=found.fast, **where)
     score = evaluation.score(reloaded.eval(), windows, reference)
     print(json.dumps({"model": found.name, "group_size": arguments.group_size, "sym": True, "seconds": round(seconds),
                       "kl_divergence": score.kl_divergence, "low": score.kl_low, "high": score.kl_high,

@@ -531,28 +531,61 @@ jobs
 # %% [markdown]
 # ## Serving
 #
-# For many users at once, take a serving engine. It batches requests as they come and manages the KV cache. The table
-# says what to try with [vLLM](https://docs.vllm.ai) for the checkpoints that the notebooks have written so far. vLLM
-# is not part of this environment, so these commands **were not run here**. `MODEL` is the hub id or the folder of the
-# base model.
+# For many users at once, take a serving engine. It batches requests as they come and manages the KV cache.
+# [vLLM](https://docs.vllm.ai) is such an engine. It is not part of this environment, so no cell here runs it. vLLM 0.26
+# ran on one NVIDIA H200, with the 1.5B model and prompts and answers of 128 tokens. **Predict first:** which format is
+# the fastest at one request, and which at 128? The columns "tokens/s at 8" and so on name the requests at once.
+
+# %% jupyter={"source_hidden": true}
+serving = json.loads((course_notebooks / "gpu" / "serving.json").read_text(encoding="utf-8"))
+served = {}
+for name in ("bf16", "fp8", "gptq", "awq", "bitsandbytes"):
+    row, answers = serving[name], serving[name]["transformers"]
+    speeds = {f"tokens/s at {n}": round(found["tokens_per_s"]) for n, found in row["requests"].items()}
+    same = f"{answers['same_tokens'].count(answers['of'])} of {len(answers['same_tokens'])}"
+    weights = round(row["weights_bytes"] / 1e9, 2)
+    served[name] = {"weights, GB": weights, **speeds, "same 32 tokens as transformers": same}
+print(f"{serving['device']}; vLLM {serving['versions']['vllm']}; {serving['model']}; {serving['date']}")
+pd.DataFrame.from_dict(served, orient="index")
+
+# %% [markdown]
+# FP8 is the fastest at one request and at 128; bf16 is the fastest at 8 and 32. The three 4-bit formats are slower than
+# bf16 at every number of requests. Four bits save memory here: the weights take less than half of bf16's. This
+# model is small for that GPU; a larger one was not served. Where a prompt in bf16 got another token than in
+# transformers, transformers' two highest logits were equal.
 #
-# NVIDIA has an engine of its own, TensorRT-LLM. It runs on NVIDIA GPUs alone, and it was not run here either. Look
-# first at its [list of formats](https://nvidia.github.io/TensorRT-LLM/features/quantization.html): does it take your
-# checkpoint? [03](03_hybrid_precision.ipynb) says what TensorRT itself is.
+# These commands ran there. The names in capitals are folders. The engine has an environment of its own
+# (`requirements-serving.txt`); its packages were copied there, because that machine had no internet.
+# [The course's GPU page](gpu/README.md#serving-with-vllm-on-an-h200) has kernels, times to the first token and the lean
+# loop of [11](11_compare_methods.ipynb) beside them.
+
+# %% jupyter={"source_hidden": true}
+Code("\n".join([serving["checkpoints"]["gptq"]["made_by"], serving["command"]]), language="bash")
+
+# %% [markdown]
+# **Which of our checkpoints does vLLM take?** vLLM 0.26 refused SmolLM2's GPTQ file of [05](05_gptq.ipynb) for two
+# reasons. Its grid is asymmetric (`sym=False`), and vLLM's GPTQ wants a symmetric one. Labelled as symmetric, the file
+# was refused for its rows of 576 columns: Marlin wants a multiple of 128. `symmetric_gptq.py` makes a
+# symmetric file. The table says what that means for the checkpoints that the notebooks have written here so far.
 
 
 # %%
 def serve(folder, row_length):
     """What to type for a checkpoint, or why not."""
     if (folder / "adapter_config.json").is_file():
-        return f"vllm serve MODEL --enable-lora --lora-modules {folder.name}={folder.name}"
-    config = json.loads((folder / "config.json").read_text())
-    method = config.get("quantization_config", {}).get("quant_method")
+        return "not tried: an adapter on its base"
+    settings = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    method = settings.get("quant_method")
     if method is None:
         return "no: its format is this course's own; load it as its notebook does"
-    if method in ("gptq", "awq") and row_length % 128:
-        return f"probably refused: the Marlin kernels want rows that 128 divides, these have {row_length}"
-    return f"vllm serve {folder.name}"
+    if method not in ("gptq", "awq"):
+        return f"not tried: {method}"
+    if method == "gptq" and not settings.get("sym", True):
+        return "refused: an asymmetric grid"
+    if row_length % 128:
+        sure = "refused" if method == "gptq" else "probably refused"
+        return f"{sure}: the kernels want rows that 128 divides, these have {row_length}"
+    return f"python notebooks/gpu/serve.py --{method} {folder.name}"
 
 
 # %%
@@ -565,6 +598,11 @@ with pd.option_context("display.max_colwidth", None):
     display(commands)
 
 # %% [markdown]
+# NVIDIA has an engine of its own, TensorRT-LLM. It runs on NVIDIA GPUs alone, and it was not run for this course. Look
+# first at its [list of formats](https://nvidia.github.io/TensorRT-LLM/features/quantization.html): does it take your
+# checkpoint? [03](03_hybrid_precision.ipynb) says what TensorRT itself is.
+
+# %% [markdown]
 # ## When to use which
 
 # %%
@@ -573,13 +611,14 @@ slow = f"offload to {tight['first device may take']} of the bytes: {tight['times
 sharded, copied = (table.loc[name, "peak of GPU 0, GB"] for name in ("fsdp", "ddp"))
 saved = f"{sharded:.1f} GB a GPU instead of {copied:.1f} (reference run)"
 split = f"same answer with {slices} processes" if tensor_parallel else "not run here"
+many = serving["bf16"]["requests"]["128"]["tokens_per_s"]
 choices = {
     "it fits one GPU": ("no split at all", f"{unlimited:.0f} tokens/s here"),
     "it nearly fits": ("4-bit weights first (notebook 04), offload second", slow),
     "training fits one GPU, you have several": ("DDP", f"same curve to {gap:.0e}"),
     "training does not fit one GPU": ("FSDP with bnb_4bit_quant_storage", saved),
     "inference does not fit, or is too slow": ('tp_plan="auto"', split),
-    "many users": ("a serving engine", "not run here"),
+    "many users": ("a serving engine", f"{many:,.0f} tokens/s in bf16 at 128 requests (vLLM, one H200)"),
 }
 pd.DataFrame.from_dict(choices, orient="index", columns=["take", "because"])
 

@@ -1,0 +1,102 @@
+"""The committed results of vLLM: their form, what the sentences about them claim, and that the READMEs tell just them."""
+
+import json
+import re
+import sys
+from datetime import date
+
+import pytest
+from conftest import ROOT
+
+FOLDER = ROOT / "notebooks" / "gpu"
+sys.path.insert(0, str(FOLDER))
+import serve  # noqa: E402
+import serving  # noqa: E402
+
+RECORD = serving.read()
+REFUSED = "refused", "refused, said to be symmetric"
+
+
+def test_form():
+    facts = {
+        "device",
+        "vram_bytes",
+        "driver",
+        "date",
+        "command",
+        "model",
+        "versions",
+        "protocol",
+        "checkpoints",
+        "lean",
+    }
+    assert RECORD.keys() == facts | serve.ROWS.keys() and serve.ROWS.keys() == {*serving.BITS, *REFUSED}
+    assert date.fromisoformat(RECORD["date"]) and RECORD["device"].startswith("NVIDIA")
+    assert not re.search(r"/(home|root|work|tmp|usr)/", json.dumps(RECORD)), "a machine's path"
+    assert RECORD["protocol"]["requests"] == [*serve.BATCHES] and RECORD["protocol"]["greedy_tokens"] == serve.GREEDY
+
+
+@pytest.mark.parametrize("name", serving.BITS)
+def test_a_row(name):
+    row, answer = RECORD[name], RECORD["protocol"]["new_tokens"]
+    speeds = [found["tokens_per_s"] for found in row["requests"].values()]
+    assert [*row["requests"]] == [str(n) for n in serve.BATCHES] and speeds == sorted(speeds)
+    for requests, found in row["requests"].items():
+        whole = int(requests) * answer / found["tokens_per_s"]
+        decode = int(requests) * (answer - 1) / (whole - found["first_token_s"])
+        assert decode == pytest.approx(found["decode_tokens_per_s"], rel=1e-3), "three figures of one time"
+    compared = row["transformers"]
+    assert len(compared["same_tokens"]) == len(serve.PROMPTS)
+    places = [
+        (prompt, n) for prompt, n in zip(serve.PROMPTS, compared["same_tokens"], strict=True) if n < compared["of"]
+    ]
+    assert [(found["prompt"], found["token"]) for found in compared["differences"]] == places
+
+
+def test_weights_are_at_least_their_bits():
+    layers, tables = 28 * (2 * 1536**2 + 2 * 256 * 1536 + 3 * 8960 * 1536), 2 * 151_936 * 1536
+    for name, bits in serving.BITS.items():
+        extra = RECORD[name]["weights_bytes"] - (layers * bits / 8 + tables * 2)
+        assert 0 < extra < 0.15e9, name  # scales and what else loading allocates
+
+
+def test_what_the_sentences_say_without_a_number():
+    for name in serving.FOUR:
+        assert max(serving.times_bf16(RECORD, name).values()) < 1, "no 4-bit format is as fast as bf16"
+    fp8 = serving.times_bf16(RECORD, "fp8")
+    assert fp8["1"] > 1 and fp8["128"] > 1 and fp8["8"] < 1 and fp8["32"] < 1
+    slowest = {n: min(serving.BITS, key=lambda name: serving.times_bf16(RECORD, name)[n]) for n in fp8}  # noqa: B023
+    assert slowest["8"] == slowest["32"] == "bitsandbytes"
+    assert "sym=False" in RECORD[REFUSED[0]]["failed"]
+    reasons = " ".join(RECORD[REFUSED[1]]["reasons"])
+    assert (
+        "576 is not divisible by min_thread_k = 128" in reasons
+        and "Output features size must be divisible by 128" in reasons
+    )
+
+
+def test_differences_are_found_and_shown():
+    class Words:
+        def decode(self, ids):
+            return "-".join(map(str, ids))
+
+    left = [[*range(serve.GREEDY)] for _ in range(2)]
+    right = [left[0], [*range(30), 7, 8]]
+    found = serve.differences(left, {"with": "bf16", "greedy": right, "gaps": [[0.5] * 32, [0.25] * 32]}, Words())
+    assert found["same_tokens"] == [32, 30]
+    (one,) = found["differences"]
+    assert (one["token"], one["vllm"], one["transformers"], one["transformers_logit_gap"]) == (30, "30-31", "7-8", 0.25)
+
+
+def test_the_readmes_say_what_the_file_says():
+    for readme, text in ((FOLDER, serving.section(RECORD)), (ROOT, serving.headline(RECORD))):
+        assert text in (readme / "README.md").read_text(encoding="utf-8"), "run `python notebooks/gpu/summary.py`"
+    assert serving.PICTURE.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_packages_are_those_of_the_environment_file():
+    pinned = dict(
+        re.findall(r"(?m)^([\w-]+)==([\d.]+)", (FOLDER / "requirements-serving.txt").read_text(encoding="utf-8"))
+    )
+    measured = {name: version for name, version in RECORD["versions"].items() if name in pinned}
+    assert len(measured) > 6 and measured == {name: pinned[name] for name in measured}
