@@ -16,6 +16,8 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 
 from helpers import redact as secrets
 
@@ -146,9 +148,20 @@ def package(path: str) -> str:
     for parent, name in zip(parts, parts[1:-1], strict=False):
         if name in LIBRARIES and parent.lower() in ("src", name, _CHECKOUTS.get(name)):
             return name
+    # `pip install --target FOLDER` has no site-packages in its paths: the package installed here has the same file.
+    for place, name in enumerate(parts[:-2]):
+        if name in LIBRARIES and _has_file(name, "/".join(parts[place + 1 :])):
+            return name
     if len(parts) > 1 and parts[-2] in ("bin", "Scripts") and not parts[-1].endswith(".py"):
         return PYTHON  # the script that a launcher was started by
     return ""
+
+
+@functools.lru_cache
+def _has_file(library, path):
+    """Whether the installed package has this file; nothing is imported."""
+    spec = find_spec(library)
+    return any((Path(folder) / path).is_file() for folder in (spec and spec.submodule_search_locations) or ())
 
 
 @dataclass(frozen=True)

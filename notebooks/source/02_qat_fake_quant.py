@@ -511,8 +511,9 @@ from torch.ao.nn import quantized as nnq
 # %% jupyter={"source_hidden": true}
 def unpack(net):
     """Tensors of an eager model: codes, scales and zero points of each layer, and all that stayed float."""
-    float_endings = ("norm.weight", "embed_tokens.weight")
-    tensors = {name: value for name, value in net.state_dict().items() if name.endswith(float_endings)}
+    float_endings = ["norm.weight", "embed_tokens.weight"]
+    float_endings += [] if net.config.tie_word_embeddings else ["lm_head.weight"]
+    tensors = {name: value for name, value in net.state_dict().items() if name.endswith(tuple(float_endings))}
     for name, module in net.named_modules():
         if isinstance(module, nnq.Linear):
             packed = module.weight()
@@ -520,6 +521,8 @@ def unpack(net):
             tensors[f"{name}.scales"] = packed.q_per_channel_scales()
             tensors[f"{name}.zero_points"] = packed.q_per_channel_zero_points()
             tensors[f"{name}.output"] = torch.tensor([module.scale, module.zero_point], dtype=torch.float64)
+            if module.bias() is not None:
+                tensors[f"{name}.bias"] = module.bias().detach()
         if isinstance(module, nnq.Quantize):
             step = [module.scale.item(), module.zero_point.item()]
             tensors[f"{name}.input"] = torch.tensor(step, dtype=torch.float64)
@@ -554,8 +557,9 @@ def eager_layer(tensors, name):
     codes, scales, zeros = (tensors[f"{name}.module.{part}"] for part in ("codes", "scales", "zero_points"))
     scale_in, zero_in = tensors[f"{name}.quant.input"].tolist()
     scale_out, zero_out = tensors[f"{name}.module.output"].tolist()
-    linear = nnq.Linear(codes.shape[1], codes.shape[0], bias_=False)
-    linear.set_weight_bias(torch._make_per_channel_quantized_tensor(codes, scales, zeros, 0), None)
+    bias = tensors.get(f"{name}.module.bias")
+    linear = nnq.Linear(codes.shape[1], codes.shape[0], bias_=bias is not None)
+    linear.set_weight_bias(torch._make_per_channel_quantized_tensor(codes, scales, zeros, 0), bias)
     linear.scale, linear.zero_point = scale_out, int(zero_out)
     return torch.nn.Sequential(nnq.Quantize(scale_in, int(zero_in), torch.quint8), linear, nnq.DeQuantize())
 

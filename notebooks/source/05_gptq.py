@@ -1161,17 +1161,26 @@ for method, floor in (("autogptq", "rtn-int4"), ("gptq", "rtn-int4-asym")):
 
 # %%
 kl = result["kl_divergence"]
-assert max(gaps.values()) < 3 * rounding, f"reloaded logits are not those before saving: {gaps}"
+# Another 16-bit kernel moves the logits by a few roundings. Wrong zero points give garbage, a gap near 1.
+assert max(gaps.values()) < 5 * rounding, f"reloaded logits are not those before saving: {gaps}"
 shares = result["share of bf16"]
-assert shares.max() < 0.45 or not found.name.startswith("SmolLM2"), shares.to_dict()
-in_its_genre = second["autogptq"].kl_divergence
-assert in_its_genre < second["rtn-int4"].kl_divergence or not found.trained, "calibration did not pay in its own genre"
 tuned_here = found.name.startswith("SmolLM2")  # the settings were chosen on this model
+assert shares.max() < 0.45 or not tuned_here, shares.to_dict()
+in_its_genre = second["autogptq"].kl_divergence
+assert in_its_genre < second["rtn-int4"].kl_divergence or not tuned_here, "calibration did not pay in its own genre"
 if bits == 4 and calibration_source == "own" and tuned_here:
     assert kl["gptq"] <= 0.8 * kl["rtn-int4-asym"], f"KL {kl.to_dict()}"
     assert quality["gptq"].kl_high < quality["rtn-int4-asym"].kl_low, "the intervals overlap"
     held_back = confirmed["rtn-int4-asym"].kl_divergence
     assert confirmed["gptq"].kl_divergence < held_back, "another order on the held-back text"
+
+# %% [markdown]
+# **A larger model gains little or nothing from these settings.** We chose them on SmolLM2-135M. We ran these cells once with
+# Qwen2.5-Coder-1.5B on an NVIDIA H200, in groups of 128. Rounding on the asymmetric grid has a KL of 0.0872 [0.083,
+# 0.093] there, and GPTQ with the model's own text 0.0866 [0.081, 0.092]. They are not told apart. With another sample
+# of its text, GPTQ had 0.078 [0.074, 0.082]: a small gain. Calibrated on documentation, on the symmetric grid, GPTQ has
+# 0.514 where rounding has 0.134. It does not even win on documentation: 0.149 against 0.147. So measure on your model
+# before you trust a setting.
 
 
 # %% [markdown]

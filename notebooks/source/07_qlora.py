@@ -1125,7 +1125,7 @@ with torch.inference_mode():
     logits_merged = merged(**probe).logits.float()
 gap = ((logits_merged - logits_beside).abs().max() / logits_beside.std()).item()
 print(f"largest difference of a logit: {gap:.1e} of the logits' spread")
-assert gap < (1e-3 if precise == torch.float32 else 1), "merged and base + adapter should agree"
+assert gap < (1e-2 if precise == torch.float32 else 1), "merged and base + adapter should agree"
 
 # %%
 ways["merged into full precision"] = answer_loss(merged, third)

@@ -57,12 +57,16 @@ def config(family):
 
 
 def write(folder, family, tokenizer):
-    """A random model of a family in `folder`, with the tokenizer of the default model."""
+    """A random model of a family in `folder`, with the tokenizer of the default model. Its biases are not zero, so none is lost unseen."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     folder = Path(folder) / family
-    AutoModelForCausalLM.from_config(config(family), dtype=torch.bfloat16).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config(family), dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -11,7 +11,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.diagnosis import catalogue, explain, reproductions
+from helpers.diagnosis import catalogue, explain, reproductions, tracebacks
 
 IDS = list(reproductions.FAILURES)
 SILENT_IN_NOTEBOOK = {
@@ -193,6 +193,18 @@ def test_a_failure_that_no_longer_happens_is_noticed(monkeypatch):
 )  # fmt: skip
 def test_messages_of_other_versions(text, entry_id):
     assert known(text)[0] == entry_id
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/var/task/transformers/quantizers/quantizer_gptq.py", "transformers"),  # pip install --target /var/task
+        ("/home/me/transformers/quantizers/mine.py", ""),
+        ("/home/me/peft/train.py", ""),
+    ],
+)
+def test_a_package_outside_site_packages_is_known_by_its_files(path, name):
+    assert tracebacks.package(path) == name
 
 
 @pytest.mark.parametrize(
