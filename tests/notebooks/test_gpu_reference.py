@@ -163,7 +163,7 @@ def test_the_ladders_of_two_shapes():
         found = RECORD[step]
         assert found["device"] == RECORD["fp8_matmul"]["device"]
         runs = [found, *([found["earlier"]] if "earlier" in found else [])]
-        for there, label, row in [(there, *item) for there in runs for item in there["rows"].items()]:
+        for there, label, row in [(each, *item) for each in runs for item in each["rows"].items()]:
             speeds = [batch["tokens_per_s"] for batch in row["batches"].values()]
             assert speeds == sorted(speeds), f"{label}: more requests give more tokens"
             one = row["batches"]["1"]

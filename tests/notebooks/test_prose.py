@@ -16,6 +16,7 @@ FACTORS = (1, 100, 1e-9)  # a share said in percent, bytes said in GB
 
 GPU_README, GPU_RUNS = "gpu/README.md", "gpu/reference.json"
 LARGE_MODEL = "data/reference/nvidia-h200--qwen2-5-coder-1-5b-instruct.json"
+LARGE_MODEL_CPU = "data/reference/2-cpu-cores-x86-64--qwen2-5-coder-1-5b-instruct.json"
 # What this run did not give: the committed file of the run that did, or where else it comes from.
 GIVEN = {
     "00": {"25.8": "24 GiB in GB", "14.7": GPU_RUNS},
@@ -47,6 +48,18 @@ GIVEN = {
         "0.0770": GPU_README,
         "0.0720": GPU_README,
         "0.0822": GPU_README,
+    },
+    "08": {
+        "5.00": LARGE_MODEL_CPU,
+        "0.0341": LARGE_MODEL_CPU,
+        "0.0321": LARGE_MODEL_CPU,
+        "0.0363": LARGE_MODEL_CPU,
+        "0.0245": LARGE_MODEL_CPU,
+        "0.0232": LARGE_MODEL_CPU,
+        "0.0258": LARGE_MODEL_CPU,
+        "0.503": LARGE_MODEL_CPU,
+        "3.36": LARGE_MODEL_CPU,
+        "25.6": LARGE_MODEL_CPU,
     },
     "09": {
         "0.000015": "the power of two where E5M2 ends",
@@ -109,7 +122,7 @@ def test_numbers_in_prose_are_those_of_the_outputs(path):
     assert {number: around for number, around in unknown.items() if number not in given} == {}
     assert given.keys() <= dict(said(notebook)).keys(), "not said any more"
     for number, source in given.items():
-        if source in (GPU_README, GPU_RUNS, LARGE_MODEL):
+        if source in (GPU_README, GPU_RUNS, LARGE_MODEL, LARGE_MODEL_CPU):
             text = (ROOT / "notebooks" / source).read_text(encoding="utf-8")
             assert is_among(number, numbers(text)), (number, source)
 
