@@ -6,7 +6,9 @@ The functions are cut out of the notebook's source; nothing of them needs a down
 import ast
 import itertools
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -226,6 +228,59 @@ def test_the_committed_full_run_is_whole():
         assert key not in seen and line["device"] and line["date"]
         seen.add(key)
         windows = line["KL by window"]
-        assert len(windows) == line["eval_tokens"] // 256
+        assert len(windows) == line["eval_tokens"] // 256 and np.isfinite(windows).all()
         assert line["low"] <= line["KL"] <= line["high"]
         assert line["KL"] == pytest.approx(sum(windows) / len(windows), rel=1e-6)
+        assert math.isfinite(line["KL, pydoc"]) and 0 <= line["same top-1"] <= 1
+        assert line["calibration"] and line["autoround_iters"] and line["needs text"] in (True, False)
+        assert line["seconds"] is None, "other programs ran beside it: no time"
+
+
+def test_a_model_was_measured_in_one_way_only():
+    """Otherwise the picture of a model would join points of several group sizes, texts or devices."""
+    ways = {}
+    for line in lines("full.jsonl"):
+        names = ("group_size", "eval_tokens", "device", "calibration", "autoround_iters")
+        ways.setdefault(line["model"], set()).add(str([line[name] for name in names]))
+    assert {model: len(each) for model, each in ways.items()} == dict.fromkeys(ways, 1)
+
+
+def test_the_larger_model_has_all_rows_and_names_say_what_they_take(nb):
+    wanted = {"model": "Qwen2.5-Coder-1.5B-Instruct", "group_size": 128, "eval_tokens": 4096}
+    larger = nb["from_file"](wanted, ["bits per weight", "KL", "low", "high", "KL by window"])
+    assert len(larger) == 37
+    drawn = {row: line for row, line in larger.items() if nb["is_drawn"](row)}
+    assert larger.keys() - drawn.keys() == {"ternary", "hqq-mixed-3"}
+    table = nb["as_lines"](drawn)
+    assert [row.rsplit("-", 1)[1] for row in table.index] == [str(bits) for bits in table["bits"]]
+    for bits, row in nb["best_of"](table).items():
+        assert table["KL"][row] == table[table["bits"] == bits]["KL"].min()
+    assert nb["in_words"](table, ["gguf-linear-3"]) == "gguf-linear-3 with 0.218 at 3.44 bits"
+
+
+def test_rows_of_another_model_or_group_size_are_not_read(nb):
+    wanted = {"model": "SmolLM2-135M-Instruct", "group_size": 64, "eval_tokens": 4096}
+    assert set(nb["from_file"](wanted, ["KL"])) == {"awq-4", "awq-3", "awq-2", "nf4-linear-4"}
+    assert nb["from_file"](wanted | {"group_size": 128}, ["KL"]) == {}
+
+
+def test_a_comparison_is_made_window_by_window(nb):
+    def row(*windows):
+        return {"KL": float(np.mean(windows)), "KL by window": list(windows)}
+
+    rows = {"a-3": row(1.0, 2.0, 3.0, 4.0), "b-3": row(0.9, 1.9, 2.9, 3.9), "a-2": row(1.0, 9.0), "b-2": row(9.0, 1.0)}
+    table = nb["versus"]({"b against a": ("b", "a")}, rows)
+    assert table.loc["b against a", "3 bits"] == "-0.100 [-0.100, -0.100] better"
+    assert table.loc["b against a", "2 bits"].endswith("not told apart")
+    assert table.loc["b against a", "4 bits"] == "", "what is not measured is not compared"
+
+
+def test_the_committed_study_is_whole():
+    """Each setting of a model once, its KL between its best and its worst window."""
+    seen = set()
+    for line in lines("autoround_study.jsonl"):
+        key = tuple(line[name] for name in ("model", "group_size", "start", "sample", "rows", "steps"))
+        assert key not in seen and line["device"] and line["start"] in ("first", "anywhere")
+        seen.add(key)
+        assert line["low"] <= line["kl"] <= line["high"]
+        assert line["best_window"] <= line["kl"] <= line["worst_window"]

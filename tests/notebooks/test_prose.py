@@ -73,15 +73,7 @@ GIVEN = {
         "5.23": "a version of transformers",
     },
     "10": {"1.42": "follows from the construction of the matrix"},
-    "11": {
-        "0.077": GPU_README,
-        "0.072": GPU_README,
-        "0.082": GPU_README,
-        "0.078": GPU_README,
-        "0.083": GPU_README,
-        "0.093": GPU_README,
-        "0.75": "a share of the cache by hand",
-    },
+    "11": {"0.75": "a share of the cache by hand"},
 }
 
 
