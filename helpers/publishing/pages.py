@@ -111,13 +111,16 @@ def cost_card(notebook: NotebookNode) -> str:
     """Markdown table of what the notebook cost in its measured runs (metadata `course.cost`)."""
     cost = notebook.metadata.get("course", {}).get("cost", {})
 
+    def vram(peak):  # None: other notebooks shared the GPU, so nobody knows
+        return "–" if peak is None else f"{peak / 1e9:.1f} GB" if peak else "none"
+
     def column(run):
         if not run:
             return ["not measured yet"] + ["–"] * 4
         return [
             f"{run['seconds'] / 60:.1f} min",
             f"{run['peak_ram_bytes'] / 1e9:.1f} GB",
-            f"{run['peak_vram_bytes'] / 1e9:.1f} GB" if run.get("peak_vram_bytes") else "none",
+            vram(run.get("peak_vram_bytes", 0)),
             f"{run['disk_bytes'] / 1e9:.1f} GB" if run.get("disk_bytes") else "–",
             f"{run['download_bytes'] / 1e6:.0f} MB" if run.get("download_bytes") else "–",
         ]
