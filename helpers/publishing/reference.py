@@ -35,7 +35,10 @@ def on_cpu(device: str) -> bool:
 
 
 def read(folder: Path | None = None) -> list[Reference]:
-    """All references in a folder (default: the course's), CPUs first. A broken file raises RecordError with its name."""
+    """All references in a folder (default: the course's), CPUs first, then by their number of records, the most first.
+
+    A broken file raises RecordError with its name.
+    """
     found = []
     for path in sorted((folder or FOLDER).glob("*.json")):
         try:
@@ -50,7 +53,7 @@ def read(folder: Path | None = None) -> list[Reference]:
                     f"{path.name}: the record under {method} is of another method, device or model"
                 )
         found.append(reference)
-    return sorted(found, key=lambda reference: not reference.on_cpu)
+    return sorted(found, key=lambda reference: (not reference.on_cpu, -len(reference.records)))
 
 
 def write(output_dir: Path | str = "build", folder: Path | None = None) -> list[Path]:

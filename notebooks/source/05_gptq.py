@@ -1175,12 +1175,10 @@ if bits == 4 and calibration_source == "own" and tuned_here:
     assert confirmed["gptq"].kl_divergence < held_back, "another order on the held-back text"
 
 # %% [markdown]
-# **A larger model gains little or nothing from these settings.** We chose them on SmolLM2-135M. We ran these cells once with
-# Qwen2.5-Coder-1.5B on an NVIDIA H200, in groups of 128. Rounding on the asymmetric grid has a KL of 0.0872 [0.083,
-# 0.093] there, and GPTQ with the model's own text 0.0866 [0.081, 0.092]. They are not told apart. With another sample
-# of its text, GPTQ had 0.078 [0.074, 0.082]: a small gain. Calibrated on documentation, on the symmetric grid, GPTQ has
-# 0.514 where rounding has 0.134. It does not even win on documentation: 0.149 against 0.147. So measure on your model
-# before you trust a setting.
+# **A larger model gains little.** Qwen2.5-Coder-1.5B ran once on an NVIDIA H200, in groups of 128. Rounding has a KL of
+# 0.0872 [0.083, 0.093] there, GPTQ with the model's own text 0.0866 [0.081, 0.092], and with another sample of its text
+# 0.078 [0.074, 0.082]. Calibrated on documentation, symmetric, GPTQ has 0.514 where rounding has 0.134. It does not even
+# win on documentation: 0.149 against 0.147. The settings were chosen on SmolLM2: measure on your model.
 
 
 # %% [markdown]
