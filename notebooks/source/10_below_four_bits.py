@@ -1567,8 +1567,8 @@ quiz.Quiz("10_below_four_bits")
 #    AutoRound have 0.84, AWQ 0.85 and GPTQ 0.91, where rounding has 1.65. On the 1.5B model AWQ has 0.46, GPTQ 0.42 and
 #    rounding 0.54. The 20 steps lose there with 0.73, and 200 steps on four times the rows lead with 0.27. A smaller
 #    error of the weights is no promise: HQQ lowers it at every width, hardly helps the small model at 3 bits (1.58) and
-#    hurts the larger one (0.63). At 2 bits all methods ruin the small model (7.1 nats and more). On the larger one only
-#    Q2_K (1.05 at 2.6 bits) and AutoRound (3.44) stay below 5.
+#    hurts the larger one (0.63). At 2 bits AutoRound has 2.46 and 3.44, the other methods in groups more than 5. Q2_K
+#    has 1.05 on the larger model, at 2.6 bits.
 # 3. **Count the scales, compare at equal bytes, and ask who decodes it.** 3 bits in groups of 64 are 3.3 bits, 3.5 with
 #    HQQ's zero point, and 3.44 as Q3_K. What is measured here is quality; speed needs a kernel for exactly that format.
 #
