@@ -385,8 +385,7 @@ def test_report_of_a_full_run(tmp_path, measured):
         assert claim in page
     assert all(f'<td style="text-align:left">{method}</td>' in page for method in measured)
     of_this_run, behind = page.split('<h2 id="references">')
-    left_out = report.expected(reference.read()).keys() - measured.keys()  # what a GPU's `full=True` has, for one
-    assert of_this_run.count("not run here</td>") == len(left_out) and "<details><summary>2 CPU cores" in behind
+    assert "not run here</td>" not in of_this_run and "<details><summary>2 CPU cores" in behind
     assert page.index("<img ") < page.index("All methods of this run"), "pictures first"
 
 
