@@ -24,13 +24,14 @@ GRID_ADVICE = (
 BAD_COMBINATIONS = [
     ({"transformers": "<5"}, "chat templates and quantization arguments changed in transformers 5"),
     ({"gptqmodel": ">=7.7", "torch": "<2.14"}, "gptqmodel 7.7 is made for torch 2.14"),
+    ({"numpy": "!=2.2.6,!=2.5.2", "gptqmodel": "==7.6.*"}, "gptqmodel 7.6 asks for numpy 2.2.6"),
     ({"torchao": ">=0.18", "torch": "<2.11"}, "torchao 0.18 is built against torch 2.11 and later"),
     ({"bitsandbytes": "<0.49"}, "bitsandbytes has its CPU kernels since 0.49"),
     ({"autoawq": "!=0.2.9", "transformers": ">=4.57"}, "autoawq does not import; the course repairs 0.2.9 only"),
     ({"auto-gptq": "!=0.7.1", "transformers": ">=5"}, "auto-gptq does not import; the course repairs 0.7.1 only"),
 ]
 # What a package asks for and can do without: 05, 06 and 10 ran on a GPU with numpy 2.5.2.
-RUNS_WITH = {("gptqmodel", "numpy"): ">=2.2.6,<=2.5.2"}
+RUNS_WITH = {("gptqmodel", "numpy"): "==2.5.2"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def check_combinations() -> Check:
                 runs = SpecifierSet(RUNS_WITH.get((name, asked.name), "<0")).contains(version)
                 (harmless if runs else trouble).append(
                     f"{name} {bootstrap.version(name)} asks for {asked.name}{asked.specifier}, {version} is installed"
-                    + (", which the notebooks ran with" if runs else "")
+                    + (", which notebooks ran with" if runs else "")
                 )
                 wanted.append(
                     f"{asked.name}=={pins[asked.name]}" if asked.name in pins else f'"{asked.name}{asked.specifier}"'

@@ -16,28 +16,11 @@ from helpers import process
 
 process.prepare()  # gptqmodel reads its number of workers when it is imported
 
-import torch  # noqa: E402
+from calibration_study import own_text  # noqa: E402
 from gptqmodel import GPTQModel, QuantizeConfig  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig  # noqa: E402
 
 from helpers import evaluation, models  # noqa: E402
-
-
-@torch.inference_mode()
-def own_text(net, tokenizer, samples: int, length: int) -> torch.Tensor:
-    """Token ids that the model samples from its first token on, int64 [samples, length]."""
-    start = tokenizer.bos_token_id or net.config.bos_token_id or tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    torch.manual_seed(0)
-    rows = torch.full((samples, 1), start, device=net.device)
-    how = {
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "repetition_penalty": 1.0,
-        "pad_token_id": start,
-    }
-    return net.generate(rows, min_new_tokens=length - 1, max_new_tokens=length - 1, **how).cpu()
 
 
 def main():

@@ -153,7 +153,7 @@ def test_a_measured_gpu_card_is_believed_before_the_formula():
     [
         ({"transformers": "4.57.1"}, "transformers 4.57.1: chat templates", "transformers==5.23.0"),
         ({"gptqmodel": "7.7.0"}, "gptqmodel 7.7.0 with torch 2.13.0", "gptqmodel==7.6.0"),
-        ({"numpy": "1.26.4"}, "asks for numpy==2.2.6", "numpy==2.2.6"),
+        ({"numpy": "2.4.0"}, "numpy 2.4.0 with gptqmodel 7.6.0", "numpy==2.2.6"),
         ({"autoawq": "0.2.8"}, "autoawq 0.2.8 with transformers", "autoawq==0.2.9"),
         ({"bitsandbytes": "0.45.0"}, "bitsandbytes 0.45.0", "bitsandbytes==0.50.2"),
         ({"accelerate": "0.1"}, "asks for accelerate", "accelerate==1.15.0"),
@@ -168,10 +168,10 @@ def test_bad_combinations_are_named_with_the_command(monkeypatch, versions, said
 
 def test_a_version_that_a_package_does_not_ask_for_and_runs_with_is_a_note(monkeypatch):
     pinned = bootstrap.pins()
-    monkeypatch.setattr(bootstrap, "version", lambda name: {"numpy": "2.4.0"}.get(name, pinned.get(name)))
+    monkeypatch.setattr(bootstrap, "version", lambda name: {"numpy": "2.5.2"}.get(name, pinned.get(name)))
     monkeypatch.setattr(checks.metadata, "requires", lambda name: ["numpy==2.2.6"] if name == "gptqmodel" else [])
     check = checks.check_combinations()
-    assert check.verdict == checks.NOTE and "2.4.0 is installed, which the notebooks ran with" in check.found, check
+    assert check.verdict == checks.NOTE and "2.5.2 is installed, which notebooks ran with" in check.found, check
     assert check.remedy == "pip install numpy==2.2.6"
 
 
