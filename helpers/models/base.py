@@ -148,8 +148,8 @@ def require_room(name: str, size: int, settings: dict[str, Any], copies: float, 
     device = this_device()
     free = memory.free_vram() if device == "cuda" else memory.free_ram()
     parameters, kernel = size / stored_bytes(settings), 0 if device == "cuda" else KERNEL
-    each = wide_each = 2 if device == "cuda" else 4 * copies  # bytes of a parameter
-    how = "for one copy in 16 bits"
+    each = wide_each = 2 * min(copies, 1) if device == "cuda" else 4 * copies  # bytes of a parameter
+    how = f"for {'one copy' if copies >= 1 else f'{copies:g} times one copy'} in 16 bits"
     if device != "cuda" and halves is None:
         how = f"for what is held at once here, {copies:g} times its {4 * parameters / 1e9:.1f} GB in float32"
     elif device != "cuda" and halves is not None:

@@ -36,7 +36,7 @@ def find(model: str = "auto", copies: float = 1, halves: float | None = None) ->
 
     copies  how many times the caller holds the model in full precision at once (a copy in 16 bits is half of one in float32).
             Where a CPU has no room for that, find raises before the system kills the process, and for what is large before it is
-            downloaded or made. On a GPU, where lack of memory is an exception, room for one copy is asked for.
+            downloaded or made. On a GPU, where lack of memory is an exception, room for one copy in 16 bits, or less, is asked for.
     halves  how many copies in bfloat16 the caller holds at once where `Found.dtype` is bfloat16; None: it needs float32. Where a
             CPU has room for these and not for `copies`, `Found.dtype` is bfloat16, and a line says so.
     """

@@ -2,17 +2,21 @@
 
     python notebooks/gpu/serve.py --model MODEL --gptq GPTQ --awq AWQ --refused SMOLLM2_GPTQ --output serving.json
     python notebooks/gpu/serve.py --model MODEL --only bf16 fp8 --output serving.json     # two rows, added to what the file holds
+    python notebooks/gpu/serve.py --model MODEL --only bf16 --gpus 1 2 --no-compare --output two.json    # tensor parallel 2 as well
 
-MODEL, GPTQ, AWQ, SMOLLM2_GPTQ are checkpoint folders. Needs one NVIDIA GPU and the packages of requirements-serving.txt. Every row
+MODEL, GPTQ, AWQ, SMOLLM2_GPTQ are checkpoint folders. Needs one NVIDIA GPU (with `--gpus N`, N of them) and the packages of requirements-serving.txt. Every row
 runs in a process of its own, and so does the transformers model it is compared with; a failure is written down as what it is. Sizes
 are bytes, times are seconds. `tokens_per_s` counts new tokens over the whole time of a batch of requests, prompts included;
 `decode_tokens_per_s` takes off the time of the same batch with one new token. What an engine says goes to OUTPUT with `.ROW.log`.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -58,6 +62,9 @@ def main():
         parser.add_argument(f"--{folder}", type=Path)
     parser.add_argument("--output", type=Path, default=Path("serving.json"))
     parser.add_argument("--only", nargs="+", choices=[*ROWS], default=[*ROWS])
+    parser.add_argument(
+        "--gpus", nargs="+", type=int, default=[1], help="GPUs that vLLM splits each matrix over; a row each"
+    )
     parser.add_argument("--timeout", type=int, default=150, help="seconds one process may take")
     parser.add_argument("--no-compare", action="store_true", help="leave transformers out")
     parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)  # for the processes this program starts
@@ -70,9 +77,9 @@ def main():
         parser.error(here["failed"])
     results |= here
     results["command"] = "python notebooks/gpu/serve.py " + " ".join(sys.argv[1:])
-    for name in arguments.only:
-        source, _, reference = ROWS[name]
-        folder = getattr(arguments, source)
+    for gpus, kind in itertools.product(arguments.gpus, arguments.only):
+        source, _, reference = ROWS[kind]
+        name, folder = row_name(kind, gpus), getattr(arguments, source)
         if folder is None:
             continue
         started = time.perf_counter()
@@ -88,22 +95,44 @@ def main():
         write(arguments.output, results)
 
 
+def row_name(kind, gpus):
+    """The name of a row: "bf16", or "bf16 on 2 GPUs"."""
+    return kind if gpus == 1 else f"{kind} on {gpus} GPUs"
+
+
+def engine_options(name):
+    """What vLLM is told for a row of that name."""
+    kind, _, gpus = name.removesuffix(" GPUs").partition(" on ")
+    graphs: dict = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]}
+    options = ROWS[kind][1] | {"compilation_config": graphs}
+    if not gpus:
+        return options
+    # NVLink multicast, which these passes may use, is off on GPUs that others share
+    graphs["pass_config"] = {"fuse_allreduce_rms": False, "fuse_gemm_comms": False, "enable_sp": False}
+    return options | {"tensor_parallel_size": int(gpus)}
+
+
 def run(step, name, folder, arguments, log_name):
     """One step in a process of its own: its result, or {"failed": why}."""
-    log = arguments.output.with_suffix(f".{re.sub(r'[^a-z0-9-]+', '-', log_name)}.log")
+    log = arguments.output.with_suffix(f".{re.sub(r'[^A-Za-z0-9-]+', '-', log_name)}.log")
     command = [sys.executable, __file__, "--step", step, name, folder]
     with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=SETTINGS | os.environ,
+                                   start_new_session=True)  # fmt: skip
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, text=True, timeout=arguments.timeout,
-                                  env=SETTINGS | os.environ)  # fmt: skip
+            process.wait(arguments.timeout)
         except subprocess.TimeoutExpired:
             return {"failed": f"took longer than {arguments.timeout} s"}
-    said = log.read_text(errors="replace") + done.stdout
-    for line in done.stdout.splitlines():
+        finally:  # an engine's workers would keep the GPU
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    said = log.read_text(errors="replace")
+    for line in said.splitlines():
         if line.startswith("RESULT "):
             row = json.loads(line[7:])
             return row | picked(said) if step == "serve" else row
-    return {"failed": (said.strip().splitlines() or [f"ended with {done.returncode}"])[-1][:500]}
+    return {"failed": (said.strip().splitlines() or [f"ended with {process.returncode}"])[-1][:500]}
 
 
 def picked(said):
@@ -159,7 +188,7 @@ def child(step, name, folder):
 
         traceback.print_exc()
         result = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:700]}
-    print("RESULT " + json.dumps(result), flush=True)
+    print("\nRESULT " + json.dumps(result), flush=True)
     os._exit(0)  # an engine's own threads may keep a process alive
 
 
@@ -200,8 +229,7 @@ def serve(name, folder):
     if "symmetric" in name:
         folder = relabelled(folder)
     llm = LLM(model=folder, dtype="bfloat16", max_model_len=1024, max_num_seqs=max(BATCHES), gpu_memory_utilization=0.2,
-              enable_prefix_caching=False, compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]},
-              enable_flashinfer_autotune=False, **ROWS[name][1])  # fmt: skip
+              enable_prefix_caching=False, enable_flashinfer_autotune=False, **engine_options(name))  # fmt: skip
     ready = time.perf_counter() - started
     words = llm.get_tokenizer()
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -66,12 +67,20 @@ class InOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-class Peak(TrainerCallback):
-    """Count memory from the second step on: loading and sharding the model take more than training it."""
+class FromSecondStep(TrainerCallback):
+    """Count memory and time from the second step on: loading, sharding and compiling kernels take more than training."""
+
+    seconds_per_step = None
 
     def on_step_begin(self, args, state, control, **_):
-        if state.global_step == 1 and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if state.global_step == 1:
+            self.started = time.perf_counter()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if state.global_step > 1 and "loss" in logs:  # it is a number by now, so the GPU has finished the step
+            self.seconds_per_step = (time.perf_counter() - self.started) / (state.global_step - 1)
 
 
 def main():
@@ -115,7 +124,7 @@ def main():
         model=model,
         train_dataset=dataset,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        callbacks=[Peak()],
+        callbacks=[steady := FromSecondStep()],
         args=TrainingArguments(
             output_dir=str(args.output / "trainer"),
             use_cpu=not cuda,
@@ -135,6 +144,7 @@ def main():
         ),
     )
     trainer.train()
+    seconds = steady.seconds_per_step
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     folder = args.output / "adapter"
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # every process gives its shards
@@ -152,7 +162,12 @@ def main():
     if state.is_main_process:
         tokenizer.save_pretrained(folder)
         peak = torch.cuda.max_memory_allocated() if cuda else None
-        report = {"processes": state.num_processes, "losses": losses, "peak_vram_bytes": peak}
+        report = {
+            "processes": state.num_processes,
+            "losses": losses,
+            "peak_vram_bytes": peak,
+            "seconds_per_step": seconds,
+        }
         (args.output / "losses.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     del trainer
     gc.collect()  # DDP has to be gone before its process group, or the process can hang at its end

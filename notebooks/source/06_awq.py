@@ -706,11 +706,11 @@ layers = awq_model.config.num_hidden_layers
 print(f"{autoawq_used.seconds:.0f} s, {autoawq_used.seconds / layers:.2f} s a layer")
 
 # %%
-scaled.to(found.device).eval()
-clipped = copy.deepcopy(scaled)
-effects["scaled", "not clipped"] = rounded_kl(scaled)
+clipped = copy.deepcopy(scaled).cpu()  # it waits in RAM: a GPU holds one of the two at a time
+effects["scaled", "not clipped"] = rounded_kl(scaled.to(found.device).eval())
 del scaled
-clip_all(clipped)
+memory.release()
+clip_all(clipped.to(found.device).eval())
 effects["scaled", "clipped"] = rounded_kl(clipped)
 del clipped
 pd.Series(effects, name="KL on the probe").unstack().round(4)

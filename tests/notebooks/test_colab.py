@@ -103,11 +103,14 @@ def session(colab, tmp_path):
 
 
 def run_cell(python, folder):
-    """(last line, seconds) of a process that runs the bootstrap cell."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"COURSE_SOURCE": str(ROOT)}
+    """(lines, seconds) of a process that runs the bootstrap cell: what it printed, or its traceback where it failed."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"COURSE_SOURCE": ROOT.as_uri()}
     started = time.perf_counter()
     done = subprocess.run([python, "-c", CELL], cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
-    return (done.stdout + done.stderr).strip().splitlines(), time.perf_counter() - started
+    said = (
+        done.stdout if done.returncode == 0 else done.stdout + done.stderr
+    )  # warnings of git and pip come last otherwise
+    return said.strip().splitlines(), time.perf_counter() - started
 
 
 @pytest.mark.parametrize("path", pages.paths(), ids=lambda path: path.stem)

@@ -35,7 +35,8 @@ EXACT_INT8 = (
 EMULATED = not models.cpu_multiplies_bfloat16()  # such a CPU takes two to nine times as long
 SHORTER = {
     "05_gptq": {"calibration_samples": 16},
-    "10_below_four_bits": {"autoround_iters": 8, "layers_per_block": 10},
+    "10_below_four_bits": {"autoround_iters": 8, "layers_per_block": 10, "calibration_samples": 16},
+    "12_scale_out": {"steps": 2},
 }
 BF16_BYTES = 269_030_016  # SmolLM2-135M: 134,515,008 parameters in 16 bits
 
