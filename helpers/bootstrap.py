@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -98,17 +99,36 @@ def require(*packages: str) -> None:
 
 def _install(wanted):
     print("Installing", ", ".join(wanted), "(once per runtime) ...")
+    done = _pip(wanted)
+    if done.returncode and (loosened := _loosened(wanted, done.stderr)) != wanted:
+        done = _pip(loosened)
+        for name in set(loosened) - set(wanted) if done.returncode == 0 else ():
+            print(f"{name} {version(name)}, not {pins()[name]}, which needs another torch than {version('torch')}")
+    if done.returncode:
+        raise ImportError(
+            f"pip could not install {', '.join(wanted)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+        )
+    importlib.invalidate_caches()
+
+
+def _pip(wanted):
+    """pip's answer, with torch held, and numpy as well where that can be."""
+    env = {
+        "BUILD_CUDA_EXT": "0"
+    } | os.environ  # auto-gptq has no wheel for Python 3.12, and builds its CUDA part only with torch's compiler
     for holding in (("torch", "numpy"), ("torch",)):
         held = [f"{name}=={version(name)}" for name in holding if version(name)]
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", *wanted, *held], capture_output=True, text=True
-        )
+        command = [sys.executable, "-m", "pip", "install", "--quiet", *wanted, *held]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
         if done.returncode == 0:
-            importlib.invalidate_caches()
-            return
-    raise ImportError(
-        f"pip could not install {', '.join(wanted)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-    )
+            break
+    return done
+
+
+def _loosened(wanted, said):
+    """The requirements without the pins that pip names as those that exclude each other: torch, which is there, decides."""
+    named = " ".join(re.findall(r"Cannot install (.+) because", said))
+    return [each.partition("==")[0] if each in re.split(r",? and |, ", named) else each for each in wanted]
 
 
 def version(name: str) -> str | None:

@@ -23,7 +23,7 @@ class Site:
     """A folder of installed packages, and a `pip` that installs into it what the test prepared."""
 
     def __init__(self, folder):
-        self.folder, self.offers, self.commands, self.refuses_numpy = folder, {}, [], False
+        self.folder, self.offers, self.commands, self.refuses_numpy, self.excluded = folder, {}, [], False, None
 
     def put(self, name, version, module=None):
         for old in self.folder.glob(f"{name}-*.dist-info"):
@@ -41,6 +41,11 @@ class Site:
         self.commands.append(command)
         if self.refuses_numpy and any(word.startswith("numpy==") for word in command):
             return subprocess.CompletedProcess(command, 1, "", "ResolutionImpossible")
+        if self.excluded in command:
+            said = f"ERROR: Cannot install {self.excluded} and torch==2.9.0 because these package versions have conflicting dependencies."
+            return subprocess.CompletedProcess(
+                command, 1, "", said + "\nERROR: ResolutionImpossible: for help visit https://pip.pypa.io"
+            )
         for name, version in self.offers.items():
             self.put(name, version)
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -119,6 +124,28 @@ def test_numpy_gives_way_only_where_it_must(site, monkeypatch):
     first, second = site.commands
     assert any(word.startswith("numpy==") for word in first) and not any(word.startswith("numpy==") for word in second)
     assert any(word.startswith("torch==") for word in second)
+
+
+def test_a_pin_that_excludes_the_torch_that_is_there_gives_way_and_says_so(site, capsys):
+    site.excluded, site.offers = "course_new==3.0", {"course_new": "2.8", "course_a": "2.1"}
+    bootstrap.require("course_a", "course_new")
+    last = site.commands[-1]
+    assert "course_new" in last and "course_a==2.1" in last and any(word.startswith("torch==") for word in last)
+    assert "course_new 2.8, not 3.0, which needs another torch than" in capsys.readouterr().out
+
+
+def test_pip_builds_without_cuda_unless_the_reader_says_otherwise(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        bootstrap.subprocess,
+        "run",
+        lambda command, env, **_: seen.append(env) or subprocess.CompletedProcess(command, 0, "", ""),
+    )
+    monkeypatch.delenv("BUILD_CUDA_EXT", raising=False)
+    bootstrap._pip(["auto-gptq"])
+    monkeypatch.setenv("BUILD_CUDA_EXT", "1")
+    bootstrap._pip(["auto-gptq"])
+    assert [env["BUILD_CUDA_EXT"] for env in seen] == ["0", "1"]
 
 
 def test_somebody_ran_pip_after_the_import(site, monkeypatch):
