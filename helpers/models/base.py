@@ -140,16 +140,18 @@ def require_ram(need: float, what: str) -> None:
         )
 
 
-def require_room(name: str, size: int, settings: dict[str, Any], copies: float, halves: float | None = None) -> bool:
+def require_room(
+    name: str, size: int, settings: dict[str, Any], copies: float, halves: float | None = None, on_gpu: float = 1
+) -> bool:
     """True where a model, `size` bytes of weights as its config describes them, must be taken in bfloat16 to fit in memory.
 
-    copies, halves: as `find` takes them. Raises ModelError where it does not fit in any dtype that the caller can do with.
+    copies, halves, on_gpu: as `find` takes them. Raises ModelError where it does not fit in any dtype that the caller can do with.
     """
     device = this_device()
     free = memory.free_vram() if device == "cuda" else memory.free_ram()
     parameters, kernel = size / stored_bytes(settings), 0 if device == "cuda" else KERNEL
-    each = wide_each = 2 * min(copies, 1) if device == "cuda" else 4 * copies  # bytes of a parameter
-    how = f"for {'one copy' if copies >= 1 else f'{copies:g} times one copy'} in 16 bits"
+    each = wide_each = 2 * on_gpu if device == "cuda" else 4 * copies  # bytes of a parameter
+    how = "for one copy in 16 bits" if on_gpu == 1 else f"for {on_gpu:g} times what one copy takes in 16 bits"
     if device != "cuda" and halves is None:
         how = f"for what is held at once here, {copies:g} times its {4 * parameters / 1e9:.1f} GB in float32"
     elif device != "cuda" and halves is not None:

@@ -34,10 +34,10 @@ UNWANTED_FILES = ["consolidated*", "original/*", "*.bin", "*.pt", "*.pth", "*.gg
 HUB_TIMEOUT = 10  # seconds before the hub counts as out of reach
 
 
-def download(name: str, copies: float | None = None, halves: float | None = None) -> Found:
+def download(name: str, copies: float | None = None, halves: float | None = None, on_gpu: float = 1) -> Found:
     """Download from the hub, or take what an earlier download left complete in the hub's own cache.
 
-    copies, halves: as `find` takes them, asked before a download; copies is None for what "auto" has chosen by the memory that is
+    copies, halves, on_gpu: as `find` takes them, asked before a download; copies is None for what "auto" has chosen by the memory that is
     there.
     Raises HubUnreachable where the hub gives no answer, and ModelError for a refusal or for what this course does not load.
     """
@@ -47,7 +47,7 @@ def download(name: str, copies: float | None = None, halves: float | None = None
             raise HubUnreachable(
                 f'HF_HUB_OFFLINE is set and {name} is not in the hub\'s cache. Unset it, or use model="{OFFLINE}".'
             )
-        _require_loadable(name, _ask(name), copies, halves)
+        _require_loadable(name, _ask(name), copies, halves, on_gpu)
         folder = _fetch(name)
         integrity.check_folder(folder)
     return Found(str(folder), name.split("/")[-1], f"hub: {name}", this_device(), name)
@@ -106,7 +106,7 @@ def _refusal(name, error):
     )
 
 
-def _require_loadable(name, info, copies, halves):
+def _require_loadable(name, info, copies, halves, on_gpu):
     """Raise ModelError for a model that this course does not load, or that has no room here. info: as `_ask` returns it."""
     sizes = {item.rfilename: item.size or 0 for item in info.siblings or [] if item.rfilename.endswith(".safetensors")}
     if not sizes:
@@ -116,7 +116,7 @@ def _require_loadable(name, info, copies, halves):
     size = sum(size for file, size in sizes.items() if not file.startswith("consolidated"))
     require_disk(Path.home(), size, name)
     if copies is not None:
-        require_room(name, size, info.config or {}, copies, halves)
+        require_room(name, size, info.config or {}, copies, halves, on_gpu)
 
 
 def _fetch(name):

@@ -43,6 +43,7 @@ SETTINGS = {
     "TORCHINDUCTOR_CACHE_DIR": SCRATCH + "/inductor", "VLLM_USE_FLASHINFER_SAMPLER": "0", "PYTHONDONTWRITEBYTECODE": "1",
     "FLASHINFER_WORKSPACE_BASE": SCRATCH, "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
+CACHE = "SERVING_CACHE_GB"  # how --cache-gb reaches the process of a row
 ROWS = {  # name: (which folder, what vLLM is told, what transformers is told)
     "bf16": ("model", {}, "bf16"),
     "fp8": ("model", {"quantization": "fp8"}, "bf16"),
@@ -64,6 +65,11 @@ def main():
     parser.add_argument("--only", nargs="+", choices=[*ROWS], default=[*ROWS])
     parser.add_argument(
         "--gpus", nargs="+", type=int, default=[1], help="GPUs that vLLM splits each matrix over; a row each"
+    )
+    parser.add_argument(
+        "--cache-gb",
+        type=float,
+        help="GB of KV cache, where other programs are on the GPU (else a fifth of it is vLLM's)",
     )
     parser.add_argument("--timeout", type=int, default=150, help="seconds one process may take")
     parser.add_argument("--no-compare", action="store_true", help="leave transformers out")
@@ -105,6 +111,10 @@ def engine_options(name):
     kind, _, gpus = name.removesuffix(" GPUs").partition(" on ")
     graphs: dict = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]}
     options = ROWS[kind][1] | {"compilation_config": graphs}
+    if (
+        CACHE in os.environ
+    ):  # without a fixed size vLLM fails where another program frees memory while it measures what is free
+        options["kv_cache_memory_bytes"] = round(float(os.environ[CACHE]) * 1e9)
     if not gpus:
         return options
     # NVLink multicast, which these passes may use, is off on GPUs that others share
@@ -116,9 +126,9 @@ def run(step, name, folder, arguments, log_name):
     """One step in a process of its own: its result, or {"failed": why}."""
     log = arguments.output.with_suffix(f".{re.sub(r'[^A-Za-z0-9-]+', '-', log_name)}.log")
     command = [sys.executable, __file__, "--step", step, name, folder]
+    env = SETTINGS | os.environ | ({CACHE: str(arguments.cache_gb)} if arguments.cache_gb else {})
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=SETTINGS | os.environ,
-                                   start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         try:
             process.wait(arguments.timeout)
         except subprocess.TimeoutExpired:

@@ -126,7 +126,7 @@ def findings(record):
     return [
         f"**Four bits are slower than bf16 here, at every number of requests.** As multiples of bf16 at {', '.join(factors['bf16'])} requests: {listed}. "
         "The model is small for this GPU: reading its 16-bit weights takes less than half of a token's time (section above), and four bits shorten only that part. Why "
-        "they lose was not looked into. GPTQ's file orders columns by activation (`desc_act`), AWQ's does not. A larger model or a slower memory was not served.",
+        "they lose was not looked into. GPTQ's file orders columns by activation (`desc_act`), AWQ's does not. A slower memory was not tried; a larger model was served in bf16 only (two GPUs, below).",
         f"**FP8** is ahead of bf16 at {' and '.join(ahead)} requests ({', '.join(said[n] for n in ahead)}) and behind at {' and '.join(behind)} "
         f"({', '.join(said[n] for n in behind)}). vLLM rounds weights and activations to FP8, one scale a tensor of weights.",
         f"**bitsandbytes** loses most in between: {factors['bitsandbytes']['8']:.2f} times bf16 at 8 requests, {factors['bitsandbytes']['32']:.2f} at 32.",

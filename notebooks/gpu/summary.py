@@ -10,6 +10,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 
 import ladders  # noqa: E402
 import serving  # noqa: E402
+import two_gpus  # noqa: E402
 
 PICTURE = HERE / "decode.png"
 CARDS = {"RTX A5000": 24 * 10**9, "T4": 16 * 10**9}  # a gigabyte is 10^9 bytes: a little less than the cards hold
@@ -60,6 +61,8 @@ def budget(record):
     ):
         if "peak_bytes" in record.get(step, {}):
             where = f", on an {record[step]['device']}" if "device" in record[step] else ""
+            if record[step].get("layers", 32) != 32:
+                where = f", {record[step]['layers']} of 32 layers{where}"
             rows.append((name + where, record[step]["peak_bytes"]))
             if "answering_peak_bytes" in record[step]:
                 rows.append((f"{name}: load and answer{where}", record[step]["answering_peak_bytes"]))
@@ -258,6 +261,7 @@ def main():
         (HERE / "README.md", "gpu", section(record)),
         (HERE / "README.md", "ladders", ladders.section(record)),
         (HERE / "README.md", "serving", serving.section(served)),
+        (HERE / "README.md", "two", two_gpus.section(two_gpus.read())),
     )
     for readme, part, text in parts:
         files.write_text(readme, pages.replace_part(readme.read_text(encoding="utf-8"), part, text))

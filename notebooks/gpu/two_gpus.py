@@ -1,11 +1,10 @@
-"""What two GPUs gave, in serving and in training, as a section of this folder's README; `summary.py` writes it."""
+"""What vLLM gave on two GPUs, as a section of this folder's README; `summary.py` writes it."""
 
 import json
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NAMES = {"7b": "7B shape, random weights", "1.5b": "1.5B model"}
-TRAINING = {"one": "one GPU", "ddp": "DDP, two GPUs", "fsdp": "FSDP, two GPUs"}
 
 
 def read(path=HERE / "two_gpus.json"):
@@ -13,34 +12,65 @@ def read(path=HERE / "two_gpus.json"):
 
 
 def gain(rows, kind="bf16"):
-    """Tokens a second of two GPUs as a multiple of one, {requests: factor}."""
+    """Tokens a second of two GPUs as a multiple of one in the same run, {requests: factor}."""
     one, two = rows[kind]["requests"], rows[f"{kind} on 2 GPUs"]["requests"]
     return {n: two[n]["tokens_per_s"] / one[n]["tokens_per_s"] for n in one}
 
 
-def same_answers(rows, kind="bf16"):
-    """Of each prompt the tokens before one GPU and two give different ones."""
-    pairs = zip(rows[kind]["greedy"], rows[f"{kind} on 2 GPUs"]["greedy"], strict=True)
-    return [next((place for place, (a, b) in enumerate(zip(*pair)) if a != b), len(pair[0])) for pair in pairs]
-
-
-def table(record):
-    """Lines of the table of serving."""
-    lines = ["| model | format | GPUs | weights a GPU, GB | 1 request, tok/s | 8 | 32 | 128 | first token at 1, ms | at 128, ms |", "|---" * 10 + "|"]  # fmt: skip
+def lines_of(record):
+    """The table's lines."""
+    heads = (
+        "model, bf16 | GPUs | weights a GPU, GB | 1 request, tok/s | 8 | 32 | 128 | first token at 1, ms | at 128, ms"
+    )
+    lines = [f"| {heads} |", "|---" * 9 + "|"]
     for model, rows in record["vllm"].items():
         for name, row in rows.items():
-            kind, _, gpus = name.removesuffix(" GPUs").partition(" on ")
             speeds = [f"{found['tokens_per_s']:,.0f}" for found in row["requests"].values()]
             first = [f"{1e3 * row['requests'][n]['first_token_s']:.1f}" for n in ("1", "128")]
-            cells = [NAMES[model], kind, gpus or "1", f"{row['weights_bytes'] / 1e9:.2f}", *speeds, *first]
+            gpus = "2" if name.endswith("2 GPUs") else "1"
+            cells = [NAMES[model], gpus, f"{row['weights_bytes'] / 1e9:.2f}", *speeds, *first]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def training(record):
-    """Lines of the table of QLoRA's training."""
-    lines = ["| QLoRA of the 1.5B model | seconds a step | peak of GPU 0, GB | first loss | last loss |", "|---" * 5 + "|"]
-    for name, row in record["training"].items():
-        cells = [f"{row['seconds_per_step']:.2f}", f"{row['peak_vram_bytes'] / 1e9:.2f}", f"{row['losses'][0]:.3f}", f"{row['losses'][-1]:.3f}"]  # fmt: skip
-        lines.append(f"| {TRAINING[name]} | " + " | ".join(cells) + " |")
-    return lines
+def section(record):
+    """The section in Markdown."""
+    factors = gain(record["vllm"]["7b"])
+    logs = record["from_logs"]
+    training = logs["qlora of the 1.5B model, 8 steps of 8 examples"]
+    one, two = (training[name]["train_runtime_s"] for name in ("one GPU", "DDP, two GPUs"))
+    small = record["vllm"]["1.5b"]["bf16 on 2 GPUs"]["requests"]["1"]["tokens_per_s"]
+    again = logs["vLLM, 1.5B model, bf16 on 2 GPUs, another run"]["tokens_per_s at 1 request"]
+    compiled = logs["compiled generate, 1.5B model, fp16, batch 1"]
+    seven = logs["vLLM, 7B shape, bf16, another run, tokens_per_s at 1 request"]
+    return "\n".join(
+        [
+            "## Two GPUs",
+            "",
+            f"vLLM {record['versions']['vllm']} with tensor parallel 2 on two {record['device']}s of one machine ({record['link']}), {record['date']}, driver "
+            f"{record['driver']}. {record['beside']} Prompts and answers as above. NVLink multicast was off, as that machine asks for, so vLLM's fused sums were off. All of it comes "
+            "from [two_gpus.json](two_gpus.json).",
+            "",
+            *lines_of(record),
+            "",
+            f"**7B shape:** two GPUs give {', '.join(f'{factor:.2f}' for factor in factors.values())} times the tokens of one at {', '.join(factors)} requests. Each holds half of "
+            "the weights. It is less than twice: after each attention and each MLP the two add up their halves, and what is no matrix does not get shorter. Another run of the "
+            f"same evening printed {seven['one GPU']:.0f} and {seven['2 GPUs']:.0f} tokens/s at one request, the same ratio.",
+            "",
+            f"**1.5B model:** {small:,.0f} tokens/s at one request, {again:,.0f} in another run; so far apart are two runs. One GPU of another machine gave 483 (section above). The row for one GPU "
+            "of this run is missing, so no ratio is given; a gain like the larger model's is not in sight at one request.",
+            "",
+            f"**Training.** QLoRA of the 1.5B model, 8 steps of 8 examples: {one:.1f} s on one GPU and {two:.1f} s with DDP on two, the same mean loss "
+            f"({training['one GPU']['mean_loss']:.2f}). FSDP on the 1.5B model had started when the machine was taken back; FSDP in Mistral-7B's shape is in "
+            "[scale_out/reference.json](../scale_out/reference.json) (GPU 0 needs 3.2 GB instead of DDP's 4.6).",
+            "",
+            f"**Compiled `generate`** of transformers with the 1.5B model in fp16, on the same machine: {compiled['tokens_per_s']:.0f} tokens/s at one request, and "
+            f"{1e3 * compiled['idle_s']:.1f} of a token's {1e3 * compiled['token_s']:.1f} ms no kernel runs. vLLM and the lean loop (above, another machine of this kind) have 483 and 526.",
+            "",
+            'The figures of the last two paragraphs, and those of "another run", are what the programs printed: the machine was taken back before the files were fetched.',
+            "",
+            "```bash",
+            *record["commands"],
+            "```",
+        ]
+    )

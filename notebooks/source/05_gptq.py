@@ -89,7 +89,7 @@ pd.set_option("display.max_colwidth", None)
 
 
 # %%
-found = models.find(model, copies=2.5)
+found = models.find(model, copies=2.5, on_gpu=1.5)
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 config = AutoConfig.from_pretrained(found.path)
 if config.model_type not in ("llama", "mistral", "qwen2"):

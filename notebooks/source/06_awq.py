@@ -81,7 +81,7 @@ def quietly():
 
 
 # %%
-found = models.find(model, copies=2.5)
+found = models.find(model, copies=2.5, on_gpu=1.5)
 models.decoder.require(found, ["self_attn.q_proj", "mlp.gate_proj"], without=["pre_feedforward_layernorm"])
 tokenizer = AutoTokenizer.from_pretrained(found.path)
 windows = evaluation.windows(tokenizer, tokens=eval_tokens)

@@ -977,7 +977,7 @@ def base_in_nf4(name):
 
     from helpers import models
 
-    found = models.find(name, copies=0.3)  # 4-bit layers, and embeddings in 16 bits
+    found = models.find(name, on_gpu=0.3)  # 4-bit layers, and embeddings in 16 bits
     half = found.fast
     if found.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         half = torch.float16

@@ -112,7 +112,7 @@ logging.disable_progress_bar()
 pd.set_option("display.max_colwidth", None)
 
 # %%
-found = models.find(model, halves=1.3)  # one copy in bfloat16 and one in 4 bits
+found = models.find(model, halves=1.3, on_gpu=1.3)  # one copy in bfloat16 and one in 4 bits
 config = AutoConfig.from_pretrained(found.path)
 if config.model_type not in ("llama", "mistral", "qwen2"):
     raise ValueError(f"the decoder of this notebook knows llama, mistral and qwen2 models, and no {config.model_type}")

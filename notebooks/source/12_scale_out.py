@@ -473,6 +473,26 @@ if tensor_parallel:
     del whole
 
 # %% [markdown]
+# **Does it make one answer faster?** A serving engine splits matrices in the same way. vLLM ran on one H200 and on two,
+# with Mistral-7B's shape in bf16. Half of the weights is on each GPU. **Predict first:** how many times the tokens of
+# one GPU do two give, at one request and at 128?
+
+# %% jupyter={"source_hidden": true}
+two_gpus = json.loads((course_notebooks / "gpu" / "two_gpus.json").read_text(encoding="utf-8"))
+speeds = {
+    name: {f"tokens/s at {n}": found["tokens_per_s"] for n, found in row["requests"].items()}
+    for name, row in two_gpus["vllm"]["7b"].items()
+}
+gains = pd.DataFrame(speeds).T
+gains.loc["times"] = gains.iloc[1] / gains.iloc[0]
+print(f"{two_gpus['device']}; vLLM {two_gpus['versions']['vllm']}; Mistral-7B's shape; {two_gpus['date']}")
+gains.round(2)
+
+# %% [markdown]
+# Two GPUs give 1.4 to 1.5 times the tokens of one, not 2 times. After each attention and each MLP the GPUs wait for
+# their common sum, and what is no matrix does not get shorter. Two GPUs hold a model that one cannot hold; that is the
+# better reason for them.
+#
 # ## Many notebooks, many workers
 #
 # Each notebook of the course is a papermill job without shared state, so any executor can run it. As an example we
@@ -551,7 +571,7 @@ pd.DataFrame.from_dict(served, orient="index")
 # %% [markdown]
 # FP8 is the fastest at one request and at 128; bf16 is the fastest at 8 and 32. The three 4-bit formats are slower than
 # bf16 at every number of requests. Four bits save memory here: the weights take less than half of bf16's. This
-# model is small for that GPU; a larger one was not served. Where a prompt in bf16 got another token than in
+# model is small for that GPU; a larger one was served in bf16 only. Where a prompt in bf16 got another token than in
 # transformers, transformers' two highest logits were equal.
 #
 # These commands ran there. The names in capitals are folders. The engine has an environment of its own

@@ -3,7 +3,9 @@
 import json
 import re
 import sys
+import time
 from datetime import date
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -12,8 +14,10 @@ FOLDER = ROOT / "notebooks" / "gpu"
 sys.path.insert(0, str(FOLDER))
 import serve  # noqa: E402
 import serving  # noqa: E402
+import two_gpus  # noqa: E402
 
 RECORD = serving.read()
+TWO = two_gpus.read()
 REFUSED = "refused", "refused, said to be symmetric"
 
 
@@ -89,7 +93,8 @@ def test_differences_are_found_and_shown():
 
 
 def test_the_readmes_say_what_the_file_says():
-    for readme, text in ((FOLDER, serving.section(RECORD)), (ROOT, serving.headline(RECORD))):
+    texts = (FOLDER, serving.section(RECORD)), (ROOT, serving.headline(RECORD)), (FOLDER, two_gpus.section(TWO))
+    for readme, text in texts:
         assert text in (readme / "README.md").read_text(encoding="utf-8"), "run `python notebooks/gpu/summary.py`"
     assert serving.PICTURE.read_bytes().startswith(b"\x89PNG")
 
@@ -100,3 +105,46 @@ def test_the_packages_are_those_of_the_environment_file():
     )
     measured = {name: version for name, version in RECORD["versions"].items() if name in pinned}
     assert len(measured) > 6 and measured == {name: pinned[name] for name in measured}
+
+
+def test_two_gpus_form_and_sentences():
+    assert TWO["gpus"] == 2 and TWO["device"].startswith("NVIDIA") and date.fromisoformat(TWO["date"])
+    assert not re.search(r"/(home|root|work|tmp|usr)/", json.dumps(TWO)), "a machine's path"
+    seven = TWO["vllm"]["7b"]
+    assert all(1.3 < factor < 1.6 for factor in two_gpus.gain(seven).values()), "notebook 12 says 1.4 to 1.5 times"
+    one, two = (row["weights_bytes"] for row in seven.values())
+    assert two == pytest.approx(one / 2, rel=0.01), "half of the weights is on each GPU"
+    for row in (*seven.values(), *TWO["vllm"]["1.5b"].values()):
+        assert [*row["requests"]] == [str(n) for n in serve.BATCHES]
+
+
+def test_a_row_over_gpus_is_named_and_told_to_vllm(monkeypatch):
+    monkeypatch.delenv(serve.CACHE, raising=False)
+    assert serve.row_name("fp8", 1) == "fp8" and serve.row_name("fp8", 2) == "fp8 on 2 GPUs"
+    alone, both = serve.engine_options("fp8"), serve.engine_options("fp8 on 2 GPUs")
+    assert "tensor_parallel_size" not in alone and both["tensor_parallel_size"] == 2
+    assert alone["quantization"] == both["quantization"] == "fp8"
+    assert not any(both["compilation_config"]["pass_config"].values()), "these passes may use multicast"
+    monkeypatch.setenv(serve.CACHE, "2.5")
+    assert serve.engine_options("bf16")["kv_cache_memory_bytes"] == 2_500_000_000
+    assert serve.engine_options("refused, said to be symmetric")["compilation_config"] and serve.ROWS["bf16"][1] == {}
+
+
+def test_a_step_that_hangs_is_ended_with_what_it_started(tmp_path, monkeypatch):
+    """The engine's workers would keep the GPU: the whole session of processes goes."""
+    script = tmp_path / "step.py"
+    script.write_text(
+        "import subprocess, sys, time\nprint(subprocess.Popen(['sleep', '600']).pid, flush=True)\ntime.sleep(600)\n"
+    )
+    monkeypatch.setattr(serve, "__file__", str(script))
+    arguments = serve.argparse.Namespace(output=tmp_path / "out.json", timeout=2, cache_gb=None)
+    assert serve.run("serve", "bf16", "-", arguments, "bf16") == {"failed": "took longer than 2 s"}
+    pid = int((tmp_path / "out.bf16.log").read_text().split()[0])
+    deadline = time.time() + 10
+    while (
+        Path(f"/proc/{pid}").exists()
+        and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        and time.time() < deadline
+    ):
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists() or "State:\tZ" in Path(f"/proc/{pid}/status").read_text()

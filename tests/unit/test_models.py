@@ -256,6 +256,25 @@ def test_bfloat16_where_float32_does_not_fit_and_the_lesson_allows_it(
     assert not half or found.fast == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("on_gpu", "free", "fits"), [(1, 1.1e9, True), (1, 0.9e9, False), (1.5, 1.4e9, False), (0.3, 0.4e9, True)]
+)
+def test_a_gpu_has_room_for_what_the_lesson_holds_there(monkeypatch, tmp_path, on_gpu, free, fits):
+    """Half a billion parameters are 1 GB in 16 bits; the RAM and the copies on a CPU do not count."""
+    _half_a_billion(monkeypatch, tmp_path)
+    monkeypatch.setattr(models.base, "this_device", lambda: "cuda")
+    monkeypatch.setattr(models.choose, "this_device", lambda: "cuda")
+    monkeypatch.setattr(memory, "free_vram", lambda: free)
+    monkeypatch.setattr(memory, "free_ram", lambda: 1e6)
+    if fits:
+        assert models.find(str(tmp_path), copies=2.5, on_gpu=on_gpu).device == "cuda"
+        return
+    with pytest.raises(
+        models.ModelError, match=f"needs about {on_gpu * 1.0:.1f} GB of GPU memory for .* in 16 bits, and"
+    ):
+        models.find(str(tmp_path), copies=2.5, on_gpu=on_gpu)
+
+
 def test_a_limit_on_the_ram_is_what_decides_for_bfloat16(monkeypatch, tmp_path):
     """The same by the limit that a reader can set: room for what is resident, the kernel, and one of two gigabytes."""
     _half_a_billion(monkeypatch, tmp_path)
