@@ -138,6 +138,8 @@ def _reference(arguments):
 
     for notebook in reference.costs(arguments.output):
         print("cost on a GPU:", notebook)
+    for notebook in reference.colab_costs(arguments.output):
+        print("cost on Colab:", notebook)
     for path in [*reference.write(arguments.output), *claims.collect(arguments.output)]:
         print(path.relative_to(pages.ROOT))
     for line in claims.fill():

@@ -130,7 +130,10 @@ def cost_card(notebook: NotebookNode) -> str:
     rows = zip(("Time, first run", "RAM, peak", "VRAM, peak", "Disk", "Download"), *(column(run) for run, _ in shown))
     names = " | ".join(run["machine"] if run else str(default) for run, default in shown)
     lines = [f"| Cost | {names} |", "|---|" + "---|" * len(shown), *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines) + f"\n\nReading time: {reading_minutes(notebook):.0f} minutes."
+    text = "\n".join(lines) + f"\n\nReading time: {reading_minutes(notebook):.0f} minutes."
+    if colab := cost.get("colab"):  # pip's cache and the network decide how long it takes
+        text += f" Colab's first cell installs {colab['bytes'] / 1e9:.1f} GB, once: {colab['first_s']} s where it was tried."
+    return text
 
 
 def navigation(path: Path) -> str:

@@ -137,8 +137,6 @@ def costs(output_dir: Path | str = "build") -> list[str]:
 
     A CPU's costs are stored by `run --in-place`, each from an empty cache; a GPU's are those that `runs.json` of the build holds.
     """
-    import nbformat  # takes a second, and only this function writes notebooks
-
     build = files.folder(output_dir)
     if not (build / "runs.json").is_file():
         return []
@@ -153,18 +151,40 @@ def costs(output_dir: Path | str = "build") -> list[str]:
         if result["verdict"] != "ok":
             continue
         path = pages.FOLDER / f"{result['notebook']}.ipynb"
-        notebook = pages.read(path)
-        notebook.metadata.setdefault("course", {}).setdefault("cost", {})[name] = {
+        cost = {
             "machine": f"{device}, {model}",
             "seconds": round(result["seconds"]),
             "peak_ram_bytes": result["peak_ram_bytes"],
             "peak_vram_bytes": result["peak_vram_bytes"],
             "date": runs["date"],
         }
-        nbformat.write(notebook, path)
+        _put_cost(path, name, cost)
         told.append(path.stem)
     pages.refresh_all()
     return told
+
+
+def colab_costs(output_dir: Path | str = "build") -> list[str]:
+    """Put what the first cell costs on Colab into the cost cards; the names of those notebooks.
+
+    The weekly test of Colab's environment measures it: `colab.json` of the build, {notebook: {"first_s", "bytes", …}}.
+    """
+    file = files.folder(output_dir) / "colab.json"
+    if not file.is_file():
+        return []
+    measured = json.loads(file.read_text(encoding="utf-8"))
+    for name, cost in measured.items():
+        _put_cost(pages.FOLDER / f"{name}.ipynb", "colab", cost)
+    pages.refresh_all()
+    return list(measured)
+
+
+def _put_cost(path, name, cost):
+    import nbformat  # takes a second, and only this writes notebooks
+
+    notebook = pages.read(path)
+    notebook.metadata.setdefault("course", {}).setdefault("cost", {})[name] = cost
+    nbformat.write(notebook, path)
 
 
 def file_name(device: str, model: str) -> str:

@@ -476,6 +476,20 @@ def test_reference_is_written_per_device_and_keeps_what_a_run_lacks(tmp_path):
     assert cpu.on_cpu and set(cpu.records) == {"bf16", "nf4"} and not gpu.on_cpu and set(gpu.records) == {"bf16"}
 
 
+def test_what_the_first_cell_costs_on_colab_goes_into_the_cost_cards(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    shutil.copy(ROOT / "notebooks" / "04_nf4_bitsandbytes.ipynb", folder)
+    monkeypatch.setattr(pages, "FOLDER", folder)
+    monkeypatch.setattr(pages, "refresh_all", lambda: None)
+    assert reference.colab_costs(tmp_path) == []
+    measured = {"04_nf4_bitsandbytes": {"first_s": 77, "second_s": 0, "bytes": 1_250_000_000}}
+    (tmp_path / "colab.json").write_text(json.dumps(measured), encoding="utf-8")
+    assert reference.colab_costs(tmp_path) == ["04_nf4_bitsandbytes"]
+    card = pages.cost_card(nbformat.read(folder / "04_nf4_bitsandbytes.ipynb", 4))
+    assert "installs 1.2 GB, once: 77 s" in card
+
+
 @pytest.mark.parametrize(
     ("device", "model", "column"),
     [
