@@ -632,11 +632,30 @@ figures.show(
 # `save_pretrained` cannot write weights that `quantize_` has replaced: nothing in the model says how they were made.
 # transformers' `TorchAoConfig` takes the same settings and writes them into config.json, so that plain
 # `from_pretrained` brings the model back.
+#
+# A layer with a bias needs care. For a layer that a plan names, `quantize_` replaces the weight only. transformers
+# replaces the bias too, and an INT8 layer cannot add a quantized bias. The forward pass then fails with
+# `Int8Tensor dispatch: attempting to run unimplemented operator`. `modules_to_not_convert` takes the ends of parameter
+# names as well. There we name `bias`, and every bias stays as it is. The course's default model has no biases, but
+# Qwen2 has them on q, k and v.
 
 # %%
 from safetensors.torch import save_file
 from transformers import TorchAoConfig
 
+
+# %%
+def for_transformers(plan):
+    """The settings of a plan for `from_pretrained`: the weights of its layers, and no bias."""
+    return TorchAoConfig(by_layer(plan), modules_to_not_convert=["bias"])
+
+
+def types_of(net):
+    """{parameter: its class}, which says what is quantized."""
+    return {name: type(parameter).__name__ for name, parameter in net.named_parameters()}
+
+
+# %%
 hybrid = apply(plans["int8 + bf16 by the map"])
 few = windows[:1]  # enough to recognise a model by
 before = evaluation.score(hybrid, few).perplexity
@@ -644,8 +663,12 @@ through = AutoModelForCausalLM.from_pretrained(
     found.path,
     dtype=torch.bfloat16,
     device_map={"": found.device},
-    quantization_config=TorchAoConfig(by_layer(plans["int8 + bf16 by the map"])),
+    quantization_config=for_transformers(plans["int8 + bf16 by the map"]),
 )
+other = types_of(through).items() - types_of(hybrid).items()
+assert not other, f"transformers and quantize_ differ in {sorted(other)}"
+
+# %%
 checkpoint = checkpoints.folder(output_dir, "hybrid")
 with checkpoints.writing(output_dir, "hybrid") as scratch:
     through.save_pretrained(scratch), tokenizer.save_pretrained(scratch)

@@ -7,6 +7,7 @@ import sys
 from collections import OrderedDict
 from types import SimpleNamespace
 
+import families
 import filelock
 import pytest
 import torch
@@ -237,3 +238,46 @@ def test_what_goes_through_torchao_config_loads_plainly(small, tmp_path, mixed):
         logits(plain), logits(small(dtype=torch.bfloat16))
     )
     assert not mixed or type(plain.model.layers[0].self_attn.q_proj.weight) is torch.nn.Parameter
+
+
+@pytest.mark.integration
+def test_the_biases_of_a_hybrid_model_stay_as_they_are(tmp_path):
+    """Notebook 03's own settings, on Qwen2: transformers quantizes the bias of a named layer too, where nothing stops it.
+
+    Such a bias fails on any device. Only a plan with INT8 on q, k or v shows it; the plan of the tiny model in test_families has none there.
+    """
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, Int8WeightOnlyConfig, quantize_
+
+    notebook = cells(
+        "03_hybrid_precision",
+        "from collections import OrderedDict",
+        "import FqnToConfig",
+        "import TorchAoConfig",
+        "def by_layer",
+        "def for_transformers",
+        "def reload",
+    )
+    configs = {"int8": Int8DynamicActivationInt8WeightConfig(), "int8 weights": Int8WeightOnlyConfig()}
+    notebook.by_layer.__globals__["settings"] = configs.get
+    config = families.config("qwen2")
+    config.vocab_size = 96
+    base, saved = tmp_path / "base", tmp_path / "saved"
+    torch.manual_seed(0)
+    net = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    biases = {name: parameter for name, parameter in net.named_parameters() if name.endswith("bias")}
+    for bias in biases.values():
+        torch.nn.init.normal_(bias, std=0.1)
+    net.save_pretrained(base)
+    kinds = {"q": "int8", "k": "int8 weights", "v": "int8", "o": "bf16"}
+    plan = {(f"self_attn.{kind}_proj", range(2)): precision for kind, precision in kinds.items()}
+    AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=notebook.for_transformers(plan)
+    ).save_pretrained(saved)
+    plain = notebook.reload(saved)
+    assert len(biases) == 6
+    for name, bias in biases.items():
+        found = plain.get_parameter(name)
+        assert type(found) is torch.nn.Parameter and torch.equal(found, bias), name
+        assert isinstance(plain.get_parameter(name.replace("bias", "weight")), Int8Tensor), name
+    quantize_(net, notebook.by_layer(plan), filter_fn=None)
+    assert torch.equal(logits(plain), logits(net))
