@@ -30,6 +30,8 @@ OLDEST = {
     "torchao": "0.18",  # peft refuses much older ones with an error; this one was measured
     "bitsandbytes": "0.49",  # the first with NF4 on a CPU
 }
+# The pinned versions import names that torch has since then; torch is the runtime's, and what decides is said before anything is installed.
+NEEDS_TORCH = {"torchao": "2.10", "compressed-tensors": "2.10"}
 _replaced = set()  # in this process: imported before they were replaced
 
 
@@ -79,6 +81,12 @@ def require(*packages: str) -> None:
             "torch is not installed here. In the course's folder, run `make run`, or `pip install -r requirements.txt`."
         )
     needed = dict.fromkeys((*BASE, *packages))
+    behind = [name for name in needed if _numbers(version("torch")) < _numbers(NEEDS_TORCH.get(name, "0"))]
+    if behind:
+        raise ImportError(
+            f"This runtime has torch {version('torch')}, and {' and '.join(behind)} of this notebook need {NEEDS_TORCH[behind[0]]} or newer. "
+            f"Run `%pip install torch=={pins().get('torch', NEEDS_TORCH[behind[0]])}`, restart the session, then run all cells again."
+        )
     wanted = [
         f"{name}=={pins()[name]}" if name in pins() else name
         for name in needed
@@ -99,36 +107,18 @@ def require(*packages: str) -> None:
 
 def _install(wanted):
     print("Installing", ", ".join(wanted), "(once per runtime) ...")
-    done = _pip(wanted)
-    if done.returncode and (loosened := _loosened(wanted, done.stderr)) != wanted:
-        done = _pip(loosened)
-        for name in set(loosened) - set(wanted) if done.returncode == 0 else ():
-            print(f"{name} {version(name)}, not {pins()[name]}, which needs another torch than {version('torch')}")
-    if done.returncode:
-        raise ImportError(
-            f"pip could not install {', '.join(wanted)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-        )
-    importlib.invalidate_caches()
-
-
-def _pip(wanted):
-    """pip's answer, with torch held, and numpy as well where that can be."""
-    env = {
-        "BUILD_CUDA_EXT": "0"
-    } | os.environ  # auto-gptq has no wheel for Python 3.12, and builds its CUDA part only with torch's compiler
+    # auto-gptq has no wheel for Python 3.12: without its CUDA part it builds where no compiler and no torch are at hand
+    env = {"BUILD_CUDA_EXT": "0"} | os.environ
     for holding in (("torch", "numpy"), ("torch",)):
         held = [f"{name}=={version(name)}" for name in holding if version(name)]
         command = [sys.executable, "-m", "pip", "install", "--quiet", *wanted, *held]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         if done.returncode == 0:
-            break
-    return done
-
-
-def _loosened(wanted, said):
-    """The requirements without the pins that pip names as those that exclude each other: torch, which is there, decides."""
-    named = " ".join(re.findall(r"Cannot install (.+) because", said))
-    return [each.partition("==")[0] if each in re.split(r",? and |, ", named) else each for each in wanted]
+            importlib.invalidate_caches()
+            return
+    raise ImportError(
+        f"pip could not install {', '.join(wanted)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    )
 
 
 def version(name: str) -> str | None:

@@ -23,7 +23,7 @@ class Site:
     """A folder of installed packages, and a `pip` that installs into it what the test prepared."""
 
     def __init__(self, folder):
-        self.folder, self.offers, self.commands, self.refuses_numpy, self.excluded = folder, {}, [], False, None
+        self.folder, self.offers, self.commands, self.refuses_numpy = folder, {}, [], False
 
     def put(self, name, version, module=None):
         for old in self.folder.glob(f"{name}-*.dist-info"):
@@ -41,11 +41,6 @@ class Site:
         self.commands.append(command)
         if self.refuses_numpy and any(word.startswith("numpy==") for word in command):
             return subprocess.CompletedProcess(command, 1, "", "ResolutionImpossible")
-        if self.excluded in command:
-            said = f"ERROR: Cannot install {self.excluded} and torch==2.9.0 because these package versions have conflicting dependencies."
-            return subprocess.CompletedProcess(
-                command, 1, "", said + "\nERROR: ResolutionImpossible: for help visit https://pip.pypa.io"
-            )
         for name, version in self.offers.items():
             self.put(name, version)
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -126,12 +121,16 @@ def test_numpy_gives_way_only_where_it_must(site, monkeypatch):
     assert any(word.startswith("torch==") for word in second)
 
 
-def test_a_pin_that_excludes_the_torch_that_is_there_gives_way_and_says_so(site, capsys):
-    site.excluded, site.offers = "course_new==3.0", {"course_new": "2.8", "course_a": "2.1"}
-    bootstrap.require("course_a", "course_new")
-    last = site.commands[-1]
-    assert "course_new" in last and "course_a==2.1" in last and any(word.startswith("torch==") for word in last)
-    assert "course_new 2.8, not 3.0, which needs another torch than" in capsys.readouterr().out
+def test_a_torch_that_is_too_old_is_named_before_anything_is_installed(site, monkeypatch):
+    monkeypatch.setattr(bootstrap, "NEEDS_TORCH", {"course_new": "99.1"})
+    with pytest.raises(
+        ImportError,
+        match=r"This runtime has torch [\d.+a-z]+, and course_new of this notebook need 99\.1 or newer\. Run `%pip",
+    ):
+        bootstrap.require("course_a", "course_new")
+    assert not site.commands
+    bootstrap.require("course_a")
+    assert site.commands
 
 
 def test_pip_builds_without_cuda_unless_the_reader_says_otherwise(monkeypatch):
@@ -142,9 +141,9 @@ def test_pip_builds_without_cuda_unless_the_reader_says_otherwise(monkeypatch):
         lambda command, env, **_: seen.append(env) or subprocess.CompletedProcess(command, 0, "", ""),
     )
     monkeypatch.delenv("BUILD_CUDA_EXT", raising=False)
-    bootstrap._pip(["auto-gptq"])
+    bootstrap._install(["auto-gptq"])
     monkeypatch.setenv("BUILD_CUDA_EXT", "1")
-    bootstrap._pip(["auto-gptq"])
+    bootstrap._install(["auto-gptq"])
     assert [env["BUILD_CUDA_EXT"] for env in seen] == ["0", "1"]
 
 
