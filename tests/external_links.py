@@ -103,6 +103,9 @@ def check(found: Iterable[str], seconds: float = SECONDS, pause: float = 5) -> d
 def main() -> int:
     found = collect()
     bad = check(found)
+    if len(bad) == len(found) and not any(isinstance(answer, int) for answer in bad.values()):
+        print(f"no server answered, for none of {len(found)} links: is there internet here? Nothing was checked.")
+        return 2
     for address, answer in bad.items():
         print(f"{judge(answer):8} {answer}  {address}  in {', '.join(found[address])}")
     gone = [address for address, answer in bad.items() if judge(answer) == "gone"]

@@ -60,3 +60,14 @@ def test_verdicts(answer, verdict):
 def test_the_weekly_run_checks_links():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     assert re.search(r"run: python tests/external_links\.py", workflow)
+
+
+@pytest.mark.parametrize(
+    ("answers", "code"), [({}, 0), ({"a": 404}, 1), ({"a": "no name", "b": "no name"}, 2), ({"a": "no name"}, 1)]
+)
+def test_without_internet_no_link_is_called_gone(monkeypatch, capsys, answers, code):
+    monkeypatch.setattr(external_links, "collect", lambda: {"a": ["x"], "b": ["y"]})
+    monkeypatch.setattr(external_links, "check", lambda found: answers)
+    monkeypatch.setattr(external_links, "judge", lambda answer: "gone")
+    assert external_links.main() == code
+    assert ("is there internet" in capsys.readouterr().out) == (code == 2)
