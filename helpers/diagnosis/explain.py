@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.diagnosis import catalogue, tracebacks
+from helpers.diagnosis import catalogue, owners, tracebacks
 from helpers.diagnosis.tracebacks import LONGEST, Raised, Reading, clean, read, redact  # noqa: F401 - what notebooks and tests take from here
 
 if TYPE_CHECKING:
@@ -194,7 +194,15 @@ def _agrees(pattern, raised):
     """Whether an error fits a pattern: True, False (the text does not show where it was raised), or None (it does not fit)."""
     if pattern.type and raised.type not in pattern.type.split("|"):
         return None
-    if not re.search(pattern.text, raised.message) or (pattern.frames and not re.search(pattern.frames, raised.frames)):
+    found = re.search(pattern.text, raised.message)
+    if not found or (pattern.frames and not re.search(pattern.frames, raised.frames)):
+        return None
+    groups = found.groupdict()
+    if "installed" in groups and not owners.installed(groups["installed"], groups["module"]):
+        return None
+    if pattern.through and not {frame.package for frame in raised.stack} & set(pattern.through.split()):
+        return None
+    if pattern.own and not any(re.search(pattern.own, frame.path) for frame in raised.own):
         return None
     return _placed(pattern, raised)
 
@@ -297,8 +305,7 @@ def _places(stack, width):
 
 def _inside(frame):
     """A library's frame with the file's path from the package on."""
-    _, mark, inside = frame.path.replace("\\", "/").rpartition("-packages/")
-    return f"{inside if mark else frame.path}, line {frame.line}"
+    return f"{owners.inside(frame.path)}, line {frame.line}"
 
 
 def _version(package):

@@ -16,10 +16,10 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 
 from helpers import redact as secrets
+from helpers.diagnosis import owners
+from helpers.diagnosis.owners import PYTHON
 
 LONGEST = 300_000  # characters read, from the end: a traceback stands at the end of a log
 MESSAGE_LINES = 40
@@ -108,61 +108,6 @@ _FRAMES = tuple(
 )
 _CODE = re.compile(r"^\s*(?:-+>|❱)\s*\d+ ?│?(?P<code>.*)$")
 
-# --- whose file a frame is in -----------------------------------------------------------------------------------------------------
-
-PYTHON = "python"  # the package of a frame in the standard library
-REMOTE = "transformers_modules"  # the checkpoint's own code, fetched with trust_remote_code
-LIBRARIES = set(
-    "accelerate auto_gptq awq axolotl bitsandbytes datasets deepspeed diffusers flash_attn gguf gptqmodel huggingface_hub jupyter_client "
-    "kernels llama_cpp llmcompressor nbclient nbconvert numpy optimum papermill peft safetensors tokenizers torch torchao torchvision "
-    "transformers triton trl unsloth vllm xformers".split()
-)
-_CHECKOUTS = {
-    "awq": "autoawq",
-    "torchao": "ao",
-    "torch": "pytorch",
-    "auto_gptq": "autogptq",
-    "gguf": "gguf-py",
-    "llama_cpp": "llama-cpp-python",
-}
-_INSTALLED = re.compile(r"(?:site|dist)-packages[/\\]([\w.-]+)(?:[/\\]([\w.-]+))?")
-_STANDARD = re.compile(r"[/\\]lib(?:64)?[/\\]python\d[\d.]*[/\\]|python[^/\\]*[/\\]lib[/\\]|^<frozen ", re.I)
-_NAMESPACES = {"google", "nvidia"}
-
-
-def package(path: str) -> str:
-    """The import name of the package that a file belongs to: PYTHON for the standard library, "" for the reader's own code."""
-    if found := _INSTALLED.search(path):
-        first, second = found[1].removesuffix(".py"), (found[2] or "").removesuffix(".py")
-        return f"{first}.{second}" if first in _NAMESPACES and second else first
-    if REMOTE in path:
-        return REMOTE
-    if _STANDARD.search(path):
-        return PYTHON
-    parts = re.split(r"[/\\]", path)
-    if parts[-1].startswith("convert_hf_to_gguf"):
-        return "gguf"
-    if parts[0] in LIBRARIES and len(parts) > 1:
-        return parts[0]
-    # A source checkout has the package below a folder like it: transformers/src/transformers, AutoAWQ/awq.
-    for parent, name in zip(parts, parts[1:-1], strict=False):
-        if name in LIBRARIES and parent.lower() in ("src", name, _CHECKOUTS.get(name)):
-            return name
-    # `pip install --target FOLDER` has no site-packages in its paths: the package installed here has the same file.
-    for place, name in enumerate(parts[:-2]):
-        if name in LIBRARIES and _has_file(name, "/".join(parts[place + 1 :])):
-            return name
-    if len(parts) > 1 and parts[-2] in ("bin", "Scripts") and not parts[-1].endswith(".py"):
-        return PYTHON  # the script that a launcher was started by
-    return ""
-
-
-@functools.lru_cache
-def _has_file(library, path):
-    """Whether the installed package has this file; nothing is imported."""
-    spec = find_spec(library)
-    return any((Path(folder) / path).is_file() for folder in (spec and spec.submodule_search_locations) or ())
-
 
 @dataclass(frozen=True)
 class Frame:
@@ -173,10 +118,10 @@ class Frame:
     function: str
     code: str
 
-    @property
+    @functools.cached_property
     def package(self) -> str:
-        """The package that its file belongs to, as `package` names it."""
-        return package(self.path)
+        """The package that its file belongs to, as `owners.package` names it."""
+        return owners.package(self.path)
 
     @property
     def raises(self) -> bool:

@@ -11,7 +11,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.diagnosis import catalogue, explain, reproductions, tracebacks
+from helpers.diagnosis import catalogue, explain, owners, reproductions
 
 IDS = list(reproductions.FAILURES)
 SILENT_IN_NOTEBOOK = {
@@ -204,7 +204,143 @@ def test_messages_of_other_versions(text, entry_id):
     ],
 )
 def test_a_package_outside_site_packages_is_known_by_its_files(path, name):
-    assert tracebacks.package(path) == name
+    assert owners.package(path) == name
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A function that puts a file into a folder as `pip install --target` does: with its line in the distribution's RECORD."""
+
+    def install(*files, distribution="oddlib-1.0", folder="folder"):
+        record = tmp_path / folder / f"{distribution}.dist-info" / "RECORD"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text("".join(f"{file},sha256=x,1\n" for file in (f"{distribution}.dist-info/METADATA", *files)))
+        for file in files:
+            path = tmp_path / folder / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+        return tmp_path / folder
+
+    return install
+
+
+CANNOT_IMPORT = "ImportError: cannot import name 'lost' from '{module}' ({path})"
+
+
+@pytest.mark.parametrize("ending", ["", ". Did you mean: 'last'?"])
+@pytest.mark.parametrize(
+    ("module", "file"),
+    [("oddlib", "oddlib/__init__.py"), ("oddlib.hub", "oddlib/hub.py"), ("odd", "odd.py"), ("o._C", "o/_C.abi3.so")],
+)
+def test_a_name_that_a_package_in_any_folder_lacks(target, module, file, ending):
+    folder = target("oddlib/__init__.py", "oddlib/hub.py", "odd.py", "o/_C.abi3.so", distribution="Odd_Lib-1.0")
+    message = CANNOT_IMPORT.format(module=module, path=folder / file)
+    assert known(message + ending) == ["name-removed"]
+    cell = 'Traceback (most recent call last):\n  File "/home/me/a.py", line 1, in <module>\n    from x import lost\n'
+    (answer,) = explain.explain(cell + message + ending)
+    assert (answer.entry.id, answer.sure) == ("name-removed", explain.CERTAIN)
+
+
+@pytest.mark.parametrize(
+    ("module", "file"),
+    [
+        ("mymodule", "mymodule.py"),
+        ("huggingface_hub", "huggingface_hub.py"),
+        ("huggingface_hub", "huggingface_hub/__init__.py"),
+        ("accelerate.utils.modeling", "accelerate/utils/modeling.py"),
+        ("datasets.utils.file_utils", "datasets/utils/file_utils.py"),
+        ("lib", "oddlib.py"),  # RECORD has my/oddlib.py
+        ("oddlib", "oddlib/__init__.py/"),
+    ],
+)
+def test_a_name_that_the_readers_own_file_lacks(target, tmp_path, module, file):
+    target("my/oddlib.py")
+    for folder in (tmp_path / "folder", tmp_path / "own"):  # beside installed packages, and alone
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not file.endswith("/"):
+            path.write_text("")
+        message = CANNOT_IMPORT.format(module=module, path=f"{folder}/{file}")
+        assert known(message) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "path", "answers"),
+    [
+        ("huggingface_hub", "/opt/conda/envs/x/lib/python3.12/huggingface_hub/__init__.py", ["name-removed"]),
+        ("peft.tuners", "/opt/x/lib/python3.12/peft/tuners/__init__.py", ["name-removed"]),
+        ("oddlib", "/usr/lib/python3/dist-packages/oddlib/__init__.py", ["name-removed"]),
+        ("oddlib", r"C:\Program Files (x86)\Python\Lib\site-packages\oddlib\__init__.py", ["name-removed"]),
+        ("accelerate.utils.modeling", "/var/task/accelerate/utils/modeling.py", ["name-removed"]),
+        ("accelerate.utils.modeling", "/var/task/accelerate/utils/mine.py", []),  # name and path do not agree
+        ("accelerate.utils.mine", "/var/task/accelerate/utils/mine.py", []),  # the library has no such file
+        ("accelerate.utils.modeling", "/home/me/accelerate/utils/modeling.py", []),
+        ("accelerate.utils.modeling", r"C:\Users\me\accelerate\utils\modeling.py", []),
+        ("accelerate.utils.modeling", "src/accelerate/utils/modeling.py", []),
+        ("datasets.utils.file_utils", "/srv/datasets/utils/file_utils.py", []),  # many projects have a folder datasets
+        ("huggingface_hub", "/srv/huggingface_hub/__init__.py", []),
+        ("huggingface_hub", "/home/me/huggingface_hub.py", []),
+        ("huggingface_hub", "/opt/x/lib/python3.12/huggingface_hub.py", []),
+        ("mymodule", "/opt/x/lib/python3.12/mymodule/__init__.py", []),
+        ("mymodule", "/home/me/mymodule.py", []),
+        ("mymodule", "/home/me/mymodule.py), not (/x/site-packages/mymodule.py", []),
+        ("torch", "consider renaming '/x/site-packages/torch.py' since it has the name of a library", []),
+    ],
+)
+def test_a_name_that_a_package_of_another_machine_lacks(module, path, answers):
+    assert known(CANNOT_IMPORT.format(module=module, path=path)) == answers
+
+
+def test_frames_in_a_package_of_any_folder(target, tmp_path, monkeypatch):
+    folder = target("transformers/modeling.py", "transformers/integrations/bitsandbytes.py", "odd.py")
+    assert owners.package(f"{folder}/transformers/modeling.py") == "transformers"
+    assert owners.package(f"{folder}/odd.py") == "odd"
+    (folder / "mine.py").write_text("")
+    assert [owners.package(f"{folder}/{name}") for name in ("mine.py", "gone.py", "")] == ["", "", ""]
+    monkeypatch.setenv("HOME", str(tmp_path))  # Jupyter writes ~ for it
+    assert owners.package("~/folder/transformers/modeling.py") == "transformers"
+    monkeypatch.chdir(folder)
+    assert owners.package("odd.py") == "odd"
+    assert owners.package("/x/python/lib/json/decoder.py") == owners.PYTHON
+    assert owners.package(f"{target('odd.py', folder='python/lib')}/odd.py") == "odd"
+
+
+FRAME = '  File "{}", line 1, in <module>\n    import x\n'
+FLOAT8 = "AttributeError: module 'torch' has no attribute 'float8_e8m0fnu'"
+
+
+@pytest.mark.parametrize(
+    ("caller", "answers"),
+    [
+        ("transformers/modeling.py", ["torch-behind"]),
+        (
+            "transformers/integrations/bitsandbytes.py",
+            ["torch-behind"],
+        ),  # no file of the reader's that hides bitsandbytes
+        ("mine/transformers/modeling.py", []),
+        ("mine/bitsandbytes.py", ["shadowed-package"]),
+    ],
+)
+def test_who_asks_an_old_torch(target, tmp_path, caller, answers):
+    folder = target("torch/__init__.py", "transformers/modeling.py", "transformers/integrations/bitsandbytes.py")
+    frames = FRAME.format("/home/me/a.py") + FRAME.format(folder / caller) + FRAME.format(folder / "torch/__init__.py")
+    assert known(f"Traceback (most recent call last):\n{frames}{FLOAT8}") == answers
+
+
+def test_a_librarys_integration_hides_no_package():
+    frames = FRAME.format("/srv/x/transformers/integrations/bitsandbytes.py")  # of another machine and another version
+    assert known(f"Traceback (most recent call last):\n{frames}AttributeError: module 'q' has no attribute 'r'") == []
+
+
+@pytest.mark.parametrize(
+    "path", ["//server/share/peft/utils/other.py", r"\\server\share\peft\utils\other.py", "/x/" + 300 * "y" + "/z.py"]
+)
+def test_a_share_of_a_network_is_not_asked(path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(owners.os.path, "isfile", lambda name: asked.append(str(name)))
+    assert not owners.installed(path, "mine") and owners.inside(path) == path
+    assert owners.package(path) == ""
+    assert not [name for name in asked if "server" in name]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TOPICS = ("install", "load", "memory", "generate", "quantize", "train", "save", "colab")
 
@@ -21,6 +21,10 @@ PIN = "pip install -r requirements.txt"
 class P:
     """An error. type: names joined by "|"; text and frames: regular expressions for its message and its frames.
 
+    A group of text called `installed` holds a path: of an installed library's file, as `owners.installed` decides; one called `module`
+    is the dotted name beside it. through: packages, one of which has a frame. own: a regular expression for the path of one of the
+    reader's own files among the frames.
+
     where: the packages that may raise it, separated by blanks, as the innermost frame shows; "" leaves it to the entry. "own" is the
     reader's code, "notebook" a cell, "python" the standard library, "anywhere" any place, and "compiled" any line that does not raise
     by itself: the error comes from compiled code below it.
@@ -30,6 +34,8 @@ class P:
     text: str
     frames: str = ""
     where: str = ""
+    through: str = ""
+    own: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Entry:
     @functools.cached_property
     def patterns(self) -> tuple[P, ...]:
         """The `P`s, each with its place."""
-        return tuple(P(p.type, p.text, p.frames, p.where or self.where) for p in self.signs if isinstance(p, P))
+        return tuple(replace(p, where=p.where or self.where) for p in self.signs if isinstance(p, P))
 
     @functools.cached_property
     def lines(self) -> tuple[L, ...]:

@@ -391,7 +391,8 @@ ENTRIES = (
             P(
                 "ImportError|AttributeError|ModuleNotFoundError|RuntimeError",
                 r"cannot import name|has no attribute|No module named|partially initialized",
-                frames=r"(?m)^\s*File \"(?![^\"\n]*(?:-packages|lib/python))[^\"\n]*[/\\](bitsandbytes|torch|transformers|peft|accelerate|datasets|tokenizers|trl|vllm|gguf)\.py\"",
+                # transformers/integrations/bitsandbytes.py is the library's own, wherever it was installed.
+                own=r"^(?!.*[/\\](?:transformers|accelerate|peft|diffusers|optimum|trl|unsloth|vllm)[/\\]\w+[/\\]).*[/\\](bitsandbytes|torch|transformers|peft|accelerate|datasets|tokenizers|trl|vllm|gguf)\.py$",
             ),
             P("ModuleNotFoundError", r"No module named '(\w+)\.[\w.]+'; '\1' is not a package"),
         ),
@@ -418,7 +419,12 @@ ENTRIES = (
         "name-removed",
         "install",
         "The installed version of a package has no such name",
-        (P("ImportError", r"cannot import name '\w+' from '(?!helpers\b)[\w.]+' \(\S*(site|dist)-packages\b"),),
+        (
+            P(
+                "ImportError",
+                r"cannot import name '\w+' from '(?!helpers\b)(?P<module>[\w.]+)' \((?!consider )(?P<installed>(?:[^\n()]|\([^\n()]*\))+)",
+            ),
+        ),
         "The code that imports it (the last frame) was written for another version: the name was removed, renamed, or is not there yet. Or it is misspelt.",
         "Where the last frame is a library, upgrade that library. Where it is yours, check the spelling, then look the name up in the package's release notes.",
         f"{TRANSFORMERS}/issues/44351",
@@ -445,7 +451,7 @@ ENTRIES = (
             P(
                 "AttributeError",
                 r"module 'torch' has no attribute '(float8_\w+|float4_e2m1fn_x2|uint16|uint32|uint64|xpu|compiler|accelerator)'",
-                frames=r"-packages[/\\](accelerate|transformers|torchao|safetensors|peft|diffusers|bitsandbytes)\b",
+                through="accelerate transformers torchao safetensors peft diffusers bitsandbytes",
             ),
         ),
         "Nobody typed this name: accelerate or transformers asks torch for it at import. float8 types came with torch 2.1.",
