@@ -81,10 +81,11 @@ def require(*packages: str) -> None:
             "torch is not installed here. In the course's folder, run `make run`, or `pip install -r requirements.txt`."
         )
     needed = dict.fromkeys((*BASE, *packages))
-    behind = [name for name in needed if _numbers(version("torch")) < _numbers(NEEDS_TORCH.get(name, "0"))]
+    torch = version("torch") or "99"  # a build without metadata says nothing; its imports will
+    behind = [name for name in needed if _numbers(torch) < _numbers(NEEDS_TORCH.get(name, "0"))]
     if behind:
         raise ImportError(
-            f"This runtime has torch {version('torch')}, and {' and '.join(behind)} of this notebook need {NEEDS_TORCH[behind[0]]} or newer. "
+            f"This runtime has torch {torch}, and {' and '.join(behind)} of this notebook need {NEEDS_TORCH[behind[0]]} or newer. "
             f"Run `%pip install torch=={pins().get('torch', NEEDS_TORCH[behind[0]])}`, restart the session, then run all cells again."
         )
     wanted = [

@@ -131,6 +131,10 @@ def test_a_torch_that_is_too_old_is_named_before_anything_is_installed(site, mon
     assert not site.commands
     bootstrap.require("course_a")
     assert site.commands
+    real = bootstrap.version
+    monkeypatch.setattr(bootstrap, "NEEDS_TORCH", {"course_new": "3"})
+    monkeypatch.setattr(bootstrap, "version", lambda name: None if name == "torch" else real(name))
+    bootstrap.require("course_new")  # a torch without metadata
 
 
 def test_pip_builds_without_cuda_unless_the_reader_says_otherwise(monkeypatch):
