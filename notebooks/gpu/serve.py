@@ -4,9 +4,9 @@
     python notebooks/gpu/serve.py --model MODEL --only bf16 fp8 --output serving.json     # two rows, added to what the file holds
     python notebooks/gpu/serve.py --model MODEL --only bf16 --gpus 1 2 --no-compare --output two.json    # tensor parallel 2 as well
 
-MODEL, GPTQ, AWQ, SMOLLM2_GPTQ are checkpoint folders. Needs one NVIDIA GPU (with `--gpus N`, N of them) and the packages of requirements-serving.txt. Every row
-runs in a process of its own, and so does the transformers model it is compared with; a failure is written down as what it is. Sizes
-are bytes, times are seconds. `tokens_per_s` counts new tokens over the whole time of a batch of requests, prompts included;
+MODEL, GPTQ, AWQ, SMOLLM2_GPTQ are checkpoint folders. Needs one NVIDIA GPU (with `--gpus N`, N of them) and the packages of
+requirements-serving.txt. Every row runs in a process of its own, and so does the transformers model it is compared with; a failure is
+written down as what it is. Sizes are bytes, times are seconds. `tokens_per_s` counts new tokens over the whole time of a batch of requests, prompts included;
 `decode_tokens_per_s` takes off the time of the same batch with one new token. What an engine says goes to OUTPUT with `.ROW.log`.
 """
 
@@ -111,9 +111,8 @@ def engine_options(name):
     kind, _, gpus = name.removesuffix(" GPUs").partition(" on ")
     graphs: dict = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]}
     options = ROWS[kind][1] | {"compilation_config": graphs}
-    if (
-        CACHE in os.environ
-    ):  # without a fixed size vLLM fails where another program frees memory while it measures what is free
+    # Without a fixed size vLLM fails where another program frees memory while it measures what is free.
+    if CACHE in os.environ:
         options["kv_cache_memory_bytes"] = round(float(os.environ[CACHE]) * 1e9)
     if not gpus:
         return options

@@ -261,7 +261,7 @@ def main():
         (HERE / "README.md", "gpu", section(record)),
         (HERE / "README.md", "ladders", ladders.section(record)),
         (HERE / "README.md", "serving", serving.section(served)),
-        (HERE / "README.md", "two", two_gpus.section(two_gpus.read())),
+        (HERE / "README.md", "two", two_gpus.section(two_gpus.read(), served)),
     )
     for readme, part, text in parts:
         files.write_text(readme, pages.replace_part(readme.read_text(encoding="utf-8"), part, text))

@@ -7,6 +7,12 @@ HERE = Path(__file__).resolve().parent
 NAMES = {"7b": "7B shape, random weights", "1.5b": "1.5B model"}
 
 
+def sharded(path=HERE.parent / "scale_out" / "reference.json"):
+    """GB that GPU 0 needs with DDP and with FSDP, in Mistral-7B's shape."""
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    return [runs[name]["peak_vram_bytes"] / 1e9 for name in ("ddp", "fsdp")]
+
+
 def read(path=HERE / "two_gpus.json"):
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -33,8 +39,10 @@ def lines_of(record):
     return lines
 
 
-def section(record):
-    """The section in Markdown."""
+def section(record, served):
+    """The section in Markdown. served: serving.json, of one GPU of another machine."""
+    alone, lean = (row["requests"]["1"]["tokens_per_s"] for row in (served["bf16"], served["lean"]["fp16, lean"]))
+    ddp, fsdp = sharded()
     factors = gain(record["vllm"]["7b"])
     logs = record["from_logs"]
     training = logs["qlora of the 1.5B model, 8 steps of 8 examples"]
@@ -54,18 +62,18 @@ def section(record):
             *lines_of(record),
             "",
             f"**7B shape:** two GPUs give {', '.join(f'{factor:.2f}' for factor in factors.values())} times the tokens of one at {', '.join(factors)} requests. Each holds half of "
-            "the weights. It is less than twice: after each attention and each MLP the two add up their halves, and what is no matrix does not get shorter. Another run of the "
-            f"same evening printed {seven['one GPU']:.0f} and {seven['2 GPUs']:.0f} tokens/s at one request, the same ratio.",
+            "the weights. It is less than twice: after each attention and each MLP the two add up their halves, and what is no matrix does not get shorter. How long each of these takes was not measured. Another run of the "
+            f"same evening printed {seven['one GPU']:.0f} and {seven['2 GPUs']:.0f} tokens/s at one request, {seven['2 GPUs'] / seven['one GPU']:.2f} times.",
             "",
-            f"**1.5B model:** {small:,.0f} tokens/s at one request, {again:,.0f} in another run; so far apart are two runs. One GPU of another machine gave 483 (section above). The row for one GPU "
+            f"**1.5B model:** {small:,.0f} tokens/s at one request, {again:,.0f} in another run; so far apart are two runs. One GPU of another machine gave {alone:,.0f} (section above). The row for one GPU "
             "of this run is missing, so no ratio is given; a gain like the larger model's is not in sight at one request.",
             "",
             f"**Training.** QLoRA of the 1.5B model, 8 steps of 8 examples: {one:.1f} s on one GPU and {two:.1f} s with DDP on two, the same mean loss "
             f"({training['one GPU']['mean_loss']:.2f}). FSDP on the 1.5B model had started when the machine was taken back; FSDP in Mistral-7B's shape is in "
-            "[scale_out/reference.json](../scale_out/reference.json) (GPU 0 needs 3.2 GB instead of DDP's 4.6).",
+            f"[scale_out/reference.json](../scale_out/reference.json) (GPU 0 needs {fsdp:.1f} GB instead of DDP's {ddp:.1f}).",
             "",
             f"**Compiled `generate`** of transformers with the 1.5B model in fp16, on the same machine: {compiled['tokens_per_s']:.0f} tokens/s at one request, and "
-            f"{1e3 * compiled['idle_s']:.1f} of a token's {1e3 * compiled['token_s']:.1f} ms no kernel runs. vLLM and the lean loop (above, another machine of this kind) have 483 and 526.",
+            f"{1e3 * compiled['idle_s']:.1f} of a token's {1e3 * compiled['token_s']:.1f} ms no kernel runs. vLLM and the lean loop (above, another machine of this kind) have {alone:,.0f} and {lean:,.0f}.",
             "",
             'The figures of the last two paragraphs, and those of "another run", are what the programs printed: the machine was taken back before the files were fetched.',
             "",

@@ -144,7 +144,6 @@ def main():
         ),
     )
     trainer.train()
-    seconds = steady.seconds_per_step
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     folder = args.output / "adapter"
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # every process gives its shards
@@ -166,7 +165,7 @@ def main():
             "processes": state.num_processes,
             "losses": losses,
             "peak_vram_bytes": peak,
-            "seconds_per_step": seconds,
+            "seconds_per_step": steady.seconds_per_step,
         }
         (args.output / "losses.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     del trainer

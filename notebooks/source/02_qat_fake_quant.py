@@ -841,9 +841,9 @@ memory.release()
 # The fp32 model fine-tuned on the same windows shows what the text alone does. Rounded afterwards, it shows what
 # happens to someone who fine-tunes first and quantizes later. All runs share one learning rate, which was chosen for
 # distillation: with less (try `5e-5`) cross-entropy drifts less. It was chosen for SmolLM2-135M. On Qwen2.5-Coder-1.5B
-# it is too high, and training made the model worse ([the GPU page](gpu/README.md#the-notebooks-on-a-gpu)): set a lower
-# `learning_rate` for a larger model. **Predict first:** which run ends with the lowest perplexity, and which with the
-# lowest KL?
+# it is too high: training made that model worse ([the GPU page](gpu/README.md#the-notebooks-on-a-gpu)). No lower rate
+# was tried there to its end. **Predict first:** which run ends with the lowest perplexity, and which with the lowest
+# KL?
 
 # %%
 del teacher

@@ -490,7 +490,7 @@ gains.round(2)
 
 # %% [markdown]
 # Two GPUs give 1.4 to 1.5 times the tokens of one, not 2 times. After each attention and each MLP the GPUs wait for
-# their common sum, and what is no matrix does not get shorter. Two GPUs hold a model that one cannot hold; that is the
+# their common sum, and what is no matrix does not get shorter; how long each takes was not measured. Two GPUs hold a model that one cannot hold; that is the
 # better reason for them.
 #
 # ## Many notebooks, many workers

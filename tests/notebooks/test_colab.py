@@ -115,9 +115,8 @@ def run_cell(python, folder, modules):
     done = subprocess.run(
         [python, "-c", CELL, *modules], cwd=folder, env=env, capture_output=True, text=True, timeout=1800
     )
-    said = (
-        done.stdout if done.returncode == 0 else done.stdout + done.stderr
-    )  # warnings of git and pip come last otherwise
+    # Leave warnings of git and pip out where it succeeded: they would come last.
+    said = done.stdout + (done.stderr if done.returncode else "")
     return said.strip().splitlines(), time.perf_counter() - started
 
 

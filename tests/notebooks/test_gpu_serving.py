@@ -93,7 +93,7 @@ def test_differences_are_found_and_shown():
 
 
 def test_the_readmes_say_what_the_file_says():
-    texts = (FOLDER, serving.section(RECORD)), (ROOT, serving.headline(RECORD)), (FOLDER, two_gpus.section(TWO))
+    texts = (FOLDER, serving.section(RECORD)), (ROOT, serving.headline(RECORD)), (FOLDER, two_gpus.section(TWO, RECORD))
     for readme, text in texts:
         assert text in (readme / "README.md").read_text(encoding="utf-8"), "run `python notebooks/gpu/summary.py`"
     assert serving.PICTURE.read_bytes().startswith(b"\x89PNG")
