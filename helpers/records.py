@@ -166,6 +166,11 @@ def check(record: Any) -> None:
     second = record["in_domain"]
     if second is not None and (not isinstance(second, dict) or set(second) != set(IN_DOMAIN)):
         raise RecordError(f"{record['method']}: in_domain must hold {', '.join(IN_DOMAIN)}, not {second!r}")
+    bits = record["bits_per_weight"]
+    if bits is not None and not 0.5 < bits < 100:
+        raise RecordError(
+            f"{record['method']}: bits_per_weight is {bits:.2g}, which no format has; run {record['notebook']} again"
+        )
     if record["top1_agreement"] is not None and record["top1_agreement"] > 1:
         raise RecordError(f"{record['method']}: top1_agreement is a share, at most 1, not {record['top1_agreement']}")
 

@@ -1,6 +1,7 @@
 """Execute the notebooks with papermill, one after the other, and say what each one cost and how it ended."""
 
 import argparse
+import ast
 import functools
 import json
 import keyword
@@ -262,6 +263,15 @@ def _one_line(text):
     return line if len(line) <= 300 else line[:299] + "…"
 
 
+def _value(text):
+    """What -p name=TEXT means: a number, a list, True, False or None as Python writes them; anything else is the text itself."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, (bool, int, float, list, type(None))) else text
+
+
 def main(arguments: argparse.Namespace) -> int:
     """Command line of `python -m helpers run`; exit code 0 if every notebook ran to its end, else 1."""
     parameters = {}
@@ -269,9 +279,7 @@ def main(arguments: argparse.Namespace) -> int:
         name, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"-p takes name=value, not {item!r}")
-        parameters[name] = {"True": True, "False": False}.get(
-            value, int(value) if value.lstrip("-").isdigit() else value
-        )
+        parameters[name] = _value(value)
     if arguments.model != "auto":
         parameters["model"] = arguments.model
     results = run(arguments.only, arguments.output, parameters, arguments.timeout, arguments.in_place, arguments.cap)

@@ -110,10 +110,11 @@ def engine_options(name):
     """What vLLM is told for a row of that name."""
     kind, _, gpus = name.removesuffix(" GPUs").partition(" on ")
     graphs: dict = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]}
-    options = ROWS[kind][1] | {"compilation_config": graphs}
-    # Without a fixed size vLLM fails where another program frees memory while it measures what is free.
+    options = ROWS[kind][1] | {"compilation_config": graphs, "gpu_memory_utilization": 0.2}
+    # Without a fixed size vLLM fails where another program frees memory while it measures what is free. The share of the
+    # GPU is then only what has to be free at the start.
     if CACHE in os.environ:
-        options["kv_cache_memory_bytes"] = round(float(os.environ[CACHE]) * 1e9)
+        options |= {"kv_cache_memory_bytes": round(float(os.environ[CACHE]) * 1e9), "gpu_memory_utilization": 0.05}
     if not gpus:
         return options
     # NVLink multicast, which these passes may use, is off on GPUs that others share
@@ -237,7 +238,7 @@ def serve(name, folder):
     imported = time.perf_counter() - started
     if "symmetric" in name:
         folder = relabelled(folder)
-    llm = LLM(model=folder, dtype="bfloat16", max_model_len=1024, max_num_seqs=max(BATCHES), gpu_memory_utilization=0.2,
+    llm = LLM(model=folder, dtype="bfloat16", max_model_len=1024, max_num_seqs=max(BATCHES),
               enable_prefix_caching=False, enable_flashinfer_autotune=False, **engine_options(name))  # fmt: skip
     ready = time.perf_counter() - started
     words = llm.get_tokenizer()

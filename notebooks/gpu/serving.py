@@ -6,6 +6,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PICTURE = HERE / "serving.png"
 BITS = {"bf16": 16, "fp8": 8, "gptq": 4, "awq": 4, "bitsandbytes": 4}
+LARGER = ("bf16", "fp8", "gptq", "bitsandbytes")  # the rows of the 7B shape
 FOUR = [name for name, bits in BITS.items() if bits == 4]
 WITH = {"bf16": "bf16", "fp8": "bf16, as vLLM rounds at load", "gptq": "the same file", "awq": "the same file", "bitsandbytes": "NF4"}  # fmt: skip
 
@@ -66,14 +67,21 @@ def alt(record):
             + ". FP8: " + ", ".join(f"{factor:.2f}" for factor in factors["fp8"].values()) + ".")  # fmt: skip
 
 
-def headline(record):
+def headline(record, larger):
     """The main README's sentences."""
     plain, fp8 = record["bf16"]["requests"], times_bf16(record, "fp8")
     best = [max(times_bf16(record, name)[n] for name in FOUR) for n in plain]
     return (f"Served by vLLM {record['versions']['vllm']} on one {record['device']}, the 1.5B model in bf16 gives {plain['1']['tokens_per_s']:,.0f} "
             f"tokens a second at one request and {plain['128']['tokens_per_s']:,.0f} at 128. FP8 gives {fp8['1']:.2f} and {fp8['128']:.2f} times that; "
-            f"the best 4-bit format stays at {min(best):.2f} to {max(best):.2f} times bf16. "
+            f"the best 4-bit format stays at {min(best):.2f} to {max(best):.2f} times bf16. {with_7b(larger)} "
             "[Formats, kernels, commands](notebooks/gpu/README.md#serving-with-vllm-on-an-h200).")  # fmt: skip
+
+
+def with_7b(larger):
+    """What four and eight bits gain with the larger model, a sentence."""
+    gptq, fp8 = (times_bf16(larger, name) for name in ("gptq", "fp8"))
+    return (f"With Mistral-7B's shape, GPTQ gives {gptq['1']:.2f} and {gptq['128']:.2f} times the tokens of bf16 at 1 and 128 requests, "
+            f"FP8 {fp8['1']:.2f} and {fp8['128']:.2f}.")  # fmt: skip
 
 
 def row(record, name):
@@ -126,7 +134,7 @@ def findings(record):
     return [
         f"**Four bits are slower than bf16 here, at every number of requests.** As multiples of bf16 at {', '.join(factors['bf16'])} requests: {listed}. "
         "The model is small for this GPU: reading its 16-bit weights takes less than half of a token's time (section above), and four bits shorten only that part. Why "
-        "they lose was not looked into. GPTQ's file orders columns by activation (`desc_act`), AWQ's does not. A slower memory was not tried; a larger model was served in bf16 only (two GPUs, below).",
+        "they lose was not looked into. GPTQ's file orders columns by activation (`desc_act`), AWQ's does not. A slower memory was not tried; a larger model is below.",
         f"**FP8** is ahead of bf16 at {' and '.join(ahead)} requests ({', '.join(said[n] for n in ahead)}) and behind at {' and '.join(behind)} "
         f"({', '.join(said[n] for n in behind)}). vLLM rounds weights and activations to FP8, one scale a tensor of weights.",
         f"**bitsandbytes** loses most in between: {factors['bitsandbytes']['8']:.2f} times bf16 at 8 requests, {factors['bitsandbytes']['32']:.2f} at 32.",
@@ -143,6 +151,78 @@ def findings(record):
     ]  # fmt: skip
 
 
+def larger_model(record):
+    """The section of the 7B shape."""
+    requests, made = [*record["bf16"]["requests"]], record["checkpoints"]["gptq"]
+    lines = [
+        "| 7B shape | kernel that vLLM picked | weights, GB | 1 request, tok/s | 8 | 32 | 128 | first token at 1, ms | at 128, ms |",
+        "|---" * 9 + "|",
+    ]
+    for name in LARGER:
+        found = record[name]
+        speeds = [f"{found['requests'][n]['tokens_per_s']:,.0f}" for n in requests]
+        first = [f"{1e3 * found['requests'][n]['first_token_s']:.1f}" for n in ("1", "128")]
+        kernel = ", ".join(found["kernels"]) or "its log names none"
+        lines.append("| " + " | ".join([name, kernel, f"{found['weights_bytes'] / 1e9:.2f}", *speeds, *first]) + " |")
+    factors = {name: times_bf16(record, name) for name in LARGER[1:]}
+    listed = "; ".join(
+        f"{name} {', '.join(f'{factor:.2f}' for factor in found.values())}" for name, found in factors.items()
+    )
+    return [
+        "### With Mistral-7B's shape",
+        "",
+        f"The same engine, one {record['device']}, {record['date']}, driver {record['driver']}; random weights, so no answers are compared. {record['beside']} "
+        "All of it comes from [serving_7b.json](serving_7b.json).",
+        "",
+        *lines,
+        "",
+        f"**Here fewer bits pay.** As multiples of bf16 at {', '.join(requests)} requests: {listed}. With a larger model the weights are a larger part of a token's time. "
+        f"GPTQ gains at up to 32 requests; at 128 it is level with bf16. FP8 is ahead of GPTQ at each number of requests, with {record['fp8']['weights_bytes'] / 1e9:.1f} GB of weights instead of "
+        f"{record['gptq']['weights_bytes'] / 1e9:.1f}. bitsandbytes is behind bf16 at each. The GPTQ file has groups of {made['group_size']}, a symmetric grid and no `desc_act`; the 1.5B "
+        "model's has `desc_act`, so the two differ in more than size.",
+        "",
+        "```bash",
+        made["made_by"] + "   # saves the folder GPTQ as reference-gptq in the course's cache; copy MODEL's tokenizer into it",
+        record["command"],
+        "```",
+        "",
+    ]  # fmt: skip
+
+
+def side_by_side(record):
+    """vLLM, the lean loop and compiled `generate` of transformers on one machine, in 16 bits and 4."""
+    served, compiled = record["vllm"]["bf16"]["requests"], record["generate"]
+    whole = {n: served[n]["tokens_per_s"] for n in compiled}
+    lines = ["| one machine, one session | in fewer bits | 1 request, tok/s | 8 | 32 |", "|---" * 5 + "|"]
+
+    def line(label, bits, speeds):
+        lines.append(f"| {label} | {bits} | " + " | ".join(f"{speed:,.0f}" for speed in speeds) + " |")
+
+    line("vLLM, bf16", "nothing", whole.values())
+    line("compiled `generate`, static cache, fp16", "nothing", [compiled[n]["tokens_per_s"] for n in whole])
+    line("vLLM, bf16, without the prompts", "nothing", [served[n]["decode_tokens_per_s"] for n in whole])
+    for label, found in record["lean"].items():
+        speeds = [found["requests"][n]["tokens_per_s"] for n in whole]
+        line(f"lean loop: {label.removesuffix(', lean')}, without the prompts", found["quantized"], speeds)
+    times = [whole[n] / compiled[n]["tokens_per_s"] for n in whole]
+    token = compiled["1"]["profile"]
+    return [
+        "### vLLM, the lean loop and compiled `generate`",
+        "",
+        f"The 1.5B model once more, all three on one {record['device']}, {record['date']}. {record['beside']} All of it comes from [side_by_side.json](side_by_side.json).",
+        "",
+        *lines,
+        "",
+        f"vLLM has {', '.join(f'{factor:.1f}' for factor in times)} times the tokens of compiled `generate` at {', '.join(whole)} requests. At one request no kernel runs during "
+        f"{1e3 * token['idle_s']:.1f} of `generate`'s {1e3 * token['token_s']:.1f} ms a token: its loop over the tokens is Python's. The lean loop replays a whole token as one CUDA graph.",
+        "",
+        "```bash",
+        *record["commands"],
+        "```",
+        "",
+    ]  # fmt: skip
+
+
 COMMANDS = """```bash
 python -m venv serving && serving/bin/pip install -r notebooks/gpu/requirements-serving.txt
 # in the course's own environment: the checkpoints
@@ -154,8 +234,8 @@ python -m helpers run --only 05 --model smollm2-offline                         
 ```"""
 
 
-def section(record):
-    """The section in Markdown."""
+def section(record, larger, beside):
+    """The section in Markdown. larger: serving_7b.json, beside: side_by_side.json."""
     versions, protocol = record["versions"], record["protocol"]
     reasons = record["refused, said to be symmetric"]["reasons"]
     lines = [
@@ -198,5 +278,8 @@ def section(record):
         "The names in capitals are folders. `--no-compare` leaves transformers out; without it, the program compares the answers itself.",
         "",
         COMMANDS.format(command=record["command"].replace("python", "serving/bin/python", 1)),
+        "",
+        *larger_model(larger),
+        *side_by_side(beside)[:-1],
     ]
     return "\n".join(lines)

@@ -253,15 +253,15 @@ def main():
     record = read()
     PICTURE.write_bytes(figures.to_png(plot(record)))
     ladders.PICTURE.write_bytes(figures.to_png(ladders.plot(record)))
-    served = serving.read()
+    served, larger, beside = (serving.read(HERE / f"{name}.json") for name in ("serving", "serving_7b", "side_by_side"))
     serving.PICTURE.write_bytes(figures.to_png(serving.plot(served)))
     parts = (
         (ROOT / "README.md", "gpu", headline(record)),
-        (ROOT / "README.md", "serving", serving.headline(served)),
+        (ROOT / "README.md", "serving", serving.headline(served, larger)),
         (HERE / "README.md", "gpu", section(record)),
         (HERE / "README.md", "ladders", ladders.section(record)),
-        (HERE / "README.md", "serving", serving.section(served)),
-        (HERE / "README.md", "two", two_gpus.section(two_gpus.read(), served)),
+        (HERE / "README.md", "serving", serving.section(served, larger, beside)),
+        (HERE / "README.md", "two", two_gpus.section(two_gpus.read(), served, beside)),
     )
     for readme, part, text in parts:
         files.write_text(readme, pages.replace_part(readme.read_text(encoding="utf-8"), part, text))

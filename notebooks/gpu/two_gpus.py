@@ -39,9 +39,9 @@ def lines_of(record):
     return lines
 
 
-def section(record, served):
-    """The section in Markdown. served: serving.json, of one GPU of another machine."""
-    alone, lean = (row["requests"]["1"]["tokens_per_s"] for row in (served["bf16"], served["lean"]["fp16, lean"]))
+def section(record, served, beside):
+    """The section in Markdown. served, beside: serving.json and side_by_side.json, each of one GPU of another machine."""
+    alone = [row["requests"]["1"]["tokens_per_s"] for row in (served["bf16"], beside["vllm"]["bf16"])]
     ddp, fsdp = sharded()
     factors = gain(record["vllm"]["7b"])
     logs = record["from_logs"]
@@ -49,7 +49,8 @@ def section(record, served):
     one, two = (training[name]["train_runtime_s"] for name in ("one GPU", "DDP, two GPUs"))
     small = record["vllm"]["1.5b"]["bf16 on 2 GPUs"]["requests"]["1"]["tokens_per_s"]
     again = logs["vLLM, 1.5B model, bf16 on 2 GPUs, another run"]["tokens_per_s at 1 request"]
-    compiled = logs["compiled generate, 1.5B model, fp16, batch 1"]
+    shared = json.loads((HERE.parent / "scale_out" / "shared_gpu.json").read_text(encoding="utf-8"))
+    process = {name: f"{run['peak_vram_bytes'] / 1e9:.1f}" for name, run in shared["runs"].items()}
     seven = logs["vLLM, 7B shape, bf16, another run, tokens_per_s at 1 request"]
     return "\n".join(
         [
@@ -65,17 +66,15 @@ def section(record, served):
             "the weights. It is less than twice: after each attention and each MLP the two add up their halves, and what is no matrix does not get shorter. How long each of these takes was not measured. Another run of the "
             f"same evening printed {seven['one GPU']:.0f} and {seven['2 GPUs']:.0f} tokens/s at one request, {seven['2 GPUs'] / seven['one GPU']:.2f} times.",
             "",
-            f"**1.5B model:** {small:,.0f} tokens/s at one request, {again:,.0f} in another run; so far apart are two runs. One GPU of another machine gave {alone:,.0f} (section above). The row for one GPU "
+            f"**1.5B model:** {small:,.0f} tokens/s at one request, {again:,.0f} in another run; so far apart are two runs. One GPU of two other machines gave {alone[0]:,.0f} and {alone[1]:,.0f} (section above). The row for one GPU "
             "of this run is missing, so no ratio is given; a gain like the larger model's is not in sight at one request.",
             "",
             f"**Training.** QLoRA of the 1.5B model, 8 steps of 8 examples: {one:.1f} s on one GPU and {two:.1f} s with DDP on two, the same mean loss "
-            f"({training['one GPU']['mean_loss']:.2f}). FSDP on the 1.5B model had started when the machine was taken back; FSDP in Mistral-7B's shape is in "
-            f"[scale_out/reference.json](../scale_out/reference.json) (GPU 0 needs {fsdp:.1f} GB instead of DDP's {ddp:.1f}).",
+            f"({training['one GPU']['mean_loss']:.2f}). FSDP on the 1.5B model was not run on two GPUs. Two processes on one GPU ran it (`train.py --share_gpu`, "
+            f"[shared_gpu.json](../scale_out/shared_gpu.json)): a process of FSDP needs {process['fsdp']} GB at its peak, one of DDP {process['ddp']}, with the same losses; so FSDP saves nothing "
+            f"there. In Mistral-7B's shape, on two GPUs, GPU 0 needs {fsdp:.1f} GB instead of DDP's {ddp:.1f} ([scale_out/reference.json](../scale_out/reference.json)).",
             "",
-            f"**Compiled `generate`** of transformers with the 1.5B model in fp16, on the same machine: {compiled['tokens_per_s']:.0f} tokens/s at one request, and "
-            f"{1e3 * compiled['idle_s']:.1f} of a token's {1e3 * compiled['token_s']:.1f} ms no kernel runs. vLLM and the lean loop (above, another machine of this kind) have {alone:,.0f} and {lean:,.0f}.",
-            "",
-            'The figures of the last two paragraphs, and those of "another run", are what the programs printed: the machine was taken back before the files were fetched.',
+            'The seconds of the last paragraph, and the figures of "another run", are what the programs printed: the machine was taken back before the files were fetched.',
             "",
             "```bash",
             *record["commands"],

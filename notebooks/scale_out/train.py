@@ -6,6 +6,7 @@ The launcher decides which, not this file:
     accelerate launch --config_file ddp_cpu.yaml  train.py --model MODEL --data DATA --output OUT
     accelerate launch --config_file ddp_gpu.yaml  --num_processes N train.py ...
     accelerate launch --config_file fsdp_gpu.yaml --num_processes N train.py ...
+    accelerate launch --config_file ddp_gpu.yaml  --num_processes 2 train.py --share_gpu ...    # one GPU: to compare, not to be faster
 
 MODEL is a hub id or a folder, DATA a JSON-lines file with "question" and "answer". `--batch` counts examples in one step of all
 processes together, so that the loss curve does not depend on their number.
@@ -44,6 +45,7 @@ def arguments():
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--max_length", type=int, default=256)
+    parser.add_argument("--share_gpu", action="store_true", help="all processes on the first GPU, talking through gloo")
     return parser.parse_args()
 
 
@@ -88,9 +90,14 @@ def main():
     set_seed(0)
     cuda, sharded = torch.cuda.is_available(), os.environ.get("ACCELERATE_USE_FSDP") == "true"
     here, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count() if cuda else os.cpu_count()
-    if here > there:
-        raise SystemExit(f"{here} processes, but this machine has {there} {'GPUs' if cuda else 'cores'}")
-    state = PartialState(cpu=not cuda)
+    shared = cuda and args.share_gpu and here > 1
+    if here > there and not shared:
+        hint = "; --share_gpu puts them all on one" if cuda else ""
+        raise SystemExit(f"{here} processes, but this machine has {there} {'GPUs' if cuda else 'cores'}{hint}")
+    backend = "gloo" if shared else None  # NCCL refuses two processes on one GPU
+    if shared:
+        os.environ["LOCAL_RANK"] = "0"  # accelerate takes it for the number of the GPU
+    state = PartialState(cpu=not cuda, backend=backend)
     if args.batch % state.num_processes:
         raise SystemExit(f"--batch {args.batch} cannot be split over {state.num_processes} processes")
 
@@ -135,6 +142,7 @@ def main():
             lr_scheduler_type="constant",
             activation_checkpointing=cuda,  # short rows: on a CPU it would only cost time
             activation_checkpointing_kwargs={"use_reentrant": False},
+            ddp_backend=backend,
             ddp_find_unused_parameters=False,
             logging_steps=1,
             save_strategy="no",

@@ -342,15 +342,17 @@ def loudest_first(energy, group_size, keep_groups):
 # %% jupyter={"source_hidden": true}
 def without_dead(weight, hessian):
     """A column whose input is always zero gets weight 0, and 1 on the diagonal: nothing to repair."""
-    dead = hessian.diagonal(dim1=-2, dim2=-1) == 0
-    return weight.float().masked_fill(dead[..., None, :], 0), hessian + torch.diag_embed(dead.float())
+    H, dead = hessian.clone(), hessian.diagonal(dim1=-2, dim2=-1) == 0
+    H.diagonal(dim1=-2, dim2=-1).add_(dead)
+    return weight.float().masked_fill(dead[..., None, :], 0), H
 
 
 # %% jupyter={"source_hidden": true}
 def reordered(W, H, turn):
-    """Columns of the weight, rows and columns of the Hessian, in another order."""
-    H = H.take_along_dim(turn[..., None, :], -1).take_along_dim(turn[..., None], -2)
-    return W.take_along_dim(turn[..., None, :], -1), H
+    """Columns of the weight, rows and columns of the Hessian, in another order; in place, because H is large."""
+    for tensor, index, dim in ((W, turn[..., None, :], -1), (H, turn[..., None, :], -1), (H, turn[..., None], -2)):
+        tensor.copy_(tensor.take_along_dim(index, dim))
+    return W, H
 
 
 # %%

@@ -1056,7 +1056,6 @@ if found.device == "cpu" and found.trained:
 # and the tokenizer of Mistral adds a second. We run both ways and count the tokens:
 
 # %%
-plain = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype).to(found.device)
 conversation = [{"role": "user", "content": "How are you today?"}]
 inputs = tokenizer.apply_chat_template(
     conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -1077,18 +1076,30 @@ print(f"the guide's way: {start + doubled} tokens, at once: {start}; {doubled} m
 
 # %%
 def answer(net):
-    """The answer, and its perplexity under the untouched model."""
-    ids = net.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    with torch.inference_mode():
-        log_probs = plain(ids).logits[0, start - 1 : -1].float().log_softmax(-1)
-    surprise = -log_probs.gather(1, ids[0, start:, None]).mean().item()
-    return tokenizer.decode(ids[0, start:], skip_special_tokens=True), torch.tensor(surprise).exp().item()
+    """The token ids of the conversation with the answer, int64 [1, tokens]."""
+    return net.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+
+
+answers = {name: answer(net) for name, net in loaded.items()}
+del loaded, net  # a small GPU does not hold them beside the untouched model
+memory.release()
+
+# %%
+plain = AutoModelForCausalLM.from_pretrained(found.path, dtype=found.dtype).to(found.device)
+answers = {"untouched": answer(plain)} | answers
 
 
 # %%
-for name, net in {"untouched": plain, **loaded}.items():
-    text, perplexity = answer(net)
-    print(f"{name}, perplexity {perplexity:.1f}: {text}\n")
+def perplexity_of(ids):
+    """The perplexity of an answer under the untouched model."""
+    with torch.inference_mode():
+        log_probs = plain(ids).logits[0, start - 1 : -1].float().log_softmax(-1)
+    return (-log_probs.gather(1, ids[0, start:, None]).mean()).exp().item()
+
+
+for name, ids in answers.items():
+    perplexity = perplexity_of(ids)
+    print(f"{name}, perplexity {perplexity:.1f}: {tokenizer.decode(ids[0, start:], skip_special_tokens=True)}\n")
     if found.trained:  # random weights find nothing likely
         assert perplexity < 15, f"{name} loaded without an error and talks nonsense"
 
@@ -1099,7 +1110,7 @@ for name, net in {"untouched": plain, **loaded}.items():
 # so that the wait is short:
 
 # %%
-del plain, loaded, net
+del plain
 memory.release()
 short = AutoAWQForCausalLM.from_pretrained(found.path, torch_dtype=found.fast)
 short.model.model.layers = short.model.model.layers[:1]

@@ -16,7 +16,7 @@ import serve  # noqa: E402
 import serving  # noqa: E402
 import two_gpus  # noqa: E402
 
-RECORD = serving.read()
+RECORD, LARGER, BESIDE = (serving.read(FOLDER / f"{name}.json") for name in ("serving", "serving_7b", "side_by_side"))
 TWO = two_gpus.read()
 REFUSED = "refused", "refused, said to be symmetric"
 
@@ -93,10 +93,46 @@ def test_differences_are_found_and_shown():
 
 
 def test_the_readmes_say_what_the_file_says():
-    texts = (FOLDER, serving.section(RECORD)), (ROOT, serving.headline(RECORD)), (FOLDER, two_gpus.section(TWO, RECORD))
+    texts = (
+        (FOLDER, serving.section(RECORD, LARGER, BESIDE)),
+        (ROOT, serving.headline(RECORD, LARGER)),
+        (FOLDER, two_gpus.section(TWO, RECORD, BESIDE)),
+    )
     for readme, text in texts:
         assert text in (readme / "README.md").read_text(encoding="utf-8"), "run `python notebooks/gpu/summary.py`"
     assert serving.PICTURE.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_larger_model_and_what_the_sentences_say_of_it():
+    assert not re.search(r"/(home|root|work|tmp|usr)/", json.dumps([LARGER, BESIDE])), "a machine's path"
+    layers, tables = 32 * (2 * 4096**2 + 2 * 1024 * 4096 + 3 * 14336 * 4096), 2 * 32_768 * 4096
+    for name in serving.LARGER:
+        scales = layers / 64 * 4 if name == "bitsandbytes" else 0
+        extra = LARGER[name]["weights_bytes"] - (layers * serving.BITS[name] / 8 + tables * 2 + scales)
+        assert 0 <= extra < 0.25e9, name
+        assert [*LARGER[name]["requests"]] == [str(n) for n in serve.BATCHES]
+    gptq, fp8, nf4 = (serving.times_bf16(LARGER, name) for name in ("gptq", "fp8", "bitsandbytes"))
+    assert gptq["1"] == pytest.approx(1.30, abs=0.005), "notebook 12 says 1.30"
+    assert min(gptq[n] for n in ("1", "8", "32")) > 1.1 and gptq["128"] == pytest.approx(1, abs=0.05)
+    assert all(fp8[n] > gptq[n] for n in gptq) and max(nf4.values()) < 1
+
+
+def test_side_by_side():
+    served, compiled = BESIDE["vllm"]["bf16"]["requests"], BESIDE["generate"]
+    assert [*compiled] == ["1", "8", "32"] and {"idle_s", "token_s"} <= compiled["1"]["profile"].keys()
+    for n, row in compiled.items():
+        assert row["low"] <= row["tokens_per_s"] <= row["high"] < served[n]["tokens_per_s"]
+    for row in BESIDE["lean"].values():
+        assert all(found["low"] <= found["tokens_per_s"] <= found["high"] for found in row["requests"].values())
+
+
+def test_processes_on_one_gpu():
+    """Notebook 12: FSDP saves no memory with the 1.5B model, and the losses are the same."""
+    runs = json.loads((ROOT / "notebooks" / "scale_out" / "shared_gpu.json").read_text(encoding="utf-8"))["runs"]
+    assert [run["processes"] for run in runs.values()] == [1, 2, 2]
+    assert runs["ddp"]["peak_vram_bytes"] < runs["fsdp"]["peak_vram_bytes"] < runs["one"]["peak_vram_bytes"]
+    for run in runs.values():
+        assert run["losses"] == pytest.approx(runs["one"]["losses"], abs=0.01)
 
 
 def test_the_packages_are_those_of_the_environment_file():
@@ -126,7 +162,9 @@ def test_a_row_over_gpus_is_named_and_told_to_vllm(monkeypatch):
     assert alone["quantization"] == both["quantization"] == "fp8"
     assert not any(both["compilation_config"]["pass_config"].values()), "these passes may use multicast"
     monkeypatch.setenv(serve.CACHE, "2.5")
-    assert serve.engine_options("bf16")["kv_cache_memory_bytes"] == 2_500_000_000
+    sized = serve.engine_options("bf16")
+    assert sized["kv_cache_memory_bytes"] == 2_500_000_000 and sized["gpu_memory_utilization"] < 0.1
+    assert alone["gpu_memory_utilization"] == 0.2, "the committed rows have a fifth of the GPU"
     assert serve.engine_options("refused, said to be symmetric")["compilation_config"] and serve.ROWS["bf16"][1] == {}
 
 

@@ -1,5 +1,6 @@
 """Executing notebooks: what papermill calls a success is looked at again, and one failure does not stop the rest."""
 
+import argparse
 import signal
 
 import nbformat
@@ -205,3 +206,21 @@ def test_what_a_run_cost_is_kept_beside_its_report(tmp_path, monkeypatch):
     (result,) = run.run(output_dir=str(tmp_path / "build"))
     kept = json.loads((tmp_path / "build" / "runs.json").read_text())
     assert kept["results"][0]["seconds"] == result.seconds and kept["results"][0]["verdict"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("4", 4), ("-1", -1), ("2e-5", 2e-5), ("0.00002", 2e-5), ("True", True), ("None", None), ("[1.0, 0.5]", [1.0, 0.5]),
+        ("kl_divergence", "kl_divergence"), ("all-linear", "all-linear"), ("owner/name", "owner/name"), ("", ""), ("008", "008"),
+        ("{'a': 1}", "{'a': 1}"), ("1-2", "1-2"), ("/data/file.txt", "/data/file.txt"), ("'quoted'", "'quoted'"),
+    ],
+)  # fmt: skip
+def test_what_a_parameter_on_the_command_line_means(monkeypatch, text, value):
+    """`-p learning_rate=2e-5` once reached the notebook as a text."""
+    seen = {}
+    monkeypatch.setattr(run, "run", lambda only, output, parameters, *_: seen.update(parameters) or [])
+    arguments = argparse.Namespace(
+        parameter=[f"name={text}"], model="auto", only=None, output="build", timeout=1, in_place=False, cap=None
+    )
+    assert run.main(arguments) == 0 and seen == {"name": value} and type(seen["name"]) is type(value)
