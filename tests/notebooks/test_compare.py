@@ -450,3 +450,17 @@ def test_the_harness_takes_the_task():
     assert len(docs) == len((TASK / "questions.jsonl").read_text(encoding="utf-8").splitlines())
     assert loaded.doc_to_text(docs[0]).startswith("Question: ") and loaded.doc_to_text(docs[0]).endswith("?\nAnswer:")
     assert loaded.doc_to_choice(docs[0]) == docs[0]["choices"] and loaded.doc_to_target(docs[0]) == docs[0]["answer"]
+
+
+def test_what_notebook_11_says_of_the_cache_of_two_models():
+    study = json.loads((ROOT / "notebooks" / "data" / "cache_study.json").read_text(encoding="utf-8"))
+    small, large = (study["models"][name] for name in ("SmolLM2-135M-Instruct", "Qwen2.5-Coder-1.5B-Instruct"))
+    assert (round(small["largest_key_channel"]), round(large["largest_key_channel"])) == (16, 284)
+    token, channel = (large["rows"][f"4 bits, keys per {way}"] for way in ("token", "channel"))
+    assert round(large["rows"]["16 bits"]["perplexity"]) == 36 and round(token["perplexity"]) == 166
+    assert round(channel["kl_divergence"], 3) == 0.002 and channel["kl_high"] < 0.01 < token["kl_low"]
+    for facts in study["models"].values():
+        rows = facts["rows"]
+        for bits in (2, 4):
+            assert rows[f"{bits} bits, keys per channel"]["kl_high"] < rows[f"{bits} bits, keys per token"]["kl_low"]
+        assert all(row["kl_low"] <= row["kl_divergence"] <= row["kl_high"] for row in rows.values())

@@ -215,7 +215,7 @@ def check_bf16(record, ratio):
 
 
 def check_nf4(record, ratio):
-    assert record["weight_bytes"] <= 0.45 * BF16_BYTES
+    assert 0.2 * BF16_BYTES < record["weight_bytes"] <= 0.45 * BF16_BYTES
     assert 1.0 < ratio < 1.4 and record["top1_agreement"] >= 0.65
     assert (
         record["decode_tokens_per_s"] > 0
@@ -245,7 +245,7 @@ def check_int8_static(record, ratio):
 def check_qat(record, ratio):
     """A good part of what rounding takes on genres that were not trained on is recovered: the notebook prints how much."""
     assert record["kl_high"] < 0.5 and record["top1_agreement"] > 0.55
-    assert record["weight_bytes"] <= 0.45 * BF16_BYTES and record["bits_per_weight"] < 7.2
+    assert 0.2 * BF16_BYTES < record["weight_bytes"] <= 0.45 * BF16_BYTES and record["bits_per_weight"] < 7.2
 
 
 def check_hybrid(record, ratio):
@@ -269,7 +269,7 @@ def check_four_bits(bound, most=1.6):
 
     def check(record, ratio):
         assert record["kl_high"] <= bound and 1.0 < ratio < most and record["top1_agreement"] > 0.55
-        assert record["weight_bytes"] <= 0.45 * BF16_BYTES
+        assert 0.2 * BF16_BYTES < record["weight_bytes"] <= 0.45 * BF16_BYTES
         assert record["decode_tokens_per_s"] > 0 and record["quantize_seconds"] > 0
 
     return check
@@ -284,15 +284,15 @@ def check_qlora(record, ratio):
     """Fine-tuned on answers about quantization: it may forget, but must still be a language model."""
     assert 0.2 < record["kl_divergence"] < 0.9 and 1.1 < ratio < 2 and record["top1_agreement"] > 0.5
     in_16_bits = models.Found("", "", "", "cpu").fast.itemsize == 2  # else embeddings and head are in float32
-    assert record["weight_bytes"] <= (0.5 if in_16_bits else 0.66) * BF16_BYTES and record["bits_per_weight"] < (
-        8.1 if in_16_bits else 10.6
-    )
+    assert 0.2 * BF16_BYTES < record["weight_bytes"] <= (0.5 if in_16_bits else 0.66) * BF16_BYTES and record[
+        "bits_per_weight"
+    ] < (8.1 if in_16_bits else 10.6)
 
 
 def check_qlora_ddp(record, ratio):
     """As notebook 07's, but its embeddings are in float32, which double the largest part that is not in 4 bits."""
     assert record["kl_divergence"] < 0.8 and ratio < 2.5
-    assert record["weight_bytes"] <= 0.66 * BF16_BYTES
+    assert 0.2 * BF16_BYTES < record["weight_bytes"] <= 0.66 * BF16_BYTES
 
 
 def check_kv4(record, ratio):

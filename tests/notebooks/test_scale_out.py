@@ -44,7 +44,8 @@ def train(found, output, *options, launcher=(sys.executable,), **environment):
 def test_two_processes_write_one_adapter_and_the_curve_of_one_process(found, tmp_path):
     curves = {}
     for processes, launcher in {1: (sys.executable,), 2: ACCELERATE}.items():
-        done = train(found, tmp_path / str(processes), "--steps", "2", launcher=launcher)
+        # --share_gpu is for several processes on one GPU; without a GPU it changes nothing
+        done = train(found, tmp_path / str(processes), "--steps", "2", "--share_gpu", launcher=launcher)
         assert done.returncode == 0, done.stderr[-2000:]
         report = json.loads((tmp_path / str(processes) / "losses.json").read_text())
         assert report["processes"] == processes
