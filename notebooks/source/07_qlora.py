@@ -1058,8 +1058,9 @@ print(f"training changed the KL on general text by {mean:+.3f} ({low:+.3f} to {h
 
 # %% [markdown]
 # Training on a narrow set moved the model away from full precision on general text: KL 0.34 became 0.62. The
-# perplexity fell at the same time, so perplexity alone would have hidden it. The usual remedies are fewer steps, a
-# lower rate, or general text among the pairs.
+# perplexity fell at the same time, so perplexity alone would have hidden it. **A larger model forgot more.** With
+# Qwen2.5-Coder-1.5B on an NVIDIA H200 the same steps and rate took the KL from 0.06 to 1.30 and the perplexity from 36
+# to 73. The usual remedies are fewer steps, a lower rate, or general text among the pairs.
 #
 # ## Merge: where to, and where not
 #

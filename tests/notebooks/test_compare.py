@@ -459,6 +459,8 @@ def test_what_notebook_11_says_of_the_cache_of_two_models():
     token, channel = (large["rows"][f"4 bits, keys per {way}"] for way in ("token", "channel"))
     assert round(large["rows"]["16 bits"]["perplexity"]) == 36 and round(token["perplexity"]) == 166
     assert round(channel["kl_divergence"], 3) == 0.002 and channel["kl_high"] < 0.01 < token["kl_low"]
+    fp8 = large["rows"]["fp8 (transformers)"]
+    assert round(fp8["kl_divergence"], 3) == 0.094 and channel["kl_high"] < fp8["kl_low"]
     for facts in study["models"].values():
         rows = facts["rows"]
         for bits in (2, 4):
