@@ -568,9 +568,9 @@ levels.round(4)
 
 # %%
 study = json.loads((pages.FOLDER / "data" / "cache_study.json").read_text(encoding="utf-8"))
-shown = {"kl_divergence": "KL", "kl_low": "from", "kl_high": "to", "perplexity": "perplexity"}
+columns = {"kl_divergence": "KL", "kl_low": "from", "kl_high": "to", "perplexity": "perplexity"}
 both_models = {
-    (name, row): {head: found_there[key] for key, head in shown.items()}
+    (name, row): {head: found_there[key] for key, head in columns.items()}
     for name, facts in study["models"].items()
     for row, found_there in facts["rows"].items()
 }

@@ -156,7 +156,9 @@ def test_a_transcript_has_only_our_own_elements_whatever_is_said(turns):
 
 FOUND = models.Found("here", "tiny", "local folder", "cpu")
 number = st.none() | st.floats(0, 1, allow_nan=False) | st.integers(0, 1)
-numbers = st.fixed_dictionaries(dict.fromkeys(records.NUMBERS, number))
+numbers = st.fixed_dictionaries(
+    dict.fromkeys(records.NUMBERS, number) | {"bits_per_weight": st.none() | st.floats(1, 32)}
+)
 method = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,20}", fullmatch=True)
 
 
