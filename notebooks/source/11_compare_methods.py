@@ -1091,7 +1091,7 @@ quiz.Quiz("11_compare_methods")
 #    times as fast.
 # 2. **After the weights, the rest counts.** In 4 bits the matrix products take a smaller share of a token. A compiled
 #    step of six layers gained less than a fifth and took 20 s to compile: it pays after thousands of tokens. A
-#    quantized cache makes room for context; in plain PyTorch it costs speed (19 instead of 22 tokens a second). Keys
+#    quantized cache makes room for context; in plain PyTorch it costs speed (17 instead of 19 tokens a second). Keys
 #    want a range for each channel.
 # 3. **A small test has a large error.** One of 64 questions is 1.6 points, and the standard error is about 6. The KL
 #    sees what the score cannot see. Many claims of the guides hold partly or not at all, so the number stands beside
