@@ -207,6 +207,15 @@ def times(work, runs):
     return found
 
 
+def speeds(tokens, found):
+    """Tokens a second of runs that took `found` seconds each: the median one, the slowest and the fastest."""
+    return {
+        "tokens_per_s": tokens / statistics.median(found),
+        "low": tokens / max(found),
+        "high": tokens / min(found),
+    }
+
+
 # --- decoding -------------------------------------------------------------------------------------------------------------------
 
 
@@ -267,9 +276,7 @@ def lean(model, batches=(1, 8), compiled=True, profiled=True, captured=True, que
                 token()
 
         row = rows[str(batch)] = {"ready_s": ready, "prefill_s": seconds(lambda: decoder.prefill(ids), 3)}
-        found = times(lambda: answer(new), runs)
-        row["tokens_per_s"] = batch * new / statistics.median(found)
-        row["low"], row["high"] = batch * new / max(found), batch * new / min(found)
+        row |= speeds(batch * new, times(lambda: answer(new), runs))
         if profiled and batch == 1:
             row["profile"] = profile(lambda: answer(16), 16)  # the profiler's own bookkeeping is slow
         if question is not None and batch == 1 and captured:
@@ -297,9 +304,7 @@ def generate(model, batches=(1,)):
         started = time.perf_counter()
         answer()
         row = rows[str(batch)] = {"ready_s": time.perf_counter() - started}
-        found = times(answer, 3)
-        row["tokens_per_s"] = batch * NEW / statistics.median(found)
-        row["low"], row["high"] = batch * NEW / max(found), batch * NEW / min(found)
+        row |= speeds(batch * NEW, times(answer, 3))
         if batch == 1:
             row["profile"] = profile(answer, NEW)
     return rows

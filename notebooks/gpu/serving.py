@@ -21,6 +21,27 @@ def times_bf16(record, name):
     return {n: row["tokens_per_s"] / plain[n]["tokens_per_s"] for n, row in record[name]["requests"].items()}
 
 
+def factors_of(record, names):
+    """The multiples of bf16 of several rows in words: "gptq 0.71, 0.70; awq 0.84, 0.82"."""
+    each = {name: times_bf16(record, name).values() for name in names}
+    return "; ".join(f"{name} {', '.join(f'{factor:.2f}' for factor in factors)}" for name, factors in each.items())
+
+
+def speeds_of(row):
+    """Cells of a table: tokens a second at each number of requests, then milliseconds to the first token at 1 and at 128."""
+    requests = row["requests"]
+    first = [f"{1e3 * requests[n]['first_token_s']:.1f}" for n in ("1", "128")]
+    return [f"{found['tokens_per_s']:,.0f}" for found in requests.values()] + first
+
+
+def kernels_of(row):
+    return ", ".join(row["kernels"]) or "its log names none"
+
+
+def gigabytes_of(row):
+    return f"{row['weights_bytes'] / 1e9:.2f}"
+
+
 def same(record, name):
     """How many prompts give transformers' tokens to the end."""
     compared = record[name]["transformers"]
@@ -86,12 +107,16 @@ def with_7b(larger):
 
 def row(record, name):
     """One line of the table."""
-    found, requests = record[name], record[name]["requests"]
-    speeds = [f"{found['tokens_per_s']:,.0f}" for found in requests.values()]
-    first = [f"{1e3 * requests[n]['first_token_s']:.1f}" for n in ("1", "128")]
-    kernel = ", ".join(found["kernels"]) or "its log names none"
+    found = record[name]
     answers = f"{same(record, name)} of {len(found['transformers']['same_tokens'])} ({WITH[name]})"
-    cells = [name, kernel, f"{found['weights_bytes'] / 1e9:.2f}", *speeds, *first, f"{found['ready_s']:.0f}", answers]
+    cells = [
+        name,
+        kernels_of(found),
+        gigabytes_of(found),
+        *speeds_of(found),
+        f"{found['ready_s']:.0f}",
+        answers,
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -121,7 +146,6 @@ def beside_lean(record):
 def findings(record):
     """What the tables say, a paragraph each."""
     factors = {name: times_bf16(record, name) for name in BITS}
-    listed = "; ".join(f"{name} {', '.join(f'{factor:.2f}' for factor in factors[name].values())}" for name in FOUR)
     ahead = [n for n, factor in factors["fp8"].items() if factor > 1]
     behind = [n for n, factor in factors["fp8"].items() if factor <= 1]
     said = {n: f"{factor - 1:+.0%}" for n, factor in factors["fp8"].items()}
@@ -132,7 +156,7 @@ def findings(record):
     tiny, marlin = ({n: row[n]["tokens_per_s"] / lean[0][n]["tokens_per_s"] for n in lean[0]} for row in lean[1:])
     gptq, awq = (record["checkpoints"][name] for name in ("gptq", "awq"))
     return [
-        f"**Four bits are slower than bf16 here, at every number of requests.** As multiples of bf16 at {', '.join(factors['bf16'])} requests: {listed}. "
+        f"**Four bits are slower than bf16 here, at every number of requests.** As multiples of bf16 at {', '.join(factors['bf16'])} requests: {factors_of(record, FOUR)}. "
         "The model is small for this GPU: reading its 16-bit weights takes less than half of a token's time (section above), and four bits shorten only that part. Why "
         "they lose was not looked into. GPTQ's file orders columns by activation (`desc_act`), AWQ's does not. A slower memory was not tried; a larger model is below.",
         f"**FP8** is ahead of bf16 at {' and '.join(ahead)} requests ({', '.join(said[n] for n in ahead)}) and behind at {' and '.join(behind)} "
@@ -160,14 +184,7 @@ def larger_model(record):
     ]
     for name in LARGER:
         found = record[name]
-        speeds = [f"{found['requests'][n]['tokens_per_s']:,.0f}" for n in requests]
-        first = [f"{1e3 * found['requests'][n]['first_token_s']:.1f}" for n in ("1", "128")]
-        kernel = ", ".join(found["kernels"]) or "its log names none"
-        lines.append("| " + " | ".join([name, kernel, f"{found['weights_bytes'] / 1e9:.2f}", *speeds, *first]) + " |")
-    factors = {name: times_bf16(record, name) for name in LARGER[1:]}
-    listed = "; ".join(
-        f"{name} {', '.join(f'{factor:.2f}' for factor in found.values())}" for name, found in factors.items()
-    )
+        lines.append("| " + " | ".join([name, kernels_of(found), gigabytes_of(found), *speeds_of(found)]) + " |")
     return [
         "### With Mistral-7B's shape",
         "",
@@ -176,9 +193,9 @@ def larger_model(record):
         "",
         *lines,
         "",
-        f"**Here fewer bits pay.** As multiples of bf16 at {', '.join(requests)} requests: {listed}. With a larger model the weights are a larger part of a token's time. "
+        f"**Here fewer bits pay.** As multiples of bf16 at {', '.join(requests)} requests: {factors_of(record, LARGER[1:])}. With a larger model the weights are a larger part of a token's time. "
         f"GPTQ gains at up to 32 requests; at 128 it is level with bf16. FP8 is ahead of GPTQ at each number of requests, with {record['fp8']['weights_bytes'] / 1e9:.1f} GB of weights instead of "
-        f"{record['gptq']['weights_bytes'] / 1e9:.1f}. bitsandbytes is behind bf16 at each. The GPTQ file has groups of {made['group_size']}, a symmetric grid and no `desc_act`; the 1.5B "
+        f"{record['gptq']['weights_bytes'] / 1e9:.1f}. bitsandbytes is behind bf16 at each. bf16 was served on another machine of this kind as well (two GPUs, below), and the two runs differ by less than 2 %. The GPTQ file has groups of {made['group_size']}, a symmetric grid and no `desc_act`; the 1.5B "
         "model's has `desc_act`, so the two differ in more than size.",
         "",
         "```bash",

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import serving
+
 HERE = Path(__file__).resolve().parent
 NAMES = {"7b": "7B shape, random weights", "1.5b": "1.5B model"}
 
@@ -31,10 +33,8 @@ def lines_of(record):
     lines = [f"| {heads} |", "|---" * 9 + "|"]
     for model, rows in record["vllm"].items():
         for name, row in rows.items():
-            speeds = [f"{found['tokens_per_s']:,.0f}" for found in row["requests"].values()]
-            first = [f"{1e3 * row['requests'][n]['first_token_s']:.1f}" for n in ("1", "128")]
             gpus = "2" if name.endswith("2 GPUs") else "1"
-            cells = [NAMES[model], gpus, f"{row['weights_bytes'] / 1e9:.2f}", *speeds, *first]
+            cells = [NAMES[model], gpus, serving.gigabytes_of(row), *serving.speeds_of(row)]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 

@@ -427,7 +427,7 @@ for context, batch in ((512, 1), (8192, 1), (8192, 16)):
 # what the table above does, and packs the codes into bytes. transformers prescribes the names of the two methods.
 # `_quantized_keys`, which the checks below read, is private to transformers and may change with its version.
 #
-# **Which four numbers share a range?** Keys are a table with a row for each token and a column for each channel. In
+# **Which numbers share a range?** Keys are a table with a row for each token and a column for each channel. In
 # some models a few channels are far larger than the rest. By hand, with 2 bits:
 #
 # | | channel A | channel B | channel C |
@@ -564,10 +564,11 @@ levels.round(4)
 # closer to 5. Four bits in groups of 32 cost little here, whichever way the keys' groups lie.
 #
 # All rows are measured on the same windows, one of each genre. **Predict first:** does that hold for another model?
-# Here are both of the course's models on all windows, in groups of 32, from two CPU cores:
+# `kv_cache/cache_study.py` ran this notebook's cache on both of the course's models, on all windows and in groups of
+# 32:
 
 # %%
-study = json.loads((pages.FOLDER / "data" / "cache_study.json").read_text(encoding="utf-8"))
+study = json.loads((pages.FOLDER / "kv_cache" / "cache_study.json").read_text(encoding="utf-8"))
 columns = {"kl_divergence": "KL", "kl_low": "from", "kl_high": "to", "perplexity": "perplexity"}
 both_models = {
     (name, row): {head: found_there[key] for key, head in columns.items()}
@@ -578,11 +579,11 @@ print(study["device"], study["date"])
 pd.DataFrame(both_models).T.round(4)
 
 # %% [markdown]
-# **It does not.** With a range for each token, four bits destroy Qwen2.5-Coder-1.5B: its perplexity goes from 36 to 166.
-# With a range for each channel its KL is 0.002. transformers' FP8 cache has 0.094 there: eight bits lose more than four
-# that suit the keys. No error and no warning tells them apart. In the worst layer of this model the largest channel of
-# the keys is 284 times as large as the median one, in SmolLM2-135M's worst 16 times. So score a quantized cache on your
-# own model before you use it.
+# **The second model says otherwise.** With a range for each token, four bits destroy Qwen2.5-Coder-1.5B: its perplexity
+# goes from 36 to 166. With a range for each channel its KL is 0.002. transformers' FP8 cache has a KL of 0.094 there:
+# eight bits lose more than four that suit the keys. No error and no warning tells them apart. In the worst layer of
+# this model the largest channel of the keys is 284 times as large as the median one. In SmolLM2-135M it is 16 times as
+# large. So score a quantized cache on your own model before you use it.
 #
 # The record of this notebook takes all windows, for the cache of the parameters cell:
 
@@ -1091,7 +1092,7 @@ quiz.Quiz("11_compare_methods")
 #    times as fast.
 # 2. **After the weights, the rest counts.** In 4 bits the matrix products take a smaller share of a token. A compiled
 #    step of six layers gained less than a fifth and took 20 s to compile: it pays after thousands of tokens. A
-#    quantized cache makes room for context; in plain PyTorch it costs speed (17 instead of 19 tokens a second). Keys
+#    quantized cache makes room for context; in plain PyTorch it costs about a tenth of the speed. Keys
 #    want a range for each channel.
 # 3. **A small test has a large error.** One of 64 questions is 1.6 points, and the standard error is about 6. The KL
 #    sees what the score cannot see. Many claims of the guides hold partly or not at all, so the number stands beside

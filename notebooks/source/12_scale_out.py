@@ -263,6 +263,8 @@ def launch(name, *launcher, share=1):
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // share))}
     if gpus:
         torch.cuda.empty_cache()  # what this process keeps for later, the new ones need now
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # the model is on the CPU, so the training is
     started = time.perf_counter()
     words = [str(part) for part in command]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=900)
@@ -425,8 +427,9 @@ table.round(2)
 of_repository("shared_gpu.json").round(2)
 
 # %% [markdown]
-# It does not. FSDP's process needs 2.8 GB, DDP's 2.4, with the same losses. (The single process, `one`, has twice as
-# many examples in each step.) Why was not measured. Compare the two on your own model before you take FSDP.
+# FSDP saves nothing here. A process of FSDP needs 2.8 GB and one of DDP 2.4, and the losses are the same. (The single
+# process, `one`, has twice as many examples in each step.) We did not measure why FSDP needs more. Compare the two on
+# your own model before you take FSDP.
 
 # %% [markdown]
 # ### On a 24 GB GPU with Mistral-7B
@@ -595,12 +598,12 @@ pd.DataFrame.from_dict(served, orient="index")
 
 # %% jupyter={"source_hidden": true}
 larger = json.loads((course_notebooks / "gpu" / "serving_7b.json").read_text(encoding="utf-8"))
-formats = [name for name in ("bf16", "fp8", "gptq", "bitsandbytes") if name in larger]
+rows = {name: larger[name] for name in ("bf16", "fp8", "gptq", "bitsandbytes")}
 speeds = {
-    name: {f"tokens/s at {n}": found["tokens_per_s"] for n, found in larger[name]["requests"].items()}
-    for name in formats
+    name: {f"tokens/s at {n}": found["tokens_per_s"] for n, found in row["requests"].items()}
+    for name, row in rows.items()
 }
-weights_gb = pd.Series({name: larger[name]["weights_bytes"] / 1e9 for name in formats}, name="weights, GB")
+weights_gb = pd.Series({name: row["weights_bytes"] / 1e9 for name, row in rows.items()}, name="weights, GB")
 print(f"{larger['device']}; vLLM {larger['versions']['vllm']}; {larger['model']}; {larger['date']}")
 seven = pd.DataFrame(speeds).T
 seven.round().join(weights_gb.round(2))
@@ -609,12 +612,12 @@ seven.round().join(weights_gb.round(2))
 (seven / seven.loc["bf16"]).round(2)
 
 # %% [markdown]
-# Yes, with few requests. GPTQ has 1.30 times the tokens of bf16 at one request and as many at 128, with 4.2 GB of weights
+# They are, with few requests. GPTQ has 1.30 times the tokens of bf16 at one request and as many at 128, with 4.2 GB of weights
 # instead of 14.5. FP8 is faster than GPTQ at every number of requests, with 7.6 GB. bitsandbytes is slower than bf16
-# throughout. So on this GPU, take FP8 where 8 bits fit, and GPTQ where they do not. A GPU with a slower memory, or
-# without FP8 kernels, was not tried.
+# throughout. Two runs of bf16 on two machines differ by less than 2 %, so the order is sure. On this GPU, take FP8 where
+# 8 bits fit, and GPTQ where they do not. A GPU with a slower memory, or without FP8 kernels, was not tried.
 #
-# These commands ran there. The names in capitals are folders. The engine has an environment of its own
+# These commands served the 1.5B model. The names in capitals are folders. The engine has an environment of its own
 # (`requirements-serving.txt`); its packages were copied there, because that machine had no internet.
 # [The course's GPU page](gpu/README.md#serving-with-vllm-on-an-h200) has kernels, times to the first token and the lean
 # loop of [11](11_compare_methods.ipynb) beside them.

@@ -453,7 +453,7 @@ def test_the_harness_takes_the_task():
 
 
 def test_what_notebook_11_says_of_the_cache_of_two_models():
-    study = json.loads((ROOT / "notebooks" / "data" / "cache_study.json").read_text(encoding="utf-8"))
+    study = json.loads((ROOT / "notebooks" / "kv_cache" / "cache_study.json").read_text(encoding="utf-8"))
     small, large = (study["models"][name] for name in ("SmolLM2-135M-Instruct", "Qwen2.5-Coder-1.5B-Instruct"))
     assert (round(small["largest_key_channel"]), round(large["largest_key_channel"])) == (16, 284)
     token, channel = (large["rows"][f"4 bits, keys per {way}"] for way in ("token", "channel"))

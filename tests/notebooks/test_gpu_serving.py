@@ -115,6 +115,9 @@ def test_the_larger_model_and_what_the_sentences_say_of_it():
     assert gptq["1"] == pytest.approx(1.30, abs=0.005), "notebook 12 says 1.30"
     assert min(gptq[n] for n in ("1", "8", "32")) > 1.1 and gptq["128"] == pytest.approx(1, abs=0.05)
     assert all(fp8[n] > gptq[n] for n in gptq) and max(nf4.values()) < 1
+    here, there = LARGER["bf16"]["requests"], TWO["vllm"]["7b"]["bf16"]["requests"]
+    apart = [abs(here[n]["tokens_per_s"] / there[n]["tokens_per_s"] - 1) for n in here]
+    assert max(apart) < 0.02 and all(abs(fp8[n] / gptq[n] - 1) > max(apart) for n in gptq), "the order is sure"
 
 
 def test_side_by_side():

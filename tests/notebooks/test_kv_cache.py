@@ -1,6 +1,6 @@
 """The quantized cache of notebook 11: groups of a range for each token or each channel, for heads and lengths of any size."""
 
-import ast
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +8,9 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.cache_utils import Cache, QuantizedLayer
+
+sys.path.insert(0, str(ROOT / "notebooks" / "kv_cache"))
+import cache_study  # noqa: E402
 
 pytestmark = pytest.mark.notebook
 
@@ -16,12 +18,16 @@ pytestmark = pytest.mark.notebook
 @pytest.fixture(scope="module")
 def grouped():
     """The notebook's function, for a model of one layer."""
-    tree = ast.parse((ROOT / "notebooks" / "source" / "11_compare_methods.py").read_text(encoding="utf-8"))
-    body = [node for node in tree.body if getattr(node, "name", None) in ("GroupedCacheLayer", "grouped")]
-    space = {"torch": torch, "Cache": Cache, "QuantizedLayer": QuantizedLayer}
-    space["config"] = SimpleNamespace(num_hidden_layers=1)
-    exec(compile(ast.Module(body, []), "11", "exec"), space)  # noqa: S102 - the course's own cells
-    return space["grouped"]
+    return cache_study.cells(SimpleNamespace(num_hidden_layers=1)).grouped
+
+
+def test_the_study_takes_every_function_that_it_names(grouped):
+    assert set(cache_study.CELLS) <= vars(cache_study.cells(SimpleNamespace(num_hidden_layers=1))).keys()
+    rows = cache_study.caches(SimpleNamespace(num_hidden_layers=1), grouped)
+    axes = {row: make().layers[0].axis_key for row, make in rows.items() if "keys per" in row}
+    bits = {row: make().layers[0].nbits for row, make in rows.items() if "keys per" in row}
+    assert axes == {row: -2 if row.endswith("channel") else -1 for row in axes} and len(axes) == 4
+    assert bits == {row: int(row[0]) for row in bits}
 
 
 @settings(max_examples=60, deadline=None)
